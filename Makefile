@@ -1,0 +1,29 @@
+# Everything runs in .venv with the versions of constraints.txt. Needs Python 3.11 or newer.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: book test lab clean
+
+book: $(INSTALLED)
+	$(BIN)/python -m fihelpers build --profile embedded
+
+test: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+	$(BIN)/python -m fihelpers build --profile smoke --check
+
+lab: $(INSTALLED)
+	$(BIN)/python -m ipykernel install --sys-prefix --name fihelpers --display-name fihelpers
+	JUPYTER_PREFER_ENV_PATH=1 $(BIN)/python -m jupyterlab notebooks --MultiKernelManager.default_kernel_name=fihelpers
+
+clean:
+	rm -rf .venv build book/_build book/chapters book/assets
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("fihelpers needs Python 3.11 or newer")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[book,test]"
+	touch $@

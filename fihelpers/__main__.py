@@ -1,0 +1,147 @@
+"""``python -m fihelpers``: run a chapter, build the book, make what ships in data/."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fihelpers import runs
+from fihelpers.parameters import declared, nearest, spoken
+
+BOOKS_PROFILE = "embedded"  # the profile whose pages and numbers the project shows
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; an expected error is one sentence on stderr and exit code 1."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.command(options)
+    except ModuleNotFoundError as error:
+        return _fail(f"the package {error.name} is missing; run pip install -e '.[book,test]'.")
+    except KeyError as error:
+        return _fail(error.args[0] if error.args else error)
+    except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
+        return _fail(error)
+    return 0
+
+
+def _fail(message: object) -> int:
+    print(f"fihelpers: {message}", file=sys.stderr)
+    return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m fihelpers", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="run one chapter by papermill")
+    run.add_argument("chapter", help="its number or name, such as 7 or 07_sparsification")
+    run.add_argument("--profile", default=BOOKS_PROFILE, help="a file of notebooks/profiles (%(default)s)")
+    run.add_argument(
+        "-p",
+        dest="parameters",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "VALUE"),
+        help="set a parameter; the value is read as YAML, so a list is written '[0, 0.01]'",
+    )
+    run.add_argument("--out", type=Path, help="folder for the executed notebook (build/runs/PROFILE)")
+    run.set_defaults(command=_run)
+
+    build = commands.add_parser("build", help="run every chapter that changed and build the book")
+    build.add_argument("--profile", default=BOOKS_PROFILE, help="a file of notebooks/profiles (%(default)s)")
+    build.add_argument("--check", action="store_true", help="open every page in a browser")
+    build.add_argument("--keep-results", action="store_true", help="copy the numbers to data/results")
+    build.add_argument("--jobs", type=int, default=1, help="chapters run at a time (%(default)s)")
+    build.set_defaults(command=_build)
+
+    minis = commands.add_parser("train-minis", help="make the bundled models again")
+    minis.add_argument("which", choices=["lm"])
+    minis.set_defaults(command=_train_minis)
+
+    manifest = commands.add_parser("manifest", help="list the SHA-256 of every file in data/ again")
+    manifest.set_defaults(command=_manifest)
+    return parser
+
+
+def _run(options: argparse.Namespace) -> None:
+    folder = runs.notebooks_folder()
+    notebook = runs.find_chapter(folder, options.chapter)
+    defaults = declared(notebook)
+    parameters = {}
+    for name, text in options.parameters:
+        if name not in defaults:
+            raise ValueError(
+                f"{notebook.stem} has no parameter {name} (given {text}){nearest(name, defaults)}"
+            )
+        parameters[name] = spoken(text, defaults[name])
+    out = options.out or _runs_folder(folder, options.profile)
+    print(runs.run_chapter(notebook, options.profile, parameters, out))
+
+
+def _build(options: argparse.Namespace) -> None:
+    from fihelpers import book
+
+    shown = options.profile == BOOKS_PROFILE
+    if options.keep_results and not shown:
+        raise ValueError(f"--keep-results keeps the numbers of {BOOKS_PROFILE}, not of {options.profile}.")
+    folder = runs.notebooks_folder()
+    root = folder.parent
+    out = _runs_folder(folder, options.profile)
+    runs.run_all(folder, options.profile, out, options.jobs)
+    if options.keep_results:
+        runs.keep_results(out, root / "data" / "results")
+    pages = root / "book" / "_build" if shown else root / "build" / "book" / options.profile
+    index = book.build_book(out, pages, root / "book")
+    if options.check:
+        _check_pages(index.parent)
+    print(index)
+
+
+def _check_pages(html: Path) -> None:
+    """Open the pages in a browser; without one, say so, or fail where FIHELPERS_REQUIRE_BROWSER is set."""
+    from fihelpers import book
+
+    browser = book.find_browser()
+    if browser is None:
+        message = "no Chromium or Chrome was found, so no page was opened."
+        if os.environ.get("FIHELPERS_REQUIRE_BROWSER"):
+            raise FileNotFoundError(f"{message} FIHELPERS_REQUIRE_BROWSER asks for one; install Chromium.")
+        print(f"SKIPPED: {message}", file=sys.stderr)
+        return
+    findings = book.check_pages(html, browser)
+    if findings:
+        raise ValueError("\n".join(["the pages have faults:", *findings]))
+
+
+def _train_minis(options: argparse.Namespace) -> None:
+    from fihelpers.minis import lm
+
+    lm.main(_data_folder())
+
+
+def _manifest(options: argparse.Namespace) -> None:
+    from fihelpers.minis.manifest import write_manifest
+
+    print(write_manifest(_data_folder()))
+
+
+def _data_folder() -> Path:
+    """The folder to make data in; unlike the one to read from, it may lack its manifest."""
+    folder = Path(os.environ.get("FIHELPERS_DATA") or CHECKOUT / "data")
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"the data folder {folder} is missing; run from a checkout or set FIHELPERS_DATA."
+        )
+    return folder
+
+
+def _runs_folder(notebooks: Path, profile: str) -> Path:
+    return notebooks.parent / "build" / "runs" / profile
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,230 @@
+"""Answer classes: from the logits of the next token to the log-probabilities of K classes (method 1).
+
+A class is a set of token ids. Its log-probability is the logsumexp over its tokens, renormalised over
+the K classes, so that the probabilities of the classes sum to one.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+SPACES = ("Ġ", "▁", " ")  # how byte-level BPE, SentencePiece and plain vocabularies write a leading space
+
+
+class Answers(Protocol):
+    """What every kind of answer classes offers."""
+
+    @property
+    def size(self) -> int:
+        """The number of classes K."""
+
+    def log_probs(self, logits: Tensor) -> Tensor:
+        """Map logits (..., V) to log-probabilities (..., K), float32 or better.
+
+        Raises FloatingPointError where the logits hold NaN or infinity.
+        """
+
+    def fix(self, logits: Tensor) -> "Answers":
+        """Return classes that no longer depend on the logits: those of these rows (..., V)."""
+
+    def rows(self, index: Tensor) -> "Answers":
+        """Return the classes of some rows (of the first axis) only."""
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Fixed classes: ``names[k]`` is the class of the token ids ``tokens[k]``."""
+
+    names: tuple[str, ...]
+    tokens: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self) -> None:
+        if len(self.names) != len(self.tokens) or len(self.names) < 2:
+            raise ValueError(
+                f"answer classes need two or more names with their tokens; got {len(self.names)} names "
+                f"and {len(self.tokens)} token sets."
+            )
+        owner: dict[int, str] = {}
+        for name, ids in zip(self.names, self.tokens, strict=True):
+            if not ids:
+                raise ValueError(f"answer class {name!r} has no token; give it at least one.")
+            for token in ids:
+                if token in owner:
+                    raise ValueError(
+                        f"answer classes {owner[token]!r} and {name!r} share token {token}; "
+                        "give each its own."
+                    )
+            owner |= dict.fromkeys(ids, name)
+
+    def __str__(self) -> str:
+        return " ".join(self.names)
+
+    @property
+    def size(self) -> int:
+        return len(self.names)
+
+    def log_probs(self, logits: Tensor) -> Tensor:
+        """Map logits (..., V) to log-probabilities (..., K); see :class:`Answers`."""
+        logits = _finite(logits)
+        largest = max(max(ids) for ids in self.tokens)
+        if largest >= logits.shape[-1]:
+            raise ValueError(
+                f"token {largest} is beyond the {logits.shape[-1]} logits; "
+                "make the classes with this model's tokenizer."
+            )
+        scores = [logits[..., list(ids)].logsumexp(-1) for ids in self.tokens]
+        return torch.stack(scores, -1).log_softmax(-1)
+
+    def fix(self, logits: Tensor) -> "Groups":
+        """Return the same classes: they never depend on the logits."""
+        return self
+
+    def rows(self, index: Tensor) -> "Groups":
+        """Return the same classes: they hold for every row."""
+        return self
+
+
+@dataclass(frozen=True)
+class Top:
+    """The ``m`` likeliest tokens of each row, one class each, and one class for all the rest."""
+
+    m: int
+
+    def __post_init__(self) -> None:
+        if self.m < 1:
+            raise ValueError(f"Top(m) needs at least one token, got m = {self.m}.")
+
+    def __str__(self) -> str:
+        return f"top {self.m} + rest"
+
+    @property
+    def size(self) -> int:
+        return self.m + 1
+
+    def fix(self, logits: Tensor) -> "FixedTop":
+        """Keep the likeliest tokens of these logits (..., V) as the classes of their rows."""
+        logits = _finite(logits)
+        if self.m >= logits.shape[-1]:
+            raise ValueError(f"Top({self.m}) leaves no rest among {logits.shape[-1]} tokens; use fewer.")
+        return FixedTop(logits.detach().topk(self.m, dim=-1).indices)
+
+    def log_probs(self, logits: Tensor) -> Tensor:
+        """Map logits (..., V) to log-probabilities (..., m + 1), the likeliest token first, the rest last."""
+        return self.fix(logits).log_probs(logits)
+
+    def rows(self, index: Tensor) -> "Top":
+        """Return the same rule: it holds for every row."""
+        return self
+
+
+@dataclass(frozen=True, eq=False)
+class FixedTop:
+    """The classes that :class:`Top` chose once, so that a perturbed model is judged on the same ones.
+
+    ``ids`` (..., m) are the chosen tokens of each row; the last class is the rest.
+    """
+
+    ids: Tensor
+
+    def __str__(self) -> str:
+        return f"top {self.ids.shape[-1]} + rest"
+
+    @property
+    def size(self) -> int:
+        return self.ids.shape[-1] + 1
+
+    def fix(self, logits: Tensor) -> "FixedTop":
+        """Return the same classes: they are fixed already."""
+        return self
+
+    def rows(self, index: Tensor) -> "FixedTop":
+        """Return the classes of some rows (of the first axis) only."""
+        return FixedTop(self.ids[index])
+
+    def log_probs(self, logits: Tensor) -> Tensor:
+        """Map logits (..., V), one row for each row of ``ids``, to log-probabilities (..., m + 1)."""
+        logits = _finite(logits)
+        if logits.shape[:-1] != self.ids.shape[:-1]:
+            raise ValueError(
+                f"logits of shape {tuple(logits.shape)} do not match the rows {tuple(self.ids.shape[:-1])} "
+                "that the classes were fixed for."
+            )
+        # The rest is a sum over the other tokens, never 1 - sum: a small difference is only rounding.
+        ids = self.ids.to(logits.device)
+        rest = logits.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+        return torch.cat([logits.gather(-1, ids), rest], -1).log_softmax(-1)
+
+
+def letters(tokenizer: PreTrainedTokenizerBase, which: str = "ABCD") -> Groups:
+    """Make one class a letter, with every spelling that is a single token ("A" and " A").
+
+    Raises ValueError if the tokenizer has no single token for a letter.
+    """
+    classes = []
+    for letter in which:
+        ids = _tokens(tokenizer, letter) | _tokens(tokenizer, " " + letter)
+        if not ids:
+            raise ValueError(
+                f"the tokenizer of {_label(tokenizer)} has no single token for the letter {letter!r}; "
+                "use other answer classes."
+            )
+        classes.append(tuple(sorted(ids)))
+    return Groups(tuple(which), tuple(classes))
+
+
+def groups(tokenizer: PreTrainedTokenizerBase, classes: Mapping[str, Sequence[str]]) -> Groups:
+    """Make classes from texts that are one token each: ``{"yes": [" yes", " sure"], "no": [" no"]}``.
+
+    Raises ValueError if a text is not one token or two classes share a token.
+    """
+    tokens = []
+    for name, texts in classes.items():
+        if isinstance(texts, str):
+            raise ValueError(f"answer class {name!r} needs a list of texts, got the single text {texts!r}.")
+        ids: set[int] = set()
+        for text in texts:
+            found = _tokens(tokenizer, text)
+            if not found:
+                raise ValueError(
+                    f"the text {text!r} of answer class {name!r} is not one token of {_label(tokenizer)}; "
+                    "choose a text that is."
+                )
+            ids |= found
+        tokens.append(tuple(sorted(ids)))
+    return Groups(tuple(classes), tuple(tokens))
+
+
+def usual_answers(tokenizer: PreTrainedTokenizerBase, lettered: bool) -> Answers:
+    """The letters A to D for lettered questions; for plain text the 8 likeliest tokens and the rest."""
+    return letters(tokenizer) if lettered else Top(8)
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> set[int]:
+    """Return the single tokens that spell the text.
+
+    SentencePiece puts a space of its own before the text, so the pieces are also looked up by name.
+    """
+    encoded = tokenizer.encode(text, add_special_tokens=False)
+    candidates = set(encoded) if len(encoded) == 1 else set()
+    pieces = [tokenizer.convert_tokens_to_ids(text.replace(" ", space)) for space in SPACES]
+    candidates |= {token for token in pieces if isinstance(token, int)}
+    # A text that the vocabulary lacks comes back as the unknown token, which does not spell it.
+    return {token for token in candidates if str(tokenizer.decode([token])).strip() == text.strip()}
+
+
+def _label(tokenizer: PreTrainedTokenizerBase) -> str:
+    path = str(tokenizer.name_or_path).rstrip("/")
+    return f"model {path.rsplit('/', 1)[-1]!r}" if path else "this model"
+
+
+def _finite(logits: Tensor) -> Tensor:
+    """Raise logits to float32 or better and refuse NaN and infinity."""
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    if not torch.isfinite(logits).all():
+        raise FloatingPointError("the logits hold NaN or infinity, so they have no class probabilities.")
+    return logits

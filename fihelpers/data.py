@@ -1,0 +1,94 @@
+"""Where the shipped data lies, and whether it is what was shipped."""
+
+import hashlib
+import json
+import os
+from functools import lru_cache
+from pathlib import Path
+
+MANIFEST = "manifest.json"
+
+
+def data_folder() -> Path:
+    """Return the folder of the shipped data: ``FIHELPERS_DATA``, else the checkout's ``data/``.
+
+    Raises FileNotFoundError if neither is there.
+    """
+    named = os.environ.get("FIHELPERS_DATA")
+    if named:
+        if not Path(named).is_dir():
+            raise FileNotFoundError(f"FIHELPERS_DATA names {named}, which is not a folder; correct it.")
+        return Path(named).resolve()
+    checkout = Path(__file__).resolve().parent.parent / "data"
+    if not (checkout / MANIFEST).is_file():
+        raise FileNotFoundError(
+            "the data folder was not found: run from a checkout that has data/ beside fihelpers/, "
+            "or set FIHELPERS_DATA to that folder."
+        )
+    return checkout
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file as 64 hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_file(path: Path) -> str:
+    """Compare one file of the data folder with the manifest and return its SHA-256.
+
+    Raises ValueError if the file lies outside the data folder, is not listed, or was changed, and
+    FileNotFoundError if it or the manifest is missing.
+    """
+    folder = data_folder()
+    path = Path(path).resolve()
+    if not path.is_relative_to(folder):
+        raise ValueError(f"{path} is not in the data folder {folder}, so no hash is known for it.")
+    relative = path.relative_to(folder).as_posix()
+    expected = _manifest(folder).get(relative)
+    if expected is None:
+        raise ValueError(f"{relative} is not listed in {MANIFEST}; remove it or restore the data folder.")
+    if not path.is_file():
+        raise FileNotFoundError(f"{relative} is listed in {MANIFEST} but missing; restore the data folder.")
+    found = file_sha256(path)
+    if found != expected:
+        raise ValueError(
+            f"{relative} is damaged: its SHA-256 is {found[:12]}…, {MANIFEST} says {expected[:12]}…; "
+            "restore the file."
+        )
+    return found
+
+
+def check_folder(folder: Path) -> None:
+    """Check every file below a folder of the data folder: none missing, none changed, none added.
+
+    Hidden files are ignored. Raises what :func:`check_file` raises.
+    """
+    root = data_folder()
+    folder = Path(folder).resolve()
+    listed = {root / name for name in _manifest(root)}
+    present = {path for path in folder.rglob("*") if path.is_file() and not _hidden(path.relative_to(root))}
+    for path in sorted(present | {path for path in listed if path.is_relative_to(folder)}):
+        check_file(path)
+
+
+def _hidden(relative: Path) -> bool:
+    return any(part.startswith(".") for part in relative.parts)
+
+
+def _manifest(folder: Path) -> dict[str, str]:
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; restore the data folder.")
+    return _read_manifest(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=4)
+def _read_manifest(path: Path, _mtime: int) -> dict[str, str]:
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); restore the data folder.") from error
+    if not isinstance(entries, dict) or not all(isinstance(value, str) for value in entries.values()):
+        raise ValueError(f"{path} must map relative paths to SHA-256 strings; restore the data folder.")
+    return entries

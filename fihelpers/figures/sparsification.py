@@ -1,0 +1,148 @@
+"""Figures of chapters 01 and 07: what breaks when weights are zeroed, and where they sit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from fihelpers.figures.style import GREY, INK, SEQUENTIAL, legend_outside, look, new_figure
+
+
+def damage_curves(table: pd.DataFrame, panels: dict[str, Sequence[str]], chance: float | None) -> Figure:
+    """Accuracy against the share of weights zeroed, one panel for each group of measures.
+
+    table: from `experiments.sparsification.summary`. chance: accuracy of guessing, drawn as a line.
+    """
+    figure, axes = new_figure(1, len(panels), size=(5.2 * len(panels), 4.2), sharey=True)
+    for ax, (title, names) in zip(axes[0], panels.items(), strict=True):
+        for name in names:
+            _curve(ax, table[table.measure == name], name)
+        _finish(ax, title, chance)
+        ax.legend(loc="upper right" if chance else "best")
+    n, seeds = int(table.n.max()), int(table.seeds.max())
+    axes[0, 0].set_ylabel(f"accuracy ({n} test questions)")
+    figure.supxlabel(
+        f"share of linear weights zeroed; bands: 95 % over {seeds} calibration sets", fontsize=10
+    )
+    return figure
+
+
+def reading_by_subject(rows: pd.DataFrame, high: str, low: str, chance: float | None) -> Figure:
+    """The paper's reading: the top share by FI, a random share, a random share of the low half; one panel a subject."""
+    own = rows[rows.subject == rows.tested_on]
+    subjects = list(dict.fromkeys(own.subject))
+    figure, axes = new_figure(1, len(subjects), size=(3.1 * len(subjects), 3.6), sharey=True)
+    styles = {
+        high: ("FI-high", "#D55E00", "-", "s"),
+        "random": ("random", GREY, ":", "o"),
+        low: ("FI-low", "#2F6DB5", "--", "v"),
+    }
+    for ax, subject in zip(axes[0], subjects, strict=True):
+        part = own[own.subject == subject]
+        start = float(part[part.measure == "intact"].accuracy.iloc[0])
+        for name, (label, colour, dash, marker) in styles.items():
+            mean = part[part.measure == name].groupby("rate").accuracy.mean()
+            ax.plot([0, *mean.index], [start, *mean], dash, color=colour, marker=marker, label=label)
+        _finish(ax, f"{subject} (n = {int(part.n.iloc[0])})", chance)
+    axes[0, 0].set_ylabel("accuracy")
+    axes[0, -1].legend(loc="upper right")
+    figure.supxlabel("share of linear weights zeroed", fontsize=10)
+    return figure
+
+
+def overlap_map(table: pd.DataFrame, share: float) -> Figure:
+    """Which measures choose the same weights: the common share of their top weights."""
+    figure, axes = new_figure(size=(7.6, 6.2))
+    sns.heatmap(
+        table, ax=axes[0, 0], cmap=SEQUENTIAL, vmin=0, vmax=1, annot=True, fmt=".2f", annot_kws={"size": 8},
+        square=True, cbar_kws={"label": f"common share of the top {share:.0%}"},
+    )  # fmt: skip
+    axes[0, 0].tick_params(axis="x", labelrotation=40)
+    for label in axes[0, 0].get_xticklabels():
+        label.set_horizontalalignment("right")
+    return figure
+
+
+def location_map(tables: dict[str, pd.DataFrame], share: float) -> Figure:
+    """Share of each matrix that is among the top weights, layer by matrix, one panel a measure."""
+    figure, axes = new_figure(1, len(tables), size=(4.6 * len(tables), 3.8), sharey=True)
+    for ax, (name, table) in zip(axes[0], tables.items(), strict=True):
+        grid = table.pivot(index="layer", columns="matrix", values="top_share")[
+            list(dict.fromkeys(table.matrix))
+        ]
+        sns.heatmap(
+            100 * grid, ax=ax, cmap=SEQUENTIAL, annot=True, fmt=".1f", annot_kws={"size": 8}, cbar=False
+        )
+        ax.set(title=name, xlabel="", ylabel="layer" if ax is axes[0, 0] else "")
+        ax.tick_params(axis="x", labelrotation=40)
+        for label in ax.get_xticklabels():
+            label.set_horizontalalignment("right")
+    figure.supxlabel(f"percent of each matrix among the model's top {share:.0%}", fontsize=10)
+    return figure
+
+
+def concentration_curves(table: pd.DataFrame) -> Figure:
+    """Share of the total score held by the highest weights; the dotted line is an even spread."""
+    figure, axes = new_figure(size=(7.6, 4.2))
+    ax = axes[0, 0]
+    for name, part in table.groupby("measure", sort=False):
+        ax.plot(part.weights, part.total, **{**look(str(name)), "marker": None})
+    ax.plot([table.weights.min(), 1], [table.weights.min(), 1], ":", color=INK, label="even spread")
+    ax.set(
+        xscale="log", xlabel="share of the weights, highest score first", ylabel="share of the total score"
+    )
+    ax.yaxis.set_major_formatter(PercentFormatter(1))
+    ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=2))
+    legend_outside(ax)
+    return figure
+
+
+def transfer_map(table: pd.DataFrame, rate: float, n: str) -> Figure:
+    """Accuracy on one subject after zeroing by a ranking calibrated on another."""
+    figure, axes = new_figure(size=(5.6, 4.2))
+    sns.heatmap(
+        table, ax=axes[0, 0], cmap=SEQUENTIAL, annot=True, fmt=".2f", vmin=0, vmax=1,
+        cbar_kws={"label": f"accuracy with {rate:.0%} zeroed"},
+    )  # fmt: skip
+    axes[0, 0].set(xlabel=f"tested on ({n})", ylabel="calibrated on")
+    axes[0, 0].tick_params(axis="y", labelrotation=0)
+    return figure
+
+
+def answer_bars(probabilities: dict[str, Sequence[float]], options: Sequence[str], right: int) -> Figure:
+    """Class probabilities of one question under several versions of a model; the right option is framed."""
+    figure, axes = new_figure(1, len(probabilities), size=(3.3 * len(probabilities), 3.0), sharey=True)
+    for ax, (title, values) in zip(axes[0], probabilities.items(), strict=True):
+        bars = ax.barh(range(len(options)), values, color="#5B8FD0")
+        bars[right].set(edgecolor=INK, linewidth=2)
+        for y, value in enumerate(values):
+            ax.text(min(value + 0.02, 0.86), y, f"{value:.2f}", va="center", fontsize=9)
+        ax.set(title=title, xlim=(0, 1), xlabel="P")
+        ax.set_yticks(range(len(options)), [f"{'ABCD'[i]}. {o}" for i, o in enumerate(options)])
+        ax.invert_yaxis() if ax is axes[0, 0] else None
+        ax.grid(axis="y", visible=False)
+    return figure
+
+
+def _curve(ax: Axes, part: pd.DataFrame, name: str) -> None:
+    part = part.sort_values("rate")
+    style = look(name)
+    ax.plot(part.rate, part.accuracy, **style)
+    ax.fill_between(part.rate, part.low, part.high, color=style["color"], alpha=0.15, linewidth=0)
+
+
+def _finish(ax: Axes, title: str, chance: float | None) -> None:
+    if chance is not None:
+        ax.axhline(chance, color=INK, linewidth=0.8, linestyle=(0, (2, 2)))
+        ax.annotate(
+            "chance", (1, chance), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=9
+        )
+    ax.set(title=title, ylim=(0, 1.03))
+    ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    ax.xaxis.set_ticks(np.linspace(0, 0.1, 6))

@@ -1,0 +1,243 @@
+"""The measures that FI is compared with, behind one call and in one registry (method 3).
+
+    measure(class_grads, probs, *, over=(), predicted=None, value=None, displacement=None)
+
+All are larger where a piece is judged more fragile. Shapes as in `fihelpers.influence.fi`. Over a group a
+measure is the Euclidean norm over the group's elements unless its docstring says otherwise; over a data
+set it is the mean of the per-sample values.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fihelpers.influence import (
+    EXACT,
+    Cut,
+    Damped,
+    Exact,
+    Moments,
+    Spectral,
+    axes_of,
+    fi,
+    fi_of_moments,
+    moments,
+)
+
+Formula = Callable[[Moments, Tensor], Tensor]
+Over = int | Sequence[int]
+Predicted = int | Tensor | None
+
+
+class Measure(ABC):
+    """What experiments loop over: called on class gradients, it gives one value for each perturbation.
+
+    `needs` is "" or the argument that a measure cannot do without, "value" or "displacement".
+    """
+
+    name: str
+    needs: str
+
+    def __call__(
+        self,
+        class_grads: Tensor,
+        probs: Tensor,
+        *,
+        over: Over = (),
+        predicted: Predicted = None,
+        value: Tensor | None = None,
+        displacement: Tensor | None = None,
+    ) -> Tensor:
+        """The measure of every perturbation; shapes and errors as in `fihelpers.influence.fi`.
+
+        value: the perturbed values themselves (weights, pixels), of shape *shape; displacement: what is
+        added to them, by default their removal, -value. Raises ValueError where one is needed and missing.
+        """
+        given = self.given(value, displacement)
+        return self.of_groups(class_grads, probs, over, predicted, given)
+
+    def given(self, value: Tensor | None, displacement: Tensor | None = None) -> Tensor:
+        """The tensor that the measure needs, or an empty one; removal is the default displacement."""
+        if not self.needs:
+            return torch.empty(0)
+        if self.needs == "displacement" and displacement is not None:
+            return displacement
+        if value is None:
+            raise ValueError(f"The measure {self.name!r} needs a {self.needs}: pass {self.needs}=…")
+        return -value if self.needs == "displacement" else value
+
+    @abstractmethod
+    def of_moments(self, m: Moments, given: Tensor) -> Tensor:
+        """The elementwise measure (p = 1) from the moments of the class gradients."""
+
+    @abstractmethod
+    def of_groups(
+        self, class_grads: Tensor, probs: Tensor, over: Over, predicted: Predicted, given: Tensor
+    ) -> Tensor:
+        """The measure of each group of elements that `over` joins."""
+
+
+@dataclass(frozen=True)
+class Influence(Measure):
+    """FI under one spectral filter (method 1a). Over a group it is the joint FI, not a norm."""
+
+    spectral: Spectral = EXACT
+    needs: str = ""
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return f"FI {self.spectral}"
+
+    def of_moments(self, m: Moments, given: Tensor) -> Tensor:
+        return fi_of_moments(m, self.spectral)
+
+    def of_groups(
+        self, class_grads: Tensor, probs: Tensor, over: Over, predicted: Predicted, given: Tensor
+    ) -> Tensor:
+        return fi(class_grads, probs, over=over, predicted=predicted, spectral=self.spectral)
+
+
+@dataclass(frozen=True)
+class Elementwise(Measure):
+    """A formula in the moments of each element, joined over a group by `reduce`, "norm" or "sum"."""
+
+    name: str
+    formula: Formula
+    needs: str = ""
+    reduce: str = "norm"
+
+    def of_moments(self, m: Moments, given: Tensor) -> Tensor:
+        return self.formula(m, given)
+
+    def of_groups(
+        self, class_grads: Tensor, probs: Tensor, over: Over, predicted: Predicted, given: Tensor
+    ) -> Tensor:
+        return _join(self.of_moments(moments(class_grads, probs, predicted), given), over, self.reduce)
+
+
+@dataclass(frozen=True)
+class InformationLength(Measure):
+    """Squared information length of a displacement, delta^T G delta (method 1b.4), dimensionless.
+
+    Over a group it is the quadratic form of the whole displacement, sum_y P(y) (s_y . delta)^2, not a norm
+    of single elements.
+    """
+
+    name: str = "information length"
+    needs: str = "displacement"
+
+    def of_moments(self, m: Moments, given: Tensor) -> Tensor:
+        return m.metric * given * given
+
+    def of_groups(
+        self, class_grads: Tensor, probs: Tensor, over: Over, predicted: Predicted, given: Tensor
+    ) -> Tensor:
+        axes = [a + 1 for a in axes_of(over, class_grads.dim() - 1)]
+        if not axes:
+            return self.of_moments(moments(class_grads, probs, predicted), given)
+        along = (class_grads * given).sum(axes, keepdim=True)
+        return moments(along, probs, predicted).metric.squeeze([a - 1 for a in axes])
+
+
+class DataFree(Measure):
+    """A measure that looks at the values alone and needs no gradient."""
+
+    @abstractmethod
+    def of_value(self, value: Tensor, salt: int = 0) -> Tensor:
+        """Scores for a tensor of values; `salt` separates the tensors of one model."""
+
+    def of_moments(self, m: Moments, given: Tensor) -> Tensor:
+        return self.of_value(given.expand_as(m.score) if given.numel() else m.score)
+
+
+@dataclass(frozen=True)
+class Random(DataFree):
+    """Uniform random scores, the same for the same seed and shape: the baseline of every experiment."""
+
+    seed: int = 0
+    name: str = "random"
+    needs: str = ""
+
+    def of_value(self, value: Tensor, salt: int = 0) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + salt)
+        return torch.rand(value.shape, generator=generator).to(value.device)
+
+    def of_groups(
+        self, class_grads: Tensor, probs: Tensor, over: Over, predicted: Predicted, given: Tensor
+    ) -> Tensor:
+        axes = axes_of(over, class_grads.dim() - 1)
+        return self.of_value(class_grads[0] if not axes else class_grads[0].amax(axes))
+
+
+@dataclass(frozen=True)
+class Magnitude(DataFree):
+    """Absolute value of the weight or input itself, in its own units (method 3)."""
+
+    name: str = "magnitude"
+    needs: str = "value"
+
+    def of_value(self, value: Tensor, salt: int = 0) -> Tensor:
+        return value.abs()
+
+    def of_groups(
+        self, class_grads: Tensor, probs: Tensor, over: Over, predicted: Predicted, given: Tensor
+    ) -> Tensor:
+        return _join(given.abs().expand(class_grads.shape[1:]), over, "norm")
+
+
+def _saliency(m: Moments, given: Tensor) -> Tensor:
+    """With f(y) = -log P(y): -df(y_hat) * sum of df(y) over the others, where the signs agree (method 3)."""
+    own, others = -m.score, -m.others
+    return torch.where((own < 0) | (others > 0), 0, -own * others)
+
+
+JACOBIAN = Elementwise("Jacobian norm", lambda m, _: m.score.abs())
+SNIP = Elementwise("SNIP", lambda m, v: (m.score * v).abs(), needs="value")
+SALIENCY = Elementwise("saliency", _saliency)
+FISHER = Elementwise("Fisher diagonal", lambda m, _: m.metric, reduce="sum")
+SQUARED_SCORE = Elementwise("squared score", lambda m, _: m.score.square(), reduce="sum")
+INFORMATION_LENGTH = InformationLength()
+MAGNITUDE = Magnitude()
+RANDOM = Random()
+
+FILTERS: tuple[Spectral, ...] = (Exact(), Cut(1e-3), Cut(1e-2), Damped(1e-6), Damped(1e-4))
+
+MEASURES: dict[str, Measure] = {
+    m.name: m
+    for m in (
+        *(Influence(s) for s in FILTERS),
+        JACOBIAN,
+        SNIP,
+        SALIENCY,
+        FISHER,
+        INFORMATION_LENGTH,
+        MAGNITUDE,
+        RANDOM,
+    )
+}
+
+
+def find_measure(measure: str | Measure, spectral: Spectral = EXACT) -> Measure:
+    """A measure by its registered name; plain "FI" takes the filter `spectral`. A measure is returned as is.
+
+    Raises ValueError that lists the known names.
+    """
+    if not isinstance(measure, str):
+        return measure
+    if measure == "FI":
+        return Influence(spectral)
+    if measure not in MEASURES:
+        raise ValueError(f"Unknown measure {measure!r}; known: FI, {', '.join(MEASURES)}.")
+    return MEASURES[measure]
+
+
+def _join(values: Tensor, over: Over, how: str) -> Tensor:
+    axes = axes_of(over, values.dim())
+    if not axes:
+        return values
+    return values.sum(axes) if how == "sum" else torch.linalg.vector_norm(values, dim=axes)

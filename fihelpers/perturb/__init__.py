@@ -1,0 +1,1 @@
+"""Perturbations that test what a score claims. They know scores, not how scores were made."""

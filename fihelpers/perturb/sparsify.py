@@ -1,0 +1,123 @@
+"""Zero a share of the weights chosen by their scores (method 4.4), and put them back bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fihelpers.scores.store import Scores
+
+Which = Literal["top", "bottom", "random", "low half"]
+Scope = Literal["global", "layer"]
+
+
+def linear_names(network: PreTrainedModel) -> list[str]:
+    """State-dict names of the weights of all linear layers without lm_head, in the model's order."""
+    head = network.get_output_embeddings()
+    return [
+        f"{name}.weight"
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    ]
+
+
+def select(
+    scores: Scores | Mapping[str, Tensor],
+    share: float,
+    which: Which = "top",
+    *,
+    names: Collection[str] | None = None,
+    scope: Scope = "global",
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Flat positions of the chosen weights of each tensor.
+
+    share: of all named weights (scope "global") or of each tensor's (scope "layer"), rounded to a whole
+        number of weights.
+    which: "top" and "bottom" by score, "random" over all, or "low half": a random draw from the lower
+        half by score, the paper's FI-low.
+    Ties at the border are settled by a seeded random draw among the tied weights (method 1b.5).
+
+    Raises ValueError for a share outside [0, 1] (or above .5 for "low half"), an unknown name or scope, or
+    scores that are NaN or infinite.
+    """
+    limit = 0.5 if which == "low half" else 1.0
+    if not 0 <= share <= limit:
+        raise ValueError(f"The share to zero must lie in [0, {limit:g}] for {which!r}, not {share}.")
+    chosen = _named(scores, names)
+    generator = torch.Generator().manual_seed(seed)
+    if scope == "layer":
+        return {n: _positions(v.flatten(), share, which, generator) for n, v in chosen.items()}
+    if scope != "global":
+        raise ValueError(f"scope must be 'global' or 'layer', not {scope!r}.")
+    sizes = [v.numel() for v in chosen.values()]
+    flat = torch.cat([v.flatten() for v in chosen.values()])
+    mask = torch.zeros(len(flat), dtype=torch.bool, device=flat.device)
+    mask[_positions(flat, share, which, generator)] = True
+    return {n: part.nonzero()[:, 0] for n, part in zip(chosen, mask.split(sizes), strict=True)}
+
+
+@contextmanager
+def zeroed(network: nn.Module, positions: Mapping[str, Tensor]) -> Iterator[nn.Module]:
+    """The network with the weights at `positions` set to zero; on leaving they are as before, bit for bit."""
+    weights = dict(network.named_parameters())
+    unknown = sorted(set(positions) - set(weights))
+    if unknown:
+        raise ValueError(f"The model has no weight {unknown[0]!r}; the scores belong to another model.")
+    kept = {name: _flat(weights[name])[index].clone() for name, index in positions.items()}
+    try:
+        for name, index in positions.items():
+            _flat(weights[name])[index] = 0
+        yield network
+    finally:
+        for name, index in positions.items():
+            _flat(weights[name])[index] = kept[name]
+
+
+def _flat(weight: nn.Parameter) -> Tensor:
+    return weight.data.view(-1)
+
+
+def _named(scores: Scores | Mapping[str, Tensor], names: Collection[str] | None) -> dict[str, Tensor]:
+    values = scores.values if isinstance(scores, Scores) else scores
+    chosen = {n: values[n] for n in (values if names is None else names) if n in values}
+    missing = sorted(set(names or ()) - set(chosen))
+    if missing or not chosen:
+        raise ValueError(
+            f"There are no scores for {missing[0] if missing else 'any weight'}; score it first."
+        )
+    bad = [n for n, v in chosen.items() if not torch.isfinite(v).all()]
+    if bad:
+        raise ValueError(f"The scores of {bad[0]} hold NaN or infinite values; score the model again.")
+    return chosen
+
+
+def _positions(flat: Tensor, share: float, which: Which, generator: torch.Generator) -> Tensor:
+    count = round(share * len(flat))
+    if which == "top":
+        return _largest(flat, count, generator)
+    if which == "bottom":
+        return _largest(-flat, count, generator)
+    pool = torch.arange(len(flat), device=flat.device)
+    if which == "low half":
+        pool = _largest(-flat, len(flat) // 2, generator)
+    elif which != "random":
+        raise ValueError(f"which must be 'top', 'bottom', 'random' or 'low half', not {which!r}.")
+    order = torch.randperm(len(pool), generator=generator).to(pool.device)
+    return pool[order[:count]]
+
+
+def _largest(flat: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Positions of the `count` largest values; among equal ones at the border, a random draw."""
+    if count == 0:
+        return torch.zeros(0, dtype=torch.long, device=flat.device)
+    border = flat.kthvalue(len(flat) - count + 1).values
+    above = (flat > border).nonzero()[:, 0]
+    tied = (flat == border).nonzero()[:, 0]
+    order = torch.randperm(len(tied), generator=generator).to(tied.device)
+    return torch.cat([above, tied[order[: count - len(above)]]])

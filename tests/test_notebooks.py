@@ -1,0 +1,103 @@
+"""The chapters keep the house rules, and the numbers of the book come out again."""
+
+import ast
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from nbformat import NotebookNode
+
+from fihelpers.parameters import declared, read_profile, settle
+from fihelpers.results import compare, load_results
+from fihelpers.runs import chapters, run_chapter
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = chapters(ROOT / "notebooks")
+PROFILES = ROOT / "notebooks" / "profiles"
+RERUN = "01_first_look"  # the chapter whose numbers are computed again here
+LONGEST = 15  # lines of a code cell
+RECORDS = ("run.record(", "run.table(")
+
+each_chapter = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def _cells(path: Path) -> list[NotebookNode]:
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    return notebook.cells
+
+
+def _code(path: Path) -> list[NotebookNode]:
+    return [cell for cell in _cells(path) if cell.cell_type == "code"]
+
+
+def test_the_table_of_contents_lists_every_notebook_in_order() -> None:
+    contents = yaml.safe_load((ROOT / "book" / "_toc.yml").read_text())["chapters"]
+    listed = [entry["file"] for entry in contents if entry["file"].startswith("chapters/")]
+    assert listed == [f"chapters/{path.stem}" for path in NOTEBOOKS]
+    assert {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")} == {path.stem for path in NOTEBOOKS}
+
+
+@each_chapter
+def test_parameters_are_plain_literals_first_profile_and_seed(path: Path) -> None:
+    first, second = _code(path)[:2]
+    assert first.metadata.get("tags") == ["parameters"]
+    assert list(declared(path))[:2] == ["PROFILE", "SEED"]
+    assert declared(path)["PROFILE"] == "embedded"
+    assert all(isinstance(node, ast.Assign) for node in ast.parse(first.source).body)
+    assert not first.source.startswith("# Parameters")  # that marks the cell which papermill adds
+    assert f'run = begin("{path.stem}")' in second.source
+
+
+@each_chapter
+@pytest.mark.parametrize("profile", sorted(file.stem for file in PROFILES.glob("*.yaml")))
+def test_every_profile_fits_every_chapter(path: Path, profile: str) -> None:
+    given = {"PROFILE": profile}
+    settled = settle(path.stem, declared(path), read_profile(PROFILES, profile), given)
+    assert settled.keys() == declared(path).keys()
+    if profile == "embedded":  # the notebooks' own defaults are the settings of the book
+        assert settled == declared(path)
+
+
+@each_chapter
+def test_code_cells_are_short_bare_and_define_nothing(path: Path) -> None:
+    assert nbformat.read(path, as_version=4).metadata.kernelspec.name == "python3"
+    for cell in _code(path):
+        assert not cell.outputs and cell.execution_count is None, "strip the outputs"
+        assert len(cell.source.splitlines()) <= LONGEST, cell.source
+        tree = ast.parse(cell.source)  # fails on "!pip" and other magic, too
+        helpers = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda
+        defined = [node for node in ast.walk(tree) if isinstance(node, helpers)]
+        assert not defined, f"move this to the package:\n{cell.source}"
+
+
+@each_chapter
+def test_a_claim_stands_before_each_result_and_a_reading_after_it(path: Path) -> None:
+    cells = _cells(path)
+    kinds = [cell.cell_type for cell in cells]
+    assert kinds[0] == kinds[-1] == "markdown"
+    assert cells[0].source.startswith("# ")
+    recording = [
+        place
+        for place, cell in enumerate(cells)
+        if cell.cell_type == "code" and any(call in cell.source for call in RECORDS)
+    ]
+    assert recording, "a chapter records its numbers"
+    for place in recording:
+        assert kinds[place - 1] == kinds[place + 1] == "markdown", cells[place].source
+
+
+def test_the_numbers_of_the_book_come_out_again(tmp_path: Path) -> None:
+    old = {key: record for key, record in load_results(ROOT / "data" / "results").items() if key[0] == RERUN}
+    assert old, f"data/results holds no numbers of {RERUN}; run python -m fihelpers build --keep-results"
+    run_chapter(ROOT / "notebooks" / f"{RERUN}.ipynb", "embedded", {}, tmp_path)
+    new = load_results(tmp_path)
+    was, now = next(iter(old.values())).versions, next(iter(new.values())).versions
+    same_machine = all(was[part] == now[part] for part in ("machine", "torch"))
+    assert compare(old, new, same_machine) == []
+
+
+def test_every_chapter_has_kept_results() -> None:
+    kept = {chapter for chapter, _ in load_results(ROOT / "data" / "results")}
+    assert kept == {path.stem for path in NOTEBOOKS}

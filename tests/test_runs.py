@@ -1,0 +1,248 @@
+"""Runs of chapters for real: kernels, caching, failures, and the command line on top."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from conftest import WriteChapter
+
+from fihelpers import runs
+from fihelpers.__main__ import main
+from fihelpers.results import load_results
+from fihelpers.runs import ChapterError, chapters, find_chapter, run_all, run_chapter
+
+OUT = Path("build/runs/smoke")
+RECORD = 'run.record("n", run.p.N, n=1)'
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def _texts(notebook: Path) -> str:
+    cells = nbformat.read(notebook, as_version=4).cells
+    return "".join(output.get("text", "") for cell in cells for output in cell.get("outputs", []))
+
+
+@pytest.fixture
+def no_execution(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever would execute a notebook fails."""
+
+    def refuse(*arguments: Any) -> None:
+        raise AssertionError("a chapter was executed")
+
+    monkeypatch.setattr(runs, "_execute", refuse)
+
+
+def test_a_chapter_runs_in_this_environment_and_is_not_run_again(
+    write_chapter: WriteChapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel spec of the same name that comes first on Jupyter's path must not be taken."""
+    other = tmp_path / "jupyter" / "kernels" / "python3"
+    other.mkdir(parents=True)
+    spec = {"argv": ["no-such-python", "{connection_file}"], "display_name": "other", "language": "python"}
+    (other / "kernel.json").write_text(json.dumps(spec))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    where = "import sys\n\nprint(sys.executable, run.p)"
+    notebook = write_chapter(RECORD, where, "import ipywidgets\n\nipywidgets.IntSlider(5)")
+
+    done = run_chapter(notebook, "smoke", {"RATES": [0.25]}, OUT)
+
+    assert done == OUT / "01_tiny.ipynb"
+    assert _names(OUT) == {"01_tiny.ipynb", "01_tiny.json", "01_tiny.key"}
+    assert sys.executable in _texts(done) and "N=2, RATES=[0.25]" in _texts(done)
+    executed = nbformat.read(done, as_version=4)
+    assert executed.metadata.widgets["application/vnd.jupyter.widget-state+json"]["state"]
+    glued = [output.metadata.get("scrapbook", {}).get("name") for output in executed.cells[4].outputs]
+    assert glued[:2] == ["n", "n_n"]
+    assert [record.value for record in load_results(OUT).values()] == [2]
+
+    before = {path: path.stat().st_mtime_ns for path in OUT.iterdir()}
+    monkeypatch.setattr(runs, "_execute", None)
+    assert run_chapter(notebook, "smoke", {"RATES": [0.25]}, OUT) == done
+    assert {path: path.stat().st_mtime_ns for path in OUT.iterdir()} == before
+    with pytest.raises(TypeError):  # what calling the missing _execute raises
+        run_chapter(notebook, "smoke", {"RATES": [0.5]}, OUT)
+    assert {path: path.stat().st_mtime_ns for path in OUT.iterdir()} == before
+
+
+def test_the_key_sees_all_that_a_run_depends_on(
+    write_chapter: WriteChapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notebook, package, model = write_chapter(), tmp_path / "package", tmp_path / "model"
+    package.mkdir()
+    model.mkdir()
+    (package / "a.py").write_text("a = 1")
+    (package / "a.pyc").write_text("compiled")
+    (model / "weights").write_text("w")
+    monkeypatch.setattr(runs, "PACKAGE", package)
+
+    def key(**settings: Any) -> str:
+        return runs._key(notebook, {"N": 2, "MODEL": str(model), **settings})
+
+    keys = [key()]
+    (package / "a.pyc").write_text("compiled again")
+    assert key() == keys[0]
+    assert key(N=3) != keys[0]
+    for path in (notebook, package / "a.py", package / "b.js", model / "weights", Path("data/manifest.json")):
+        path.write_text(path.read_text() + " " if path.exists() else "new")
+        keys.append(key())
+    assert len(set(keys)) == len(keys)
+
+
+def test_a_failure_leaves_the_last_success_alone(write_chapter: WriteChapter) -> None:
+    notebook = write_chapter(RECORD)
+    run_chapter(notebook, "smoke", {}, OUT)
+    kept = {path.name: path.read_bytes() for path in OUT.iterdir()}
+    write_chapter('run.record("half", 1, n=1)', 'values = {}\nvalues["thirteen"]')
+    with pytest.raises(
+        ChapterError, match=r"01_tiny failed in cell \[5\] .values = \{\}.: KeyError: 'thirteen'"
+    ):
+        run_chapter(notebook, "smoke", {}, OUT)
+    assert {name: (OUT / name).read_bytes() for name in kept} == kept
+    assert _names(OUT) - set(kept) == {"01_tiny.failed.ipynb"}
+    write_chapter(RECORD)
+    run_chapter(notebook, "smoke", {"N": 4}, OUT)
+    assert _names(OUT) == set(kept)
+
+
+def test_a_dead_kernel_and_a_chapter_without_begin_are_said_plainly(write_chapter: WriteChapter) -> None:
+    with pytest.raises(ChapterError, match="01_tiny: its kernel died"):
+        run_chapter(write_chapter("import os\n\nos._exit(1)"), "smoke", {}, OUT)
+    notebook = write_chapter()
+    notebook.write_text(notebook.read_text().replace('begin(\\"01_tiny', 'begin(\\"01_tony'))
+    with pytest.raises(
+        ChapterError, match=r"01_tiny kept no records; its first cell must call begin\('01_tiny'\)"
+    ):
+        run_chapter(notebook, "smoke", {}, OUT)
+    assert _names(OUT) == {"01_tiny.failed.ipynb"}
+
+
+@pytest.mark.parametrize(
+    ("profile", "parameters", "message"),
+    [
+        ("smoke", {"NN": 3}, r"01_tiny has no parameter NN .given 3.; did you mean N\?"),
+        ("smoke", {"N": "3"}, "the parameter N must be of the type of its default"),
+        ("smoke", {"PROFILE": "paper"}, "PROFILE is not given as a parameter"),
+        ("smook", {}, r"unknown profile 'smook'; did you mean smoke\?"),
+    ],
+)
+@pytest.mark.usefixtures("no_execution")
+def test_bad_parameters_stop_before_anything_runs(
+    write_chapter: WriteChapter, profile: str, parameters: dict[str, Any], message: str
+) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run_chapter(write_chapter(), profile, parameters, OUT)
+    assert not OUT.exists()
+
+
+def test_bare_papermill_refuses_an_unknown_parameter_too(write_chapter: WriteChapter) -> None:
+    arguments = ["papermill", str(write_chapter()), "out.ipynb", "-p", "NN", "3", "--no-progress-bar"]
+    done = subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "01_tiny has no parameter NN (given 3); did you mean N?" in done.stderr
+
+
+def test_all_chapters_run_in_order_or_side_by_side(write_chapter: WriteChapter) -> None:
+    for name in ("10_last", "02_second", "Untitled"):
+        folder = write_chapter(RECORD, name=name).parent
+    names = ["02_second", "10_last"]
+    assert [path.stem for path in chapters(folder)] == names
+    done = run_all(folder, "smoke", OUT, jobs=2)
+    assert [path.stem for path in done] == names
+    assert {chapter for chapter, _ in load_results(OUT)} == set(names)
+    threads = max(1, (os.cpu_count() or 1) // 2)
+    assert f"{threads} threads" in next(iter(load_results(OUT).values())).versions["machine"]
+    assert run_all(folder, "smoke", OUT) == done
+
+
+def test_a_chapter_is_found_by_number_or_name(write_chapter: WriteChapter) -> None:
+    folder = write_chapter(name="07_sparsification").parent
+    for wanted in ("7", "07", "sparsification", "07_sparsification"):
+        assert find_chapter(folder, wanted).stem == "07_sparsification"
+    for wanted in ("8", "sparsify", "", ".."):
+        with pytest.raises(ValueError, match=f"unknown chapter '{wanted}'.*07_sparsification"):
+            find_chapter(folder, wanted)
+
+
+def test_kept_results_are_those_of_the_run_alone(tmp_path: Path) -> None:
+    out, results = tmp_path / "out", tmp_path / "results"
+    for path in (out / "01_a.json", out / "01_a.curve.csv", out / "01_a.key", results / "02_b.json"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(path.name)
+    runs.keep_results(out, results)
+    assert _names(results) == {"01_a.json", "01_a.curve.csv"}
+
+
+def test_the_command_line_runs_a_chapter(
+    write_chapter: WriteChapter, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_chapter(RECORD)
+    arguments = [
+        "run",
+        "1",
+        "--profile",
+        "smoke",
+        "-p",
+        "RATES",
+        "[1e-3]",
+        "-p",
+        "MODEL",
+        "12",
+        "--out",
+        "mine",
+    ]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.strip() == str(Path("mine/01_tiny.ipynb"))
+    kept = json.loads(Path("mine/01_tiny.json").read_text())["parameters"]
+    assert kept == {"PROFILE": "smoke", "SEED": 0, "N": 2, "RATES": [0.001], "MODEL": "12", "LIMIT": None}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "1", "-p", "NN", "3"], "01_tiny has no parameter NN (given 3); did you mean N?"),
+        (["run", "1", "-p", "N", "[3"], "the value '[3' is not valid YAML"),
+        (["run", "2"], "unknown chapter '2'"),
+        (["run", "1", "--profile", "lapto"], "unknown profile 'lapto'"),
+        (["build", "--profile", "smoke", "--keep-results"], "--keep-results keeps the numbers of embedded"),
+        (["build", "--jobs", "0"], "at least one job"),
+    ],
+)
+@pytest.mark.usefixtures("no_execution")
+def test_bad_input_is_one_sentence_and_exit_code_1(
+    write_chapter: WriteChapter, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    write_chapter()
+    assert main(arguments) == 1
+    told = capsys.readouterr()
+    assert told.err.startswith("fihelpers: ") and message in told.err
+    assert told.err.count("\n") == 1 and not told.out
+    assert not Path("build").exists()
+
+
+def test_usage_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["run"])
+    assert stop.value.code == 2 and "usage:" in capsys.readouterr().err
+
+
+def test_the_manifest_lists_what_ships(
+    write_chapter: WriteChapter, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_chapter().parent.parent / "data"
+    for name in ("facts/law.yaml", "results/01.json", ".hidden", "models/.cache/x", "models/m/config.json"):
+        (data / name).parent.mkdir(parents=True, exist_ok=True)
+        (data / name).write_text(name)
+    assert main(["manifest"]) == 0
+    listed = json.loads((data / "manifest.json").read_text())
+    assert list(listed) == ["facts/law.yaml", "models/m/config.json"]
+    from fihelpers.data import check_file
+
+    for name in listed:
+        assert check_file(data / name) == listed[name]

@@ -1,0 +1,91 @@
+"""Choosing and zeroing weights, and putting them back."""
+
+import pytest
+import torch
+from tiny import tiny_model
+
+from fihelpers.perturb.sparsify import linear_names, select, zeroed
+from fihelpers.scores import Scores
+
+
+def scores(seed: int = 0) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return {"a": torch.rand(10, 20, generator=g), "b": 2 * torch.rand(300, generator=g)}
+
+
+def picked(positions: dict[str, torch.Tensor], of: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([of[name].flatten()[index] for name, index in positions.items()])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.37, 0.5, 1.0])
+def test_the_share_is_exact_and_the_order_right(share: float) -> None:
+    values = scores()
+    everything = torch.cat([v.flatten() for v in values.values()]).sort().values
+    count = round(share * 500)
+    top, bottom = picked(select(values, share), values), picked(select(values, share, "bottom"), values)
+    assert top.sort().values.equal(everything[500 - count :])
+    assert bottom.sort().values.equal(everything[:count])
+    assert len(picked(select(values, share, "random"), values)) == count
+    by_layer = select(values, share, scope="layer")
+    assert [len(i) for i in by_layer.values()] == [round(share * 200), round(share * 300)]
+
+
+def test_low_half_draws_below_the_median() -> None:
+    values = scores()
+    median = torch.cat([v.flatten() for v in values.values()]).sort().values[250]
+    assert (picked(select(values, 0.3, "low half"), values) < median).all()
+    assert len(picked(select(values, 0.5, "low half"), values)) == 250
+    with pytest.raises(ValueError, match=r"\[0, 0.5\]"):
+        select(values, 0.6, "low half")
+
+
+def test_ties_are_settled_by_the_seed() -> None:
+    tied = {"a": torch.zeros(1000)}
+    tied["a"][:10] = 1
+    chosen = [select(tied, 0.1, seed=s)["a"] for s in (0, 0, 1)]
+    assert all(set(range(10)) <= set(c.tolist()) and len(c) == 100 for c in chosen)
+    assert chosen[0].equal(chosen[1]) and not chosen[0].sort().values.equal(chosen[2].sort().values)
+    assert chosen[0].max() > 500  # drawn over all tied weights, not the first rows
+
+
+def test_zeroing_is_undone_bit_for_bit_even_after_an_error() -> None:
+    network = tiny_model("qwen2").network
+    names = linear_names(network)
+    before = {n: p.clone() for n, p in network.named_parameters()}
+    chosen = select({n: torch.rand(before[n].shape) for n in names}, 0.4, names=names)
+    with pytest.raises(RuntimeError), zeroed(network, chosen):
+        zeros = sum(int((p == 0).sum()) for p in network.parameters())
+        assert zeros == sum(len(i) for i in chosen.values())
+        for name, index in chosen.items():
+            assert (network.get_parameter(name).flatten()[index] == 0).all()
+        raise RuntimeError
+    assert all(p.equal(before[n]) for n, p in network.named_parameters())
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama", "gpt_neox"])
+def test_linear_layers_without_the_head(kind: str) -> None:
+    network = tiny_model(kind).network
+    names = linear_names(network)
+    assert names and set(names) <= set(network.state_dict())
+    assert not any("lm_head" in n or "embed" in n or "norm" in n for n in names)
+    assert len(names) == 2 * (4 if kind == "gpt_neox" else 7)
+
+
+def test_bad_input_is_named() -> None:
+    values = scores()
+    for share in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="must lie in"):
+            select(values, share)
+    with pytest.raises(ValueError, match="no scores for c"):
+        select(Scores(values), 0.1, names=["a", "c"])
+    with pytest.raises(ValueError, match="NaN"):
+        select({"a": torch.tensor([1.0, float("nan")])}, 0.5)
+    with pytest.raises(ValueError, match="scope"):
+        select(values, 0.1, scope="row")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="which"):
+        select(values, 0.1, "highest")  # type: ignore[arg-type]
+    with (
+        pytest.raises(ValueError, match="another model"),
+        zeroed(tiny_model("qwen2").network, {"x": torch.tensor([0])}),
+    ):
+        pass

@@ -1,0 +1,198 @@
+"""Streamed weight scores against plain autograd, on tiny random models."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from tiny import tiny_examples, tiny_model
+from torch import Tensor, nn
+
+from fihelpers.answers import groups, letters
+from fihelpers.influence import Damped, SaturationWarning, fi
+from fihelpers.measures import MEASURES, RANDOM
+from fihelpers.models import LanguageModel
+from fihelpers.scores import Scores, score_weights, weights
+from fihelpers.scores.weights import class_grads_of_weights
+
+KINDS = ["qwen2", "llama", "gpt_neox", "gpt2"]
+
+
+def autograd_class_grads(model: LanguageModel, prompt: str) -> tuple[dict[str, Tensor], Tensor]:
+    """Class gradients (K, *shape) of every parameter and P (K,), one plain backward pass for each class."""
+    batch = model.batches([prompt])[0]
+    log_p = letters(model.tokenizer).log_probs(model.last_logits(batch))[0]
+    named = dict(model.network.named_parameters())
+    passes = [torch.autograd.grad(one, list(named.values()), retain_graph=True) for one in log_p]
+    return {
+        n: torch.stack(g) for n, g in zip(named, zip(*passes, strict=True), strict=True)
+    }, log_p.exp().detach()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_class_gradients_equal_autograd(kind: str) -> None:
+    model, examples = tiny_model(kind), tiny_examples(5)
+    ours, others = class_grads_of_weights(model, examples)
+    for i, example in enumerate(examples):
+        truth, probs = autograd_class_grads(model, example.prompt)
+        order = [k for k in range(4) if k != int(probs.argmax())]
+        torch.testing.assert_close(others[:, i], probs[order], rtol=1e-10, atol=0)
+        for name, grads in truth.items():
+            torch.testing.assert_close(ours[name][:, i], grads[order], rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_measure_equals_autograd(kind: str) -> None:
+    model, examples = tiny_model(kind), tiny_examples(6)
+    scores = score_weights(model, examples, batch_size=4)
+    sums: dict[tuple[str, str], Tensor] = {}
+    for example in examples:
+        grads, probs = autograd_class_grads(model, example.prompt)
+        for name, g in grads.items():
+            value = model.network.get_parameter(name).detach()
+            for key, measure in MEASURES.items():
+                one = measure(g, probs, value=value)
+                sums[key, name] = sums.get((key, name), 0) + one / len(examples)
+    for (key, name), truth in sums.items():
+        # a gradient that is zero but for rounding (a bias of keys, say) has no exact FI (method 1b.8)
+        live = sums["Jacobian norm", name] > 1e-12
+        if key != "random":
+            ours = scores[key][name]
+            torch.testing.assert_close(ours[live], truth[live], rtol=1e-5, atol=1e-12, msg=f"{key} of {name}")
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama", "gpt_neox"])
+def test_float32_fi_equals_float64_norm_wise(kind: str) -> None:
+    examples = tiny_examples(4)
+    scores = score_weights(tiny_model(kind), examples, ["FI", "Jacobian norm"])
+    exact = scores["FI exact"]
+    model = tiny_model(kind)
+    model.network.float()
+    single = score_weights(model, examples, ["FI"])["FI exact"]
+    largest = max(v.max() for v in exact.values.values())
+    for name, value in exact.values.items():
+        live = scores["Jacobian norm"][name] > 1e-12  # see above: the rest is zero but for rounding
+        assert ((single[name] - value).abs() * live).max() < 1e-3 * largest
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+@pytest.mark.parametrize("block", [1, 64, 2**19])
+def test_batches_and_blocks_do_not_change_scores(batch_size, block, monkeypatch) -> None:
+    model, examples = tiny_model("qwen2"), tiny_examples(7)
+    whole = score_weights(model, examples, batch_size=7)
+    monkeypatch.setattr(weights, "BLOCK", block)
+    parts = score_weights(model, examples, batch_size=batch_size)
+    for key in whole:
+        for name in whole[key].values:
+            torch.testing.assert_close(parts[key][name], whole[key][name], rtol=1e-8, atol=1e-12)
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = tiny_model("qwen2")
+    before = {n: p.clone() for n, p in model.network.named_parameters()}
+    score_weights(model, tiny_examples(2), ["FI"])
+    for name, p in model.network.named_parameters():
+        assert p.equal(before[name]) and p.requires_grad and p.grad is None
+    assert not any(m._forward_hooks for m in model.network.modules())
+
+
+class Scaled(nn.Module):
+    """Wraps a network's final norm and multiplies by a parameter of its own, which no leaf module owns."""
+
+    def __init__(self, norm: nn.Module, size: int) -> None:
+        super().__init__()
+        self.norm, self.scale = norm, nn.Parameter(torch.full((size,), 1.3, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x) * self.scale
+
+
+def test_parameters_that_hooks_miss_fall_back_to_autograd() -> None:
+    model, examples = tiny_model("qwen2"), tiny_examples(3)
+    model.network.model.norm = Scaled(model.network.model.norm, 12)
+    scores = score_weights(model, examples, ["FI"])
+    truth = torch.zeros(12, dtype=torch.float64)
+    for example in examples:
+        grads, probs = autograd_class_grads(model, example.prompt)
+        truth += fi(grads["model.norm.scale"], probs) / 3
+    torch.testing.assert_close(scores["FI exact"]["model.norm.scale"], truth)
+    assert truth.max() > 0
+
+
+def test_a_weight_used_outside_its_module_falls_back_to_autograd() -> None:
+    """The hooks see the norm's own call, not that its weight is used a second time."""
+    model, examples = tiny_model("qwen2"), tiny_examples(3)
+    norm = model.network.model.norm
+    norm.register_forward_hook(lambda module, inputs, out: out * module.weight)
+    scores = score_weights(model, examples, ["Jacobian norm"])["Jacobian norm"]["model.norm.weight"]
+    truth = torch.zeros(12, dtype=torch.float64)
+    for example in examples:
+        grads, probs = autograd_class_grads(model, example.prompt)
+        truth += grads["model.norm.weight"][probs.argmax()].abs() / 3
+    torch.testing.assert_close(scores, truth)
+
+
+def test_displacement_aware_values_follow_from_the_stored_means() -> None:
+    model, examples = tiny_model("llama"), tiny_examples(3)
+    scores = score_weights(model, examples, ["SNIP"])
+    assert set(scores) == {"SNIP", "squared score", "Fisher diagonal"}
+    name = "model.layers.0.mlp.up_proj.weight"
+    delta = 0.1 * torch.ones_like(scores["SNIP"][name])
+    change = torch.zeros_like(delta)
+    for example in examples:
+        grads, probs = autograd_class_grads(model, example.prompt)
+        change += (grads[name][probs.argmax()] * delta).square() / 3
+    torch.testing.assert_close(scores["squared score"][name] * delta**2, change)
+
+
+def test_scores_are_saved_and_loaded_with_their_metadata(tmp_path) -> None:
+    model = tiny_model("qwen2")
+    scores = score_weights(model, tiny_examples(3), ["FI"], Damped(1e-4))["FI damped 0.0001"]
+    scores.save(tmp_path / "scores.safetensors")
+    back = Scores.load(tmp_path / "scores.safetensors")
+    assert back.metadata == scores.metadata
+    assert back.metadata["spectral"] == "damped 0.0001" and back.metadata["n"] == "3"
+    assert all(back[name].equal(scores[name]) for name in scores.values)
+    assert set(scores.values) <= set(model.network.state_dict())
+    per_example = json.loads(back.metadata["per_example"])
+    total = sum(float(v.sum()) for v in scores.values.values()) / scores.numel()
+    assert sum(per_example) / 3 == pytest.approx(total, rel=1e-4)
+    with pytest.raises(FileNotFoundError, match="no scores at"):
+        Scores.load(tmp_path / "other.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "scores.safetensors").read_bytes()[:100])
+    with pytest.raises(ValueError, match="not a readable"):
+        Scores.load(tmp_path / "cut.safetensors")
+
+
+def test_two_classes_warn_of_saturation() -> None:
+    model = tiny_model("llama")
+    two = groups(model.tokenizer, {"yes": ["A", "B"], "no": ["C", "D"]})
+    with pytest.warns(SaturationWarning):
+        score_weights(
+            model, tiny_examples(2), ["FI"], answers=two, only=["model.layers.0.mlp.up_proj.weight"]
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        score_weights(model, tiny_examples(2), ["FI"])
+
+
+def test_random_scores_differ_between_tensors_and_seeds() -> None:
+    model, examples = tiny_model("llama"), tiny_examples(2)
+    scores = score_weights(model, examples, [RANDOM])["random"]
+    a, b = "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"
+    assert not scores[a].equal(scores[b])
+    again = score_weights(model, examples, [RANDOM])["random"]
+    assert scores[a].equal(again[a])
+
+
+def test_bad_input_is_named() -> None:
+    model = tiny_model("qwen2")
+    with pytest.raises(ValueError, match="calibration set is empty"):
+        score_weights(model, [])
+    with pytest.raises(ValueError, match="Unknown measure 'Fi'"):
+        score_weights(model, tiny_examples(1), ["Fi"])
+    with pytest.raises(ValueError, match="no parameter 'nope'"):
+        score_weights(model, tiny_examples(1), only=["nope"])
+    model.network.lm_head.weight.data[0] = float("nan")
+    with pytest.raises(FloatingPointError, match="tiny-qwen2"):
+        score_weights(model, tiny_examples(1))
