@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fihelpers import runs
-from fihelpers.parameters import declared, nearest, spoken
+from fihelpers.parameters import declared, spoken
 
 BOOKS_PROFILE = "embedded"  # the profile whose pages and numbers the project shows
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"the package {error.name} is missing; run pip install -e '.[book,test]'.")
     except KeyError as error:
         return _fail(error.args[0] if error.args else error)
-    except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
+    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
         return _fail(error)
     return 0
 
@@ -71,13 +71,7 @@ def _run(options: argparse.Namespace) -> None:
     folder = runs.notebooks_folder()
     notebook = runs.find_chapter(folder, options.chapter)
     defaults = declared(notebook)
-    parameters = {}
-    for name, text in options.parameters:
-        if name not in defaults:
-            raise ValueError(
-                f"{notebook.stem} has no parameter {name} (given {text}){nearest(name, defaults)}"
-            )
-        parameters[name] = spoken(text, defaults[name])
+    parameters = {name: spoken(text, defaults.get(name)) for name, text in options.parameters}
     out = options.out or _runs_folder(folder, options.profile)
     print(runs.run_chapter(notebook, options.profile, parameters, out))
 

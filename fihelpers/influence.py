@@ -321,11 +321,10 @@ def _other_classes(
     if (chosen <= 0).any():
         raise ValueError("The predicted class has probability 0, so FI is not defined for it.")
     grads = class_grads.to(_working(class_grads.dtype))
-    if lead:
-        grads = grads.gather(0, _like(index, grads.dim()).expand(-1, *grads.shape[1:]))
-    else:
-        grads = grads[index]
-    return grads, others, chosen
+    if not lead:
+        return grads[index], others, chosen
+    rows = _like(index, grads.dim()).expand(-1, *grads.shape[1:])
+    return grads.gather(0, rows), others, chosen
 
 
 def _like(values: Tensor, dims: int) -> Tensor:
@@ -472,7 +471,7 @@ def _deflate(m: Tensor, root: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _grouped(grads: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """(K, *shape) -> (p, K, *rest) put as (K, *rest, p), in float64, where small problems keep their digits."""
+    """(K, *shape) -> (K, *rest, p) in float64, where small problems keep their digits."""
     _check_finite(grads)
     moved = grads.movedim([a + 1 for a in axes], list(range(-len(axes), 0)))
     return moved.flatten(-len(axes)).double()

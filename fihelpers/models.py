@@ -13,7 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Cache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from fihelpers.data import check_folder, data_folder, file_sha256
 
@@ -22,6 +29,8 @@ log = logging.getLogger(__name__)
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+GENERIC_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")
 HUB_FILES = ["model*.safetensors", WEIGHTS_INDEX, "*.json", "*.model", "*.txt", "*.jinja"]
 MIN_PREFIX = 8  # a shorter shared prefix costs more than it saves
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -81,8 +90,9 @@ class LanguageModel:
         prefix = torch.tensor([first[:shared]], dtype=torch.long, device=self.device)
         return prefix, _make_batches(ids, shared, batch_size, self.device)
 
+    @torch.no_grad()
     def read(self, prefix: Tensor) -> Cache | None:
-        """Return the keys and values of a prefix (1, P), None for P = 0. Not meant for gradients."""
+        """Return the keys and values of a prefix (1, P), None for P = 0; no gradient runs through them."""
         if prefix.shape[1] == 0:
             return None
         cache: Cache = self.network(input_ids=prefix, use_cache=True, logits_to_keep=1).past_key_values
@@ -283,10 +293,26 @@ def _weights_sha256(folder: Path, label: str) -> str:
 
 
 def _open_tokenizer(folder: Path, label: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    # Without any file, transformers would make up an empty tokenizer.
+    if not any((folder / file).is_file() for file in TOKENIZER_FILES):
+        raise ValueError(f"model {label!r} has no tokenizer; give a folder with a {TOKENIZER_FILES[0]}.")
     try:
+        if _has_own_tokenizer(folder):
+            return PreTrainedTokenizerFast.from_pretrained(folder)
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many types for a folder without a usable tokenizer
         raise ValueError(f"the tokenizer of model {label!r} cannot be opened: {_brief(error)}") from error
+
+
+def _has_own_tokenizer(folder: Path) -> bool:
+    """Whether the folder's tokenizer is of no architecture's class, and so is to be taken as it is written.
+
+    AutoTokenizer would take the class of the architecture instead, which cuts the text by its own rules.
+    """
+    config = folder / "tokenizer_config.json"
+    if not config.is_file() or not (folder / "tokenizer.json").is_file():
+        return False
+    return json.loads(config.read_text(encoding="utf-8")).get("tokenizer_class") in GENERIC_TOKENIZERS
 
 
 def _open_network(folder: Path, label: str, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:

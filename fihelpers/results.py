@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Protocol, SupportsFloat
 
 from fihelpers import __version__
-from fihelpers.files import write_atomically
+from fihelpers.files import package_sha256, write_atomically
 from fihelpers.parameters import executed, profiles_folder, read_profile, settle
 
 if TYPE_CHECKING:
@@ -69,6 +69,15 @@ class Chapter:
         self._versions = versions()
         self._records: dict[str, Record] = {}
         self._save()
+
+    @property
+    def cache(self) -> Path:
+        """The folder for finished parts of long work, so that an interrupted run can go on.
+
+        What an earlier state of the package computed lies in another one.
+        """
+        folder = os.environ.get("FIHELPERS_CACHE") or self._folder / "cache"
+        return Path(folder) / package_sha256()[:16]
 
     def record(
         self,

@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from fihelpers.data import MANIFEST, data_folder, file_sha256
-from fihelpers.files import write_atomically
+from fihelpers.files import PACKAGE, package_sha256, write_atomically
 from fihelpers.parameters import NOTEBOOKS, declared, nearest, read_profile, settle
 
-PACKAGE = Path(__file__).resolve().parent
 RECORDS = ("*.json", "*.csv")
 
 
@@ -77,7 +76,11 @@ def run_chapter(
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{chapter}.", dir=out) as folder:
         work = Path(folder)
-        environment = {"FIHELPERS_RESULTS": folder, "FIHELPERS_PROFILES": str(profiles.resolve())}
+        environment = {
+            "FIHELPERS_RESULTS": folder,
+            "FIHELPERS_CACHE": str((out / "cache").resolve()),
+            "FIHELPERS_PROFILES": str(profiles.resolve()),
+        }
         if threads:
             environment["OMP_NUM_THREADS"] = str(threads)
         _execute(notebook, work / done.name, given, environment)
@@ -118,11 +121,10 @@ def keep_results(out: Path, results: Path) -> None:
 
 def _key(notebook: Path, settings: Mapping[str, Any]) -> str:
     """Hash of notebook, package, versions, shipped data, parameters, and files that these name."""
-    sources = [path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix != ".pyc"]
     named = [Path(value) for value in settings.values() if isinstance(value, str) and value]
     parts = {
         "notebook": file_sha256(notebook),
-        "package": {str(path.relative_to(PACKAGE)): file_sha256(path) for path in sorted(sources)},
+        "package": package_sha256(),
         "versions": [sys.version, *(version(name) for name in ("torch", "transformers"))],
         "data": file_sha256(data_folder() / MANIFEST),
         "parameters": settings,
@@ -155,24 +157,13 @@ def _publish(work: Path, out: Path, chapter: str, key: str) -> None:
 
 def _execute(notebook: Path, output: Path, given: Mapping[str, Any], environment: Mapping[str, str]) -> None:
     """Execute a notebook into `output`; a failed one is kept in the folder above."""
-    import papermill
     from nbclient.exceptions import DeadKernelError
+    from papermill import PapermillExecutionError
 
     failed = output.parent.parent / f"{output.stem}.failed.ipynb"
     try:
-        with _closed_loop():
-            papermill.execute_notebook(
-                notebook,
-                output,
-                dict(given),
-                kernel_name="python3",
-                language="python",
-                kernel_manager_class=_own_kernel(environment),
-                store_widget_state=True,
-                progress_bar={"desc": output.stem},
-                stderr_file=sys.stderr,
-            )
-    except papermill.PapermillExecutionError as error:
+        _papermill(notebook, output, given, environment)
+    except PapermillExecutionError as error:
         os.replace(output, failed)
         line = error.source.strip().splitlines()[0]
         cause = f"{error.ename}: {error.evalue}".splitlines()[0]
@@ -180,9 +171,31 @@ def _execute(notebook: Path, output: Path, given: Mapping[str, Any], environment
         raise ChapterError(f"{place}: {cause} (see {failed})") from None
     except DeadKernelError as error:
         os.replace(output, failed)
-        raise ChapterError(
-            f"{output.stem}: its kernel died, perhaps for lack of memory (see {failed})"
-        ) from error
+        cause = "its kernel died, perhaps for lack of memory"
+        raise ChapterError(f"{output.stem}: {cause} (see {failed})") from error
+
+
+def _papermill(
+    notebook: Path, output: Path, given: Mapping[str, Any], environment: Mapping[str, str]
+) -> None:
+    import nbformat
+    import papermill
+
+    with _closed_loop():
+        executed = papermill.execute_notebook(
+            notebook,
+            output,
+            dict(given),
+            kernel_name="python3",
+            language="python",
+            kernel_manager_class=_own_kernel(environment),
+            store_widget_state=True,
+            progress_bar={"desc": output.stem},
+            stderr_file=sys.stderr,
+        )
+    for part in (executed, *executed.cells):  # times and paths of this machine, which a page would publish
+        part.metadata.pop("papermill", None)
+    nbformat.write(executed, output)
 
 
 @contextmanager

@@ -39,7 +39,7 @@ def random_logits(*shape: int, scale: float = 3.0) -> Tensor:
 
 
 @pytest.mark.parametrize("answers", [FIVE, Top(4)], ids=str)
-def test_probabilities_are_those_of_the_classes_renormalised(answers: Groups | Top):
+def test_probabilities_are_those_of_the_classes_renormalised(answers: Groups | Top) -> None:
     logits = random_logits(2, 3, 12)
     probs = logits.softmax(-1)
     if isinstance(answers, Groups):
@@ -56,14 +56,16 @@ def test_probabilities_are_those_of_the_classes_renormalised(answers: Groups | T
 @pytest.mark.parametrize("answers", [FIVE, Top(4)], ids=str)
 @given(shift=st.floats(-1e3, 1e3), scale=st.floats(0.01, 30))
 @settings(max_examples=30, deadline=None)
-def test_probabilities_sum_to_one_and_ignore_a_shift_of_the_logits(answers, shift: float, scale: float):
+def test_probabilities_sum_to_one_and_ignore_a_shift_of_the_logits(
+    answers, shift: float, scale: float
+) -> None:
     logits = random_logits(5, 12, scale=scale)
     found = answers.log_probs(logits + shift)
     torch.testing.assert_close(found.exp().sum(-1), torch.ones(5, dtype=torch.float64), rtol=1e-12, atol=0)
     torch.testing.assert_close(found, answers.log_probs(logits), rtol=1e-9, atol=1e-9)
 
 
-def test_the_rest_keeps_its_digits_where_a_difference_would_lose_them():
+def test_the_rest_keeps_its_digits_where_a_difference_would_lose_them() -> None:
     logits = torch.zeros(1, 100)
     logits[0, 3] = 40.0
     rest = Top(1).log_probs(logits)[0, 1]
@@ -73,13 +75,13 @@ def test_the_rest_keeps_its_digits_where_a_difference_would_lose_them():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("answers", [FIVE, Top(4)], ids=str)
-def test_half_precision_is_raised_to_float32(answers: Groups | Top, dtype: torch.dtype):
+def test_half_precision_is_raised_to_float32(answers: Groups | Top, dtype: torch.dtype) -> None:
     found = answers.log_probs(random_logits(2, 12).to(dtype))
     assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
 @pytest.mark.parametrize("answers", [FIVE, Top(4)], ids=str)
-def test_gradients_are_those_of_finite_differences(answers: Groups | Top):
+def test_gradients_are_those_of_finite_differences(answers: Groups | Top) -> None:
     logits = random_logits(3, 12).requires_grad_()
     fixed = answers.fix(logits)
     assert torch.autograd.gradcheck(fixed.log_probs, (logits,))
@@ -87,14 +89,14 @@ def test_gradients_are_those_of_finite_differences(answers: Groups | Top):
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("answers", [FIVE, Top(4), FixedTop(torch.tensor([[0, 1]]))], ids=str)
-def test_logits_that_are_not_finite_are_refused(answers, bad: float):
+def test_logits_that_are_not_finite_are_refused(answers, bad: float) -> None:
     logits = torch.zeros(1, 12)
     logits[0, 11] = bad
     with pytest.raises(FloatingPointError, match="NaN or infinity"):
         answers.log_probs(logits)
 
 
-def test_a_fixed_top_judges_another_model_on_the_first_ones_classes():
+def test_a_fixed_top_judges_another_model_on_the_first_ones_classes() -> None:
     first, second = random_logits(4, 12), random_logits(4, 12).flip(-1)
     fixed = Top(3).fix(first)
     torch.testing.assert_close(fixed.log_probs(first), Top(3).log_probs(first))
@@ -105,7 +107,7 @@ def test_a_fixed_top_judges_another_model_on_the_first_ones_classes():
     torch.testing.assert_close(fixed.rows(rows).log_probs(second[rows]), fixed.log_probs(second)[rows])
 
 
-def test_classes_that_do_not_depend_on_the_logits_stay_as_they_are():
+def test_classes_that_do_not_depend_on_the_logits_stay_as_they_are() -> None:
     logits = random_logits(4, 12)
     assert FIVE.fix(logits) is FIVE and FIVE.rows(torch.tensor([1])) is FIVE
     assert Top(3).rows(torch.tensor([1])) == Top(3)
@@ -113,19 +115,19 @@ def test_classes_that_do_not_depend_on_the_logits_stay_as_they_are():
     assert fixed.fix(-logits) is fixed
 
 
-def test_a_fixed_top_refuses_other_rows_than_its_own():
+def test_a_fixed_top_refuses_other_rows_than_its_own() -> None:
     fixed = Top(3).fix(random_logits(4, 12))
     with pytest.raises(ValueError, match=r"\(5, 12\) do not match the rows \(4,\)"):
         fixed.log_probs(random_logits(5, 12))
 
 
 @pytest.mark.parametrize(("m", "message"), [(0, "at least one"), (12, "leaves no rest")])
-def test_a_top_without_classes_or_without_a_rest_is_refused(m: int, message: str):
+def test_a_top_without_classes_or_without_a_rest_is_refused(m: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Top(m).log_probs(random_logits(2, 12))
 
 
-def test_a_letter_has_every_spelling_that_is_one_token():
+def test_a_letter_has_every_spelling_that_is_one_token() -> None:
     tokenizer = byte_level("ĠA", "ĠB", "ĠC")
     found = letters(tokenizer)
     spelled = [sorted(map(tokenizer.decode, ids)) for ids in found.tokens]
@@ -133,12 +135,12 @@ def test_a_letter_has_every_spelling_that_is_one_token():
     assert spelled == [[" A", "A"], [" B", "B"], [" C", "C"], ["D"]]
 
 
-def test_a_letter_that_the_tokenizer_lacks_is_named_with_the_model():
+def test_a_letter_that_the_tokenizer_lacks_is_named_with_the_model() -> None:
     with pytest.raises(ValueError, match="tokenizer of model 'words' has no single token for the letter 'C'"):
         letters(words("A", "B", "D"))
 
 
-def test_groups_take_texts_of_one_token():
+def test_groups_take_texts_of_one_token() -> None:
     tokenizer = byte_level("ĠA", "ye", "yes", "no")
     found = groups(tokenizer, {"agree": ["yes", " A"], "deny": ["no"]})
     assert str(found) == "agree deny" and found.size == 2
@@ -148,7 +150,10 @@ def test_groups_take_texts_of_one_token():
 @pytest.mark.parametrize(
     ("classes", "message"),
     [
-        ({"agree": ["yes", "certainly"], "deny": ["no"]}, "'certainly' of answer class 'agree' is not one token"),
+        (
+            {"agree": ["yes", "certainly"], "deny": ["no"]},
+            "'certainly' of answer class 'agree' is not one token",
+        ),
         ({"agree": ["yes"], "deny": ["no", "yes"]}, "'agree' and 'deny' share token"),
         ({"agree": ["yes"], "deny": []}, "'deny' has no token"),
         ({"agree": ["yes"]}, "two or more names"),
@@ -156,17 +161,17 @@ def test_groups_take_texts_of_one_token():
         ({"agree": ["<unknown>"], "deny": ["no"]}, "is not one token of model 'words'"),
     ],
 )
-def test_groups_that_are_no_classes_are_refused(classes: dict, message: str):
+def test_groups_that_are_no_classes_are_refused(classes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         groups(words("yes", "no"), classes)
 
 
-def test_classes_of_another_model_are_refused():
+def test_classes_of_another_model_are_refused() -> None:
     with pytest.raises(ValueError, match="token 9 is beyond the 8 logits"):
         FIVE.log_probs(random_logits(2, 8))
 
 
-def test_the_usual_answers_are_letters_or_the_likeliest_tokens():
+def test_the_usual_answers_are_letters_or_the_likeliest_tokens() -> None:
     tokenizer = byte_level("ĠA")
     assert usual_answers(tokenizer, lettered=True) == letters(tokenizer)
     assert usual_answers(tokenizer, lettered=False) == Top(8)
@@ -177,6 +182,6 @@ def test_the_usual_answers_are_letters_or_the_likeliest_tokens():
     # stories260K is SentencePiece-like and encodes "A" as two tokens, but has the piece "A".
     [("tokenizers/qwen2", {" A", "A"}), ("stories260K", {"A"})],
 )
-def test_letters_of_real_tokenizers(real_data: Path, folder: str, expected: set[str]):
+def test_letters_of_real_tokenizers(real_data: Path, folder: str, expected: set[str]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(real_data / folder)
     assert {tokenizer.decode([token]) for token in letters(tokenizer).tokens[0]} == expected

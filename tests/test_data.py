@@ -19,17 +19,19 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_the_environment_names_the_folder(folder: Path):
+def test_the_environment_names_the_folder(folder: Path) -> None:
     assert data.data_folder() == folder.resolve()
 
 
-def test_a_wrong_folder_in_the_environment_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_a_wrong_folder_in_the_environment_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FIHELPERS_DATA", str(tmp_path / "none"))
-    with pytest.raises(FileNotFoundError, match="FIHELPERS_DATA names .*none, which is not a folder"):
+    with pytest.raises(FileNotFoundError, match=r"FIHELPERS_DATA names .*none, which is not a folder"):
         data.data_folder()
 
 
-def test_the_checkout_is_used_next_and_its_absence_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_the_checkout_is_used_next_and_its_absence_is_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.delenv("FIHELPERS_DATA", raising=False)
     monkeypatch.setattr(data, "__file__", str(tmp_path / "fihelpers" / "data.py"))
     with pytest.raises(FileNotFoundError, match="set FIHELPERS_DATA"):
@@ -39,24 +41,24 @@ def test_the_checkout_is_used_next_and_its_absence_is_said(monkeypatch: pytest.M
     assert data.data_folder() == (tmp_path / "data").resolve()
 
 
-def test_an_unchanged_file_passes_with_its_hash(folder: Path):
+def test_an_unchanged_file_passes_with_its_hash(folder: Path) -> None:
     path = folder / "stories.txt"
     assert data.check_file(path) == data.file_sha256(path)
 
 
-def test_a_changed_byte_is_noticed_and_the_file_named(folder: Path):
+def test_a_changed_byte_is_noticed_and_the_file_named(folder: Path) -> None:
     (folder / "stories.txt").write_text("Once upon a tine\n")
     with pytest.raises(ValueError, match=r"^stories\.txt is damaged"):
         data.check_file(folder / "stories.txt")
 
 
 @pytest.mark.parametrize("relative", ["../outside.txt", "models/../../outside.txt"])
-def test_a_path_that_leaves_the_folder_is_refused(folder: Path, relative: str):
+def test_a_path_that_leaves_the_folder_is_refused(folder: Path, relative: str) -> None:
     with pytest.raises(ValueError, match="is not in the data folder"):
         data.check_file(folder / relative)
 
 
-def test_a_file_that_is_not_listed_or_not_there_is_named(folder: Path):
+def test_a_file_that_is_not_listed_or_not_there_is_named(folder: Path) -> None:
     (folder / "new.txt").write_text("new")
     with pytest.raises(ValueError, match=r"new\.txt is not listed"):
         data.check_file(folder / "new.txt")
@@ -65,7 +67,7 @@ def test_a_file_that_is_not_listed_or_not_there_is_named(folder: Path):
         data.check_file(folder / "stories.txt")
 
 
-def test_a_folder_passes_only_whole_and_without_additions(folder: Path):
+def test_a_folder_passes_only_whole_and_without_additions(folder: Path) -> None:
     model = folder / "models" / "mini"
     (model / ".hidden").write_text("ignored")
     data.check_folder(model)
@@ -79,15 +81,16 @@ def test_a_folder_passes_only_whole_and_without_additions(folder: Path):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("{", "not valid JSON"), (json.dumps(["stories.txt"]), "must map relative paths")]
+    ("content", "message"),
+    [("{", "not valid JSON"), (json.dumps(["stories.txt"]), "must map relative paths")],
 )
-def test_a_broken_manifest_is_named(folder: Path, content: str, message: str):
+def test_a_broken_manifest_is_named(folder: Path, content: str, message: str) -> None:
     (folder / "manifest.json").write_text(content)
     with pytest.raises(ValueError, match=rf"manifest\.json.* {message}"):
         data.check_file(folder / "stories.txt")
 
 
-def test_a_missing_manifest_is_named(folder: Path):
+def test_a_missing_manifest_is_named(folder: Path) -> None:
     (folder / "manifest.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"manifest\.json is missing"):
         data.check_file(folder / "stories.txt")

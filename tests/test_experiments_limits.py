@@ -10,7 +10,7 @@ from tiny import tiny_examples, tiny_model
 
 from fihelpers.experiments import limits
 from fihelpers.figures import limits as figures
-from fihelpers.influence import Cut, Damped, Exact
+from fihelpers.influence import Cut, Damped, Exact, SaturationWarning, fi
 from fihelpers.models import LanguageModel
 from fihelpers.scores import Scores, score_weights
 
@@ -66,8 +66,9 @@ def test_no_fi_passes_the_ceiling_and_whole_matrices_reach_it(model: LanguageMod
 
 def test_groups_saturate_where_their_rank_allows_it(names: list[str]) -> None:
     table = limits.saturation(tiny_model("qwen2"), EXAMPLES[:2], names, [1, 3], rows=4, seed=0)
-    at = table.set_index(["classes", "part", "size"])["share"]
-    two, four, nine = table["classes"].unique()
+    at = table.set_index(["k", "part", "size"])["share"]
+    two, four, nine = table["k"].unique()
+    assert (two, four, nine) == (2, 4, 9)
     assert at[two].min() > 0.99
     assert at[four, limits.EARLIER, "1"] < 0.1 and at[four, limits.EARLIER, "3"] > 0.99
     assert at[nine, limits.EARLIER, "3"] < 0.1
@@ -153,30 +154,47 @@ def test_effective_sizes_lie_between_one_and_n(scores: dict[str, Scores]) -> Non
 
 
 def test_the_own_backward_pass_fails_where_the_model_is_sure(model: LanguageModel, names: list[str]) -> None:
-    table = limits.own_score_errors(model, EXAMPLES[:2], names[0], [1, 30])
-    worst = table.groupby(["way", "sharpness"])[["error", "excess"]].max()
-    assert (
-        worst.loc[("own backward pass", 30), "error"]
-        > 10 * worst.loc[("from the other classes", 30), "error"]
-    )
-    assert worst.loc["from the other classes", "excess"].max() <= 1 + 1e-5
-    assert worst.loc["from the other classes", "error"].max() < 1e-3
+    table = limits.own_score_errors(model, EXAMPLES[:2], names[0], [1, 100])
+    sure = table[table["sharpness"] == 100].groupby("way")[["doubt", "error", "excess"]].max()
+    own, others = sure.loc["own backward pass"], sure.loc["from the other classes"]
+    assert own["doubt"] < 1e-3 and own["error"] > 10 * others["error"]
+    assert table[table["way"] == "from the other classes"]["excess"].max() <= 1 + 1e-5 < own["excess"]
     assert limits.null_residual(model, EXAMPLES, names)["residual"].max() < 1e-5
     figures.draw_own_scores(table).canvas.draw()
 
 
+def test_the_formula_as_it_stands_is_right_in_float64() -> None:
+    generator = torch.Generator().manual_seed(0)
+    probs = torch.tensor([0.5, 0.2, 0.2, 0.1], dtype=torch.float64)
+    free = torch.randn(3, 5, 3, generator=generator, dtype=torch.float64)
+    grads = torch.cat([-(probs[1:, None, None] * free).sum(0, keepdim=True) / probs[0], free])
+    with pytest.warns(SaturationWarning):
+        bounded = fi(grads, probs, over=-1)
+    torch.testing.assert_close(limits.as_it_stands(grads, probs), bounded)
+
+
 def test_float32_is_close_norm_wise(model: LanguageModel, names: list[str]) -> None:
-    found = limits.rounding(model, EXAMPLES, names, 0.05)
-    assert found.largest < 1e-3 and found.worst >= 1 and 0 <= found.differing <= 1 and found.agree > 0.9
-    assert len(found.weights) <= 20_000 + 1
-    figures.draw_rounding(found.weights, found.n).canvas.draw()
+    low, high = (limits.exact_fi(model, EXAMPLES, names, d) for d in (torch.float32, torch.float64))
+    found = limits.rounding(low, high, 0.05)
+    assert found["largest"] < 1e-3 and found["worst"] >= 1 and found["kept"] > 0.9
+    assert 0 <= found["differing"] <= 1 and limits.rounding(high, high, 0.05)["differing"] == 0
+    shown = limits.differences(low, high, 100)
+    assert 100 <= len(shown) <= 200
+    figures.draw_rounding(shown, found["n"]).canvas.draw()
+
+
+def test_a_verdict_says_no_more_than_its_interval() -> None:
+    assert "is lower than" in limits.verdict("a", "b", (-0.2, -0.3, -0.1), "x")
+    assert "is higher than" in limits.verdict("a", "b", (0.2, 0.1, 0.3), "x")
+    assert "not distinguishable" in limits.verdict("a", "b", (0.2, -0.1, 0.3), "x")
 
 
 def test_rank_correlation_with_ties_and_a_constant() -> None:
     a = torch.tensor([1.0, 2.0, 2.0, 4.0])
-    assert limits.spearman(a, a.square()) == pytest.approx(1)
-    assert limits.spearman(a, -a) == pytest.approx(-1)
-    assert np.isnan(limits.spearman(a, torch.ones(4)))
+    ranks = limits.ranks_of(a)
+    assert limits.spearman(ranks, limits.ranks_of(a.square())) == pytest.approx(1)
+    assert limits.spearman(ranks, limits.ranks_of(-a)) == pytest.approx(-1)
+    assert np.isnan(limits.spearman(ranks, limits.ranks_of(torch.ones(4))))
 
 
 def test_questions_are_spread_over_the_subjects(monkeypatch: pytest.MonkeyPatch) -> None:

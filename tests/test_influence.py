@@ -82,7 +82,7 @@ def test_single_elements_agree_with_groups_of_one(k: int) -> None:
 @pytest.mark.parametrize("p", [1, 2, 3, 8])
 @pytest.mark.parametrize("k", [2, 3, 4, 5, 12])
 def test_fi_keeps_below_its_ceiling_without_clamping(k, p, spectral, dtype) -> None:
-    """10,000 cases for each K, p, filter and precision: P(y_hat) from .3 to 1 - 1e-7, gradients 1e-7 to 1e4."""
+    """10,000 cases for each setting: P(y_hat) from .3 to 1 - 1e-7, gradients from 1e-7 to 1e4."""
     n = 10_000
     g = torch.Generator().manual_seed(k * 100 + p)
     sure = (1 - 10 ** (-7 * torch.rand(n, generator=g, dtype=torch.float64))).clamp(0.3, 1 - 1e-7)

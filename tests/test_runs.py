@@ -11,7 +11,7 @@ import nbformat
 import pytest
 from conftest import WriteChapter
 
-from fihelpers import runs
+from fihelpers import files, runs
 from fihelpers.__main__ import main
 from fihelpers.results import load_results
 from fihelpers.runs import ChapterError, chapters, find_chapter, run_all, run_chapter
@@ -80,7 +80,7 @@ def test_the_key_sees_all_that_a_run_depends_on(
     (package / "a.py").write_text("a = 1")
     (package / "a.pyc").write_text("compiled")
     (model / "weights").write_text("w")
-    monkeypatch.setattr(runs, "PACKAGE", package)
+    monkeypatch.setattr(files, "PACKAGE", package)
 
     def key(**settings: Any) -> str:
         return runs._key(notebook, {"N": 2, "MODEL": str(model), **settings})

@@ -42,5 +42,5 @@ def test_fonts_are_at_least_nine_points_and_figures_are_not_left_open() -> None:
     legend_outside(axes[0, 0], ["random", "FI exact"])
     texts = [t.get_text() for t in axes[0, 0].get_legend().get_texts()]
     assert texts == ["random", "FI exact"] and axes.shape == (2, 1)
-    assert figure.number not in plt.get_fignums() if hasattr(figure, "number") else not plt.get_fignums()
+    assert not plt.get_fignums()
     figure.canvas.draw()

@@ -74,14 +74,14 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
     return calls
 
 
-def test_the_prompt_is_the_standard_one():
+def test_the_prompt_is_the_standard_one() -> None:
     assert format_prompt("world_law", "Who?", ("a", "b", "c", "d")) == (
         "The following are multiple choice questions (with answers) about world law.\n\n"
         "Who?\nA. a\nB. b\nC. c\nD. d\nAnswer:"
     )
 
 
-def test_shots_come_before_the_question_with_their_letters():
+def test_shots_come_before_the_question_with_their_letters() -> None:
     shots = [Row("One?", ("a", "b", "c", "d"), 1), Row("Two?", ("e", "f", "g", "h"), 3)]
     plain = format_prompt("law", "Who?", ("i", "j", "k", "l"))
     header, question = plain.split("\n\n")
@@ -91,7 +91,9 @@ def test_shots_come_before_the_question_with_their_letters():
     )
 
 
-def test_every_source_gives_the_same_examples(mmlu: Path, hub: list[dict], request: pytest.FixtureRequest):
+def test_every_source_gives_the_same_examples(
+    mmlu: Path, hub: list[dict], request: pytest.FixtureRequest
+) -> None:
     for subject, split, shots in ((None, "test", 0), ("business", "val", 2), (None, "val", 3)):
         folder = load_task(mmlu, subject, split, shots=shots)
         online = load_task("cais/mmlu", subject, split, shots=shots)
@@ -105,7 +107,7 @@ def test_every_source_gives_the_same_examples(mmlu: Path, hub: list[dict], reque
     assert load_task().examples == expected
 
 
-def test_a_task_holds_what_the_file_says(mmlu: Path):
+def test_a_task_holds_what_the_file_says(mmlu: Path) -> None:
     task = load_task(mmlu, "world_law", "val")
     assert (task.subject, task.split, len(task)) == ("world_law", "val", 4)
     third = list(task)[2]
@@ -115,7 +117,7 @@ def test_a_task_holds_what_the_file_says(mmlu: Path):
     assert third.prompt == format_prompt("world_law", third.question, third.options)
 
 
-def test_no_subject_means_all_one_after_the_other(mmlu: Path):
+def test_no_subject_means_all_one_after_the_other(mmlu: Path) -> None:
     task = load_task(mmlu)
     assert (task.subject, len(task)) == ("all", 12)
     parts = [load_task(mmlu, subject).examples for subject in SUBJECTS]
@@ -123,7 +125,7 @@ def test_no_subject_means_all_one_after_the_other(mmlu: Path):
     assert len({example.id for example in task}) == len(task)
 
 
-def test_n_draws_a_seeded_subset_in_order(mmlu: Path):
+def test_n_draws_a_seeded_subset_in_order(mmlu: Path) -> None:
     whole = load_task(mmlu).examples
     drawn = [load_task(mmlu, n=5, seed=seed) for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
@@ -134,14 +136,14 @@ def test_n_draws_a_seeded_subset_in_order(mmlu: Path):
     assert load_task(mmlu, n=12).examples == whole
 
 
-def test_shots_are_the_subjects_own_first_dev_questions(mmlu: Path):
+def test_shots_are_the_subjects_own_first_dev_questions(mmlu: Path) -> None:
     for example in load_task(mmlu, shots=2):
         solved, asked = example.prompt.rsplit("\n\n", 1)
         assert asked.startswith(example.question)
         assert [f"{example.subject} dev question {i}?" in solved for i in range(3)] == [True, True, False]
 
 
-def test_quoted_line_breaks_and_spaces_around_values_are_read(tmp_path: Path):
+def test_quoted_line_breaks_and_spaces_around_values_are_read(tmp_path: Path) -> None:
     write_csv(tmp_path / "test" / "law_test.csv", [[" Which\nlaw?", "a,b ", 'c"d', "e", "f", "D "]])
     (example,) = load_task(tmp_path, "law")
     assert (example.question, example.options, example.answer) == ("Which\nlaw?", ("a,b", 'c"d', "e", "f"), 3)
@@ -163,7 +165,7 @@ GOOD = ["Q?", "a", "b", "c", "d", "A"]
         (["Q?", "a", "", "c", "d", "A"], "option B is empty"),
     ],
 )
-def test_a_malformed_row_is_named_by_file_and_line(tmp_path: Path, bad: list[str], message: str):
+def test_a_malformed_row_is_named_by_file_and_line(tmp_path: Path, bad: list[str], message: str) -> None:
     path = write_csv(tmp_path / "test" / "law_test.csv", [["Line\nbreak?", *GOOD[1:]]])
     with open(path, "a", newline="", encoding="utf-8") as file:
         file.write(",".join(bad) + "\n")
@@ -179,14 +181,14 @@ def test_a_malformed_row_is_named_by_file_and_line(tmp_path: Path, bad: list[str
         (b"Q?,a,b,c,\xff,A\n", "line 1: .*utf-8"),
     ],
 )
-def test_a_file_that_is_no_csv_is_named(tmp_path: Path, content: bytes, message: str):
+def test_a_file_that_is_no_csv_is_named(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "test").mkdir()
     (tmp_path / "test" / "law_test.csv").write_bytes(content)
     with pytest.raises(ValueError, match=rf"^test/law_test\.csv.* {message}"):
         load_task(tmp_path, "law")
 
 
-def test_a_repeated_option_is_an_error_in_our_data_but_kept_in_published_data(mmlu: Path, request):
+def test_a_repeated_option_is_an_error_in_our_data_but_kept_in_published_data(mmlu: Path, request) -> None:
     path = mmlu / "test" / "business_test.csv"
     write_csv(path, [["Q?", "a", "b", "a", "d", "D"]])
     assert load_task(mmlu, "business").examples[0].options == ("a", "b", "a", "d")
@@ -195,7 +197,7 @@ def test_a_repeated_option_is_an_error_in_our_data_but_kept_in_published_data(mm
         load_task("bundled", "business")
 
 
-def test_a_damaged_bundled_file_is_named(bundled: Path):
+def test_a_damaged_bundled_file_is_named(bundled: Path) -> None:
     assert len(load_task("bundled", "business")) == 6
     with open(bundled / "mcq" / "test" / "business_test.csv", "a") as file:
         file.write("Q?,a,b,c,d,A\n")
@@ -216,7 +218,7 @@ def test_a_damaged_bundled_file_is_named(bundled: Path):
 )
 def test_an_unknown_subject_is_refused_with_the_known_ones(
     mmlu: Path, hub: list[dict], source: str, subject: str, message: str
-):
+) -> None:
     with pytest.raises(ValueError, match=message):
         load_task(mmlu if source == "folder" else "cais/mmlu", subject)
     assert hub == []  # nothing was asked for
@@ -233,12 +235,12 @@ def test_an_unknown_subject_is_refused_with_the_known_ones(
         ({"shots": 1, "split": "dev"}, "1 shots with split 'dev'"),
     ],
 )
-def test_what_cannot_be_given_is_refused(mmlu: Path, options: dict, message: str):
+def test_what_cannot_be_given_is_refused(mmlu: Path, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_task(mmlu, **options)
 
 
-def test_an_unknown_task_and_a_folder_of_another_layout_are_named(tmp_path: Path):
+def test_an_unknown_task_and_a_folder_of_another_layout_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no task 'nowhere': give 'bundled', 'cais/mmlu'"):
         load_task("nowhere")
     with pytest.raises(FileNotFoundError, match=r"has no test/\*_test\.csv"):
@@ -246,16 +248,18 @@ def test_an_unknown_task_and_a_folder_of_another_layout_are_named(tmp_path: Path
 
 
 @pytest.mark.parametrize("function", ["load_dataset", "get_dataset_config_names"])
-def test_a_silent_hub_is_a_connection_error(hub, monkeypatch: pytest.MonkeyPatch, function: str):
+def test_a_silent_hub_is_a_connection_error(hub, monkeypatch: pytest.MonkeyPatch, function: str) -> None:
     def fail(*_: object, **__: object) -> None:
         raise OSError("no route\nto the hub")
 
     monkeypatch.setattr(datasets, function, fail)
-    with pytest.raises(ConnectionError, match=r"^the hub did not give cais/mmlu \(OSError\); check the network"):
+    with pytest.raises(
+        ConnectionError, match=r"^the hub did not give cais/mmlu \(OSError\); check the network"
+    ):
         load_task("cais/mmlu", "business")
 
 
-def test_a_malformed_hub_row_is_named(monkeypatch: pytest.MonkeyPatch, hub):
+def test_a_malformed_hub_row_is_named(monkeypatch: pytest.MonkeyPatch, hub) -> None:
     record = {"question": "Q?", "subject": "business", "choices": list("abcd"), "answer": 4}
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: [record])
     with pytest.raises(ValueError, match="cais/mmlu business test, row 1: the answer '4' is not among"):
@@ -272,10 +276,12 @@ def write_text(tmp_path: Path) -> Callable[[bytes], Path]:
     return write
 
 
-def test_text_has_one_context_a_line_and_no_answer(write_text):
+def test_text_has_one_context_a_line_and_no_answer(write_text) -> None:
     task = load_task(write_text("Once upon a time\n\nTom ate \nÉva\n".encode()), split="val")
     assert [example.prompt for example in task] == ["Once upon a time", "Tom ate ", "Éva"]
-    assert {(e.subject, e.options, e.answer, e.question == e.prompt) for e in task} == {("text", (), None, True)}
+    assert {(e.subject, e.options, e.answer, e.question == e.prompt) for e in task} == {
+        ("text", (), None, True)
+    }
     assert [example.id for example in task] == ["text/1", "text/3", "text/4"]
     assert (task.name, task.subject, task.split) == ("openings", "text", "all")
     assert len(load_task(write_text(b"a\nb\nc\n"), "text", n=2)) == 2
@@ -291,19 +297,21 @@ def test_text_has_one_context_a_line_and_no_answer(write_text):
         (b"\xff\xfe", {}, r"openings\.txt is not UTF-8"),
     ],
 )
-def test_text_that_cannot_be_a_task_is_refused(write_text, content: bytes, options: dict, message: str):
+def test_text_that_cannot_be_a_task_is_refused(
+    write_text, content: bytes, options: dict, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         load_task(write_text(content), **options)
 
 
-def test_a_missing_text_file_is_named(tmp_path: Path):
+def test_a_missing_text_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no text file .*none\.txt"):
         load_task(tmp_path / "none.txt")
 
 
-def test_the_published_mmlu_files_are_read(real_data: Path):
-    task = load_task(real_data / "mmlu", "high_school_geography", shots=5)
-    assert len(task) == 198
+def test_the_published_mmlu_files_are_read(real_data: Path) -> None:
+    task = load_task(real_data / "mmlu", "international_law", shots=5)
+    assert len(task) == 121
     assert task.examples[0].prompt.count("\nAnswer:") == 6
     for split in QUESTIONS:
         whole = load_task(real_data / "mmlu", split=split)

@@ -31,17 +31,8 @@ def tiny_network(kind: str) -> PreTrainedModel:
         return LlamaForCausalLM(LlamaConfig(**SHAPE, num_key_value_heads=1, tie_word_embeddings=False))
     if kind == "gpt_neox":
         return GPTNeoXForCausalLM(GPTNeoXConfig(**SHAPE, hidden_dropout=0.0, attention_dropout=0.0))
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=len(WORDS),
-            n_positions=32,
-            n_embd=12,
-            n_layer=2,
-            n_head=2,
-            bos_token_id=0,
-            eos_token_id=0,
-        )  # fmt: skip
-    )
+    shape = {"n_positions": 32, "n_embd": 12, "n_layer": 2, "n_head": 2}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=len(WORDS), bos_token_id=0, eos_token_id=0, **shape))
 
 
 def tiny_model(kind: str, dtype: torch.dtype = torch.float64) -> LanguageModel:

@@ -43,7 +43,7 @@ class Look:
         return self._ask().correct.numpy()
 
     def sweep(self, scores: dict[str, Scores], shares: Sequence[float], seed: int) -> pd.DataFrame:
-        """Accuracy with a Wilson interval after zeroing the top share by each score; share 0 is the intact model.
+        """Accuracy with a Wilson interval after zeroing the top share by each score; 0 is the intact model.
 
         Columns: measure, rate, accuracy, low, high, seeds (always 1), n.
         """

@@ -120,12 +120,16 @@ def flatten(values: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([v.flatten() for v in values.values()])
 
 
-def spearman(a: Tensor, b: Tensor) -> float:
-    """Rank correlation with average ranks for ties; NaN where one side is constant."""
-    ranks = np.stack([rankdata(x.double().numpy()) for x in (a.flatten().cpu(), b.flatten().cpu())])
-    if (ranks.std(1) == 0).any():
-        return float("nan")
-    return float(np.corrcoef(ranks)[0, 1])
+def ranks_of(values: Tensor) -> np.ndarray:
+    """Ranks with mean 0 and norm 1, average ranks for ties; zeros where all values are equal."""
+    ranks = rankdata(values.flatten().cpu().double().numpy())
+    ranks -= ranks.mean()
+    return ranks / (np.linalg.norm(ranks) or 1.0)
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Rank correlation from two `ranks_of`; NaN where one side is constant."""
+    return float(a @ b) if a.any() and b.any() else float("nan")
 
 
 @contextmanager
@@ -263,7 +267,7 @@ def saturation(
     """Share of groups whose exact FI is at the ceiling (method 1b.2): mean over questions, t interval.
 
     A group is `size` neighbours in a row of a weight matrix, "row" the whole row; `rows` random rows of each
-    matrix are looked at. Columns: classes, part, size, share, low, high, n (questions), groups.
+    matrix are looked at. Columns: classes, k, part, size, share, low, high, n (questions), groups.
     """
     generator = torch.Generator().manual_seed(seed)
     shapes = {n: model.network.get_parameter(n).shape for n in names}
@@ -277,8 +281,8 @@ def saturation(
                 for size in (*sizes, grads.shape[-1]):
                     at, live = _at_ceiling(grads, q.probs, size)
                     name = "row" if size == grads.shape[-1] else str(size)
-                    lines.append((label, parts[n], name, q.example.id, at, live))
-    columns = ["classes", "part", "size", "question", "at", "groups"]
+                    lines.append((label, len(q.probs), parts[n], name, q.example.id, at, live))
+    columns = ["classes", "k", "part", "size", "question", "at", "groups"]
     return _mean_shares(pd.DataFrame(lines, columns=columns))
 
 
@@ -292,7 +296,7 @@ def _at_ceiling(grads: Tensor, probs: Tensor, size: int) -> tuple[int, int]:
 
 
 def _mean_shares(counts: pd.DataFrame) -> pd.DataFrame:
-    by = ["classes", "part", "size"]
+    by = ["classes", "k", "part", "size"]
     each = counts.groupby([*by, "question"], sort=False)[["at", "groups"]].sum()
     each["share"] = each["at"] / each["groups"].clip(lower=1)
     lines = []
@@ -332,9 +336,9 @@ def row_spread(
     lines = []
     for q in questions(model, examples, names):
         for name, values in row_scores(q, spectral).items():
-            low, high = values.double().quantile(torch.tensor([0.1, 0.9], dtype=torch.float64))
+            low, high = np.quantile(values.double().cpu().numpy(), [0.1, 0.9])
             share = saturated(values, q.probs).double().mean()
-            lines.append((name, float(share), float((high / low).log())))
+            lines.append((name, float(share), float(np.log(high / low))))
     frame = pd.DataFrame(lines, columns=["score", "at_ceiling", "spread"])
     means = frame.groupby("score", sort=False).mean().reset_index()
     return means.assign(spread=np.exp(means["spread"]), n=len(examples))
@@ -392,7 +396,7 @@ def filter_sweep(
 
 
 def _correlations(seed: int, rankings: Mapping[str, Scores], tried: Sequence[Spectral]) -> list[dict]:
-    flat = {name: flatten(s.values) for name, s in rankings.items()}
+    flat = {name: ranks_of(flatten(s.values)) for name, s in rankings.items()}
     ends = {"with_exact": flat[Influence(Exact()).name], "with_jacobian": flat[JACOBIAN2]}
     known = {Influence(f).name: (_kind(f), _scale(f)) for f in tried}
     rows = []
@@ -462,7 +466,7 @@ def metric_quantiles(
 ) -> np.ndarray:
     """Quantiles over weights and questions of the Fisher metric G of a single weight (its only mu)."""
     metrics = [moments(q.flat(), q.probs).metric.double() for q in questions(model, examples, names)]
-    return np.quantile(torch.cat(metrics).numpy(), quantiles)
+    return np.quantile(torch.cat(metrics).cpu().numpy(), quantiles)
 
 
 # --- 4: decomposition and prediction ----------------------------------------------------------------
@@ -526,7 +530,7 @@ def zero_weights(
     parts = []
     for q in questions(exact, examples, names):
         grads = q.flat()[:, places]
-        values = {m.name: m(grads, q.probs, value=theta).numpy() for m in MEASURES.values()}
+        values = {m.name: m(grads, q.probs, value=theta).cpu().numpy() for m in MEASURES.values()}
         parts.append(pd.DataFrame({"question": q.example.id, "item": range(len(places)), **values}))
     starts = np.cumsum([0, *sizes[:-1]])
     owners = np.searchsorted(starts, places.numpy(), side="right") - 1
@@ -586,14 +590,17 @@ def _with_changes(
 ) -> pd.DataFrame:
     """Add the column `change`: zero each item in turn and ask all questions again."""
     answers = usual_answers(model.tokenizer, lettered=bool(examples[0].options))
-    ask = Evaluator(model, examples, answers)
-    before = ask()
-    chosen = before.predicted[:, None]
+    batch = model.batches([e.prompt for e in examples], len(examples))[0]
+    order = batch.index.argsort()
     changes = []
-    for item in tqdm(items, desc="zeroing", delay=3, leave=False):
-        with zeroed(model.network, item):
-            changes.append((ask().log_probs - before.log_probs).gather(1, chosen)[:, 0].abs())
-    return frame.assign(change=torch.stack(changes, 1).flatten().numpy())
+    with torch.inference_mode():
+        before = answers.log_probs(model.last_logits(batch))
+        chosen = before.argmax(-1, keepdim=True)
+        for item in tqdm(items, desc="zeroing", delay=3, leave=False):
+            with zeroed(model.network, item):
+                after = answers.log_probs(model.last_logits(batch))
+            changes.append((after - before).gather(1, chosen)[order, 0].abs())
+    return frame.assign(change=torch.stack(changes, 1).flatten().cpu().numpy())
 
 
 def rank_correlations(frame: pd.DataFrame, seed: int, resamples: int = 500) -> pd.DataFrame:
@@ -713,7 +720,8 @@ def own_score_errors(
 
     The logits are multiplied by a sharpness, so that P(y_hat) nears 1; truth is the same in float64. One row
     for each question, sharpness and way ("own backward pass", "from the other classes"): doubt 1 - P(y_hat),
-    error (norm of the difference relative to the norm), excess (largest FI over the ceiling).
+    error (norm of the difference relative to the norm), excess (largest FI of a group of three weights over
+    the ceiling: by the formula grad^T pinv(G) grad as it stands, or in the form of method 1a).
     """
     models = [in_dtype(model, dtype) for dtype in (torch.float32, torch.float64)]
     weights = [m.network.get_parameter(name) for m in models]
@@ -739,23 +747,35 @@ def _sharp_grads(log_p: Tensor, weight: Tensor, factor: float) -> tuple[Tensor, 
 def _two_ways(
     single: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]
 ) -> Iterator[dict[str, float | str]]:
-    truth = moments_of_others(exact[0][1:], exact[1][1:].exp(), exact[1][0].exp())
+    others = exact[1][1:].exp()
+    truth = moments_of_others(exact[0][1:], others, exact[1][0].exp()).score
     grads, p = single[0], single[1].exp()
     ours = moments_of_others(grads[1:], p[1:], p[0])
-    own_metric = (p[:, None, None] * grads * grads).sum(0)
+    triples = grads[..., : grads.shape[-1] // 3 * 3].unflatten(-1, (-1, 3))
+    with _unwarned():
+        bounded = fi(triples, p, over=-1, predicted=0)
     ways = {
-        "own backward pass": (grads[0], grads[0] ** 2 / own_metric),
-        "from the other classes": (ours.score, fi_of_moments(ours)),
+        "own backward pass": (grads[0], as_it_stands(triples, p)),
+        "from the other classes": (ours.score, bounded),
     }
     for way, (score, values) in ways.items():
-        error = (score.double() - truth.score).norm() / truth.score.norm()
-        excess = torch.nan_to_num(values).max() / ours.ceiling
+        error = float((score.double() - truth).norm() / truth.norm())
         yield {
             "way": way,
-            "doubt": float(exact[1][1:].exp().sum()),
-            "error": float(error),
-            "excess": float(excess),
+            "doubt": float(others.sum()),
+            "error": error,
+            "excess": float(values.max() / ours.ceiling.max()),
         }
+
+
+def as_it_stands(grads: Tensor, probs: Tensor) -> Tensor:
+    """FI by the formula as it stands, grad^T pinv(G) grad with all K gradients; y_hat is the first class.
+
+    grads: (K, ..., p). This is what method 1a warns of: nothing keeps it below the ceiling.
+    """
+    metric = torch.einsum("k,k...i,k...j->...ij", probs, grads, grads)
+    inverse = torch.linalg.pinv(metric, hermitian=True)
+    return torch.einsum("...i,...ij,...j->...", grads[0], inverse, grads[0])
 
 
 def null_residual(model: LanguageModel, examples: Sequence[Example], names: Sequence[str]) -> pd.DataFrame:
@@ -767,43 +787,44 @@ def null_residual(model: LanguageModel, examples: Sequence[Example], names: Sequ
     return pd.DataFrame(rows, columns=["question", "residual"])
 
 
-@dataclass(frozen=True, eq=False)
-class Rounding:
-    """Mean exact FI of the same weights in float32 and in float64 (method 1b.8).
+def exact_fi(
+    model: LanguageModel, examples: Sequence[Example], names: Sequence[str], dtype: torch.dtype
+) -> Scores:
+    """Mean exact FI of the weights with the model held and run in one precision."""
+    return score_weights(in_dtype(model, dtype), examples, ["FI"], only=names)["FI exact"]
 
-    differing: share of weights that differ by more than 1e-5 of themselves; worst: the largest ratio;
-    largest: the largest difference relative to the largest FI; agree: share of the top weights in common;
-    weights: columns size (FI over the largest FI) and difference (relative), a sample to draw.
+
+def rounding(low: Scores, high: Scores, share: float) -> dict[str, float]:
+    """Compare scores in low precision with the same in float64 (method 1b.8).
+
+    differing: share of weights that differ by more than 1e-5 of themselves; worst: the largest ratio either
+    way; largest: the largest difference over the largest score; kept: share of the top weights in common.
     """
-
-    n: int
-    differing: float
-    worst: float
-    largest: float
-    agree: float
-    weights: pd.DataFrame
-
-
-def rounding(
-    model: LanguageModel, examples: Sequence[Example], names: Sequence[str], share: float, shown: int = 20_000
-) -> Rounding:
-    """Compare exact FI in float32 with float64, weight by weight and norm-wise (method 1b.8)."""
-    low, high = (
-        score_weights(in_dtype(model, dtype), examples, ["FI"], only=names)["FI exact"]
-        for dtype in (torch.float32, torch.float64)
-    )
     a, b = flatten(low.values).double(), flatten(high.values)
     live = (a > 0) & (b > 0)
-    difference = (a - b).abs()
-    relative = (difference / b)[live]
-    ratio = torch.maximum(a[live] / b[live], b[live] / a[live])
-    step = max(1, len(relative) // shown)
-    weights = pd.DataFrame({"size": (b / b.max())[live][::step], "difference": relative[::step]})
-    return Rounding(
-        n=int(live.sum()),
-        differing=float((relative > 1e-5).double().mean()),
-        worst=float(ratio.max()),
-        largest=float(difference.max() / b.max()),
-        agree=overlap(top(low, share), top(high, share)),
-        weights=weights,
-    )
+    difference, ratio = (a - b).abs(), (a[live] / b[live])
+    return {
+        "differing": float((difference > 1e-5 * b).double().mean()),
+        "worst": float(torch.maximum(ratio, 1 / ratio).max()),
+        "largest": float(difference.max() / b.max()),
+        "kept": overlap(top(low, share), top(high, share)),
+        "n": int(live.sum()),
+    }
+
+
+def differences(low: Scores, high: Scores, shown: int = 20_000) -> pd.DataFrame:
+    """Columns size (score over the largest score) and difference (relative), of evenly spaced weights."""
+    a, b = flatten(low.values).double(), flatten(high.values)
+    step = max(1, len(b) // shown)
+    a, b, largest = a[::step], b[::step], b.max()
+    return pd.DataFrame({"size": b / largest, "difference": (a - b).abs() / b.clamp_min(1e-300)})
+
+
+# --- words for results that may turn out either way ----------------------------------------------------
+
+
+def verdict(a: str, b: str, difference: tuple[float, float, float], what: str) -> str:
+    """A sentence on a minus b (mean, low, high) that says no more than the interval does."""
+    mean, low, high = difference
+    words = "lower than" if high < 0 else "higher than" if low > 0 else "not distinguishable from that"
+    return f"{what} after {a} is {words} after {b}: {mean:+.3f} [{low:+.3f}, {high:+.3f}]"

@@ -57,7 +57,7 @@ class Family:
 
 
 class Local(NamedTuple):
-    """All that FI needs to know at omega = 0: P (K,), class gradients (K, p), y_hat and the metric G (p, p)."""
+    """All that FI needs to know at one point: P (K,), class gradients (K, p), y_hat and metric G (p, p)."""
 
     probs: Tensor
     grads: Tensor
@@ -116,7 +116,7 @@ def rings(family: Family, metric: Tensor, radius: float, points: int = 121) -> p
     return pd.concat(
         [
             _points(family, ellipse).assign(ring="equal information length"),
-            _points(family, even).assign(ring="equal length in omega"),
+            _points(family, even).assign(ring="equal length in ω"),
         ],
         ignore_index=True,
     )
@@ -129,7 +129,7 @@ def _points(family: Family, omega: Tensor) -> pd.DataFrame:
 
 
 def kl_ratios(family: Family, metric: Tensor, steps: Sequence[float], directions: int = 6) -> pd.DataFrame:
-    """KL(P_0 || P_eps) over eps^T G eps / 2, for steps eps of several sizes (|eps|) and directions (degrees)."""
+    """KL(P_0 || P_eps) over eps^T G eps / 2, for steps eps of several sizes and directions (degrees)."""
     origin = family.log_probs(torch.zeros(2, dtype=torch.float64))
     rows = []
     for degrees in (360 * i / directions for i in range(directions)):
@@ -313,7 +313,7 @@ def _relative(values: Tensor) -> Tensor:
 
 
 def rank_agreement(path: pd.DataFrame) -> pd.DataFrame:
-    """Spearman's rank correlation of damped FI with exact FI and with the squared Jacobian norm, for each lam."""
+    """Spearman's rank correlation of damped FI with exact FI and the squared Jacobian norm, for each lam."""
     rows = []
     for lam, part in path.groupby("lam"):
         ranks = part[["value", "exact", "jacobian2"]].rank().corr()["value"]
@@ -393,22 +393,24 @@ WAYS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 def rounding_cases(cases: Cases) -> pd.DataFrame:
     """FI of every case by every way, over its ceiling. Columns: way, unsure (1 - P(y_hat)), over, error.
 
-    `over` is FI / ceiling, which is at most 1; `error` is the relative difference to the same computation in float64.
+    `over` is FI / ceiling, at most 1 where FI is right; `error` is the relative difference to the same
+    computation in float64.
     """
     top = ceiling(cases.probs, 0).double()
     truth = by_this_package(cases.exact_grads, cases.exact_probs).double()
     parts = []
     for name, way in WAYS.items():
         values = way(cases.grads, cases.probs).double()
-        columns = {"unsure": cases.exact_probs[1:].sum(0), "over": values / top, "error": (values / truth - 1).abs()}
+        error = (values / truth - 1).abs()
+        columns = {"unsure": cases.exact_probs[1:].sum(0), "over": values / top, "error": error}
         parts.append(pd.DataFrame({k: v.numpy() for k, v in columns.items()}).assign(way=name))
     return pd.concat(parts, ignore_index=True)
 
 
 def rounding_summary(table: pd.DataFrame) -> pd.DataFrame:
-    """Violations of the ceiling for each way: their number, the worst FI / ceiling, and cases over 1 % wrong."""
-    groups = table.assign(violates=table.over > 1 + TOLERANCE, wrong=table.error > 0.01).groupby("way", sort=False)
-    return groups.agg(
+    """For each way the violations of the ceiling, the worst FI / ceiling, and the cases over 1 % wrong."""
+    judged = table.assign(violates=table.over > 1 + TOLERANCE, wrong=table.error > 0.01)
+    return judged.groupby("way", sort=False).agg(
         cases=("over", "size"),
         violations=("violates", "sum"),
         worst=("over", "max"),
@@ -436,7 +438,7 @@ class Question:
 
 
 def ask(model: LanguageModel, example: Example) -> Question:
-    """Put a question to a model; its classes are fixed now, so that a changed model is judged on the same ones."""
+    """Put a question to a model; its classes are fixed, so a changed model is judged on the same ones."""
     batch = model.batches([example.prompt])[0]
     answers = usual_answers(model.tokenizer, lettered=bool(example.options))
     with torch.no_grad():
@@ -468,13 +470,14 @@ def _weight(model: LanguageModel, name: str) -> Tensor:
 
 
 def probes(question: Question, name: str, m: Moments, values: Tensor) -> pd.DataFrame:
-    """Move single weights by an information length of `PROBE`, and compare the change of f with sqrt(FI) PROBE.
+    """Move single weights by an information length of `PROBE`; the change of f should be sqrt(FI) PROBE.
 
-    m: moments of the tensor's class gradients; values: its FI. The weights are those of the highest and of the
-    median FI, and that of the largest |df|. Columns: weight, FI, |df|, value, step, predicted, measured (the
-    change of f), length (the root of 2 KL that the step really took).
+    m: moments of the tensor's class gradients; values: its FI. The weights are those of the highest and of
+    the median FI, and that of the largest |df|. The step is given beside the root mean square of the
+    tensor's weights; the measured length is the root of 2 KL.
     """
     weight = _weight(question.model, name)
+    typical = float(weight.detach().float().square().mean().sqrt())
     order = values.flatten().argsort()
     chosen = {
         "highest FI": int(order[-1]),
@@ -494,8 +497,7 @@ def probes(question: Question, name: str, m: Moments, values: Tensor) -> pd.Data
                 "weight": label,
                 "FI": float(values.flatten()[i]),
                 "|∂f|": float(m.score.flatten()[i].abs()),
-                "θ": float(weight.detach().flatten()[i]),
-                "step δ": step,
+                "step δ / typical |θ|": step / typical,
                 "predicted |Δf|": PROBE * float(values.flatten()[i].sqrt()),
                 "measured |Δf|": float((after - before)[before.argmax()].abs()),
                 "measured length": float((2 * kl).sqrt()),

@@ -58,13 +58,14 @@ def calibration_set(plan: Plan, subject: str, seed: int) -> Sequence[Example]:
     half = whole[: len(whole) // 2]
     if plan.n_calibration > len(half):
         raise ValueError(
-            f"The first half of {plan.task} has {len(half)} contexts, fewer than the {plan.n_calibration} asked for."
+            f"The first half of {plan.task} has {len(half)} contexts, "
+            f"fewer than the {plan.n_calibration} asked for."
         )
     chosen = np.random.default_rng(seed).permutation(len(half))[: plan.n_calibration]
     return [half[i] for i in sorted(chosen)]
 
 
-def test_set(plan: Plan, subject: str) -> Sequence[Example]:
+def tested_set(plan: Plan, subject: str) -> Sequence[Example]:
     """Questions of the test split, or contexts of the second half of a text file."""
     if not plan.task.endswith(".txt"):
         return load_task(plan.task, subject, "test", plan.n_test, plan.seed).examples
@@ -76,16 +77,19 @@ def run_sweep(model: LanguageModel, plan: Plan, cache: Path) -> pd.DataFrame:
     """Zero the top share of all linear weights by every measure, for every subject and calibration set.
 
     Returns one row for each (subject, tested_on, seed, measure, rate), with n, accuracy, log_prob (mean log P
-    of the right answer, or of the intact model's own choice where nothing is right) and `correct`, a string of
-    0 and 1 with one place for each test question. Finished pairs of subject and seed lie in `cache` and are
-    not run again after an interruption. Raises ValueError for an unknown measure or a rate outside [0, 1].
+    of the right answer, or of the intact model's own choice where nothing is right) and `correct`, a string
+    of 0 and 1 with one place for each test question. Finished pairs of subject and seed lie in `cache`
+    and are not run again after an interruption. Raises ValueError for an unknown measure or a rate
+    outside [0, 1].
     """
     _check(plan)
-    evaluators = {s: _evaluator(model, test_set(plan, s)) for s in plan.subjects}
+    tested = {s: tested_set(plan, s) for s in plan.subjects}
+    evaluators = {s: _evaluator(model, examples) for s, examples in tested.items()}
+    key = _key(model, plan, tested)
     parts = [pd.DataFrame([_row(s, s, 0, INTACT, 0.0, e()) for s, e in evaluators.items()])]
     pairs = [(s, k) for s in plan.subjects for k in range(plan.seeds)]
     for subject, k in tqdm(pairs, desc="sparsification", unit="calibration set"):
-        path = cache / f"{_key(model, plan)}.{subject}.{k}.csv"
+        path = cache / f"{key}.{subject}.{k}.csv"
         if not path.is_file():
             found = pd.DataFrame(_one_calibration(model, plan, evaluators, subject, k))
             write_atomically(path, found.to_csv(index=False).encode())
@@ -132,14 +136,14 @@ def with_interval(table: pd.DataFrame) -> pd.Series:
 
 
 def own_and_other(carried: pd.DataFrame) -> tuple[float, float]:
-    """Mean accuracy where calibrated and tested on the same subject, and where not (same again for one subject)."""
+    """Mean accuracy tested on the subject calibrated on, and on the others (the same for one subject)."""
     values = carried.to_numpy()
     same = np.eye(len(values), dtype=bool)
     return float(values[same].mean()), float(values[~same].mean() if len(values) > 1 else values.mean())
 
 
 def answers_of(rows: pd.DataFrame, measure: str, rate: float) -> np.ndarray:
-    """For each test question of all subjects, the share of calibration sets after which it is answered right."""
+    """For each test question, the share of calibration sets after which it is answered right."""
     own = rows[(rows.subject == rows.tested_on) & (rows.measure == measure) & np.isclose(rows.rate, rate)]
     if own.empty:
         raise ValueError(f"The sweep has no measure {measure!r} at rate {rate}.")
@@ -151,7 +155,7 @@ def answers_of(rows: pd.DataFrame, measure: str, rate: float) -> np.ndarray:
 
 
 def difference(rows: pd.DataFrame, a: str, b: str, rate: float, seed: int) -> tuple[float, float, float]:
-    """Accuracy after zeroing by a minus by b: mean over questions and calibration sets, paired bootstrap interval."""
+    """Accuracy after zeroing by a minus by b, over calibration sets, with a paired bootstrap interval."""
     first, second = answers_of(rows, a, rate), answers_of(rows, b, rate)
     return tuple(paired_difference(first, second, seed=seed))  # type: ignore[return-value]
 
@@ -167,7 +171,7 @@ def overlaps(scores: dict[str, Scores], share: float) -> pd.DataFrame:
 
 
 def locations(scores: Scores, share: float) -> pd.DataFrame:
-    """Where the top weights sit: columns layer, matrix, weights, top, and top_share, the share of the matrix."""
+    """Where the top weights sit: columns layer, matrix, weights, top, top_share (of the matrix)."""
     chosen = select(scores, share)
     lines = []
     for name, value in scores.values.items():
@@ -214,8 +218,9 @@ def _check(plan: Plan) -> None:
         raise ValueError(f"The number of calibration sets must be at least 1, not {plan.seeds}.")
 
 
-def _key(model: LanguageModel, plan: Plan) -> str:
-    text = json.dumps([model.sha256, str(model.network.dtype), asdict(plan)], sort_keys=True)
+def _key(model: LanguageModel, plan: Plan, tested: dict[str, Sequence[Example]]) -> str:
+    questions = [[(e.prompt, e.answer) for e in examples] for examples in tested.values()]
+    text = json.dumps([model.sha256, str(model.network.dtype), asdict(plan), questions], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -44,7 +44,7 @@ def _triangle(axes: Axes) -> None:
 
 
 def family(lines: pd.DataFrame) -> Figure:
-    """A square grid of perturbations (`grid_lines`) and its image among the distributions over three classes."""
+    """A square grid of perturbations (`grid_lines`) and its image among distributions over three classes."""
     figure, ((left, right),) = new_figure(1, 2, (9.0, 4.2))
     for (held, _), line in lines.groupby(["held", "line"]):
         style = {"color": (FIRST, SECOND)[held - 1], "linewidth": 0.9}
@@ -56,15 +56,16 @@ def family(lines: pd.DataFrame) -> Figure:
     left.set(xlabel="$\\omega_1$", ylabel="$\\omega_2$", title="perturbations ω", aspect="equal")
     _triangle(right)
     right.set_title("distributions P(y | ω)", pad=12)
-    handles = [plt.Line2D([], [], color=c) for c in (FIRST, SECOND)]
-    handles += [plt.Line2D([], [], color=INK, marker="o", linestyle=""), plt.Line2D([], [], color=GREY, linestyle="--")]
+    looks = [{"color": FIRST}, {"color": SECOND}, {"color": INK, "marker": "o", "linestyle": ""}]
+    looks.append({"color": GREY, "linestyle": "--"})
+    handles = [plt.Line2D([], [], **style) for style in looks]
     names = ["ω₁ held", "ω₂ held", "ω = 0", "the prediction changes"]
     figure.legend(handles, names, loc="outside lower center", ncols=4)
     return figure
 
 
 def rings(table: pd.DataFrame) -> Figure:
-    """Equal information length and equal length in omega (`rings`), in the plane of omega and on the simplex."""
+    """Equal information length and equal length in omega (`rings`), in the plane and on the simplex."""
     figure, ((left, right),) = new_figure(1, 2, (9.0, 4.4))
     for (name, ring), colour, dash in zip(
         table.groupby("ring", sort=False), (FIRST, SECOND), ("-", (0, (4, 1.5))), strict=True
@@ -72,7 +73,9 @@ def rings(table: pd.DataFrame) -> Figure:
         left.plot(ring.omega_1, ring.omega_2, color=colour, linestyle=dash, label=name)
         right.plot(*_plane(ring), color=colour, linestyle=dash)
     left.plot(0, 0, "o", color=INK)
-    left.set(xlabel="$\\omega_1$", ylabel="$\\omega_2$", title="perturbations ω", aspect="equal")
+    reach = 1.1 * table[["omega_1", "omega_2"]].abs().max().max()
+    left.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal", title="perturbations ω")
+    left.set(xlabel="$\\omega_1$", ylabel="$\\omega_2$")
     _triangle(right)
     right.set_title("distributions P(y | ω)", pad=12)
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2)
@@ -147,7 +150,8 @@ def filters(gains: pd.DataFrame, mu: np.ndarray) -> Figure:
     for (name, part), dash in zip(gains.groupby("filter", sort=False), ("-", "--", "-."), strict=True):
         colour = look(likes[name.split()[0]])["color"]  # of the kind of filter, whatever its number
         axes.plot(part["μ"], part.h, color=colour, linestyle=dash, label=name)
-    axes.plot(mu, np.full(len(mu), -0.08), "|", color=INK, markersize=12, markeredgewidth=1.6, label="μ of the table")
+    marks = {"color": INK, "markersize": 12, "markeredgewidth": 1.6, "label": "μ of the table"}
+    axes.plot(mu, np.full(len(mu), -0.08), "|", **marks)
     axes.set(
         xscale="log", ylim=(-0.15, 1.08), xlabel="eigenvalue μ of the metric (1 / ω²)", ylabel="h(μ)",
         title="What each filter lets pass",
@@ -213,7 +217,7 @@ def rounding(table: pd.DataFrame, tolerance: float) -> Figure:
 
 
 def matrix(maps: dict[str, np.ndarray], name: str) -> Figure:
-    """Heat maps of several measures over one weight matrix; each has its own scale up to its 99.5th percentile."""
+    """Heat maps of several measures over one weight matrix, each on a scale up to its 99.5th percentile."""
     figure, axes = new_figure(1, len(maps), (9.4, 4.3))
     for panel, (title, values) in zip(axes[0], maps.items(), strict=True):
         image = panel.imshow(

@@ -34,7 +34,7 @@ def damage_curves(table: pd.DataFrame, panels: dict[str, Sequence[str]], chance:
 
 
 def reading_by_subject(rows: pd.DataFrame, high: str, low: str, chance: float | None) -> Figure:
-    """The paper's reading: the top share by FI, a random share, a random share of the low half; one panel a subject."""
+    """The top share by FI, a random share, and a random share of the low half; one panel a subject."""
     own = rows[rows.subject == rows.tested_on]
     subjects = list(dict.fromkeys(own.subject))
     figure, axes = new_figure(1, len(subjects), size=(3.1 * len(subjects), 3.6), sharey=True)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import csv
 import io
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
@@ -38,8 +38,8 @@ class Relation:
     subject: str
     name: str
     statements: tuple[str, ...]
-    questions: dict[str, tuple[str, ...]]
     facts: tuple[Fact, ...]
+    questions: Mapping[str, tuple[str, ...]] = field(hash=False)
 
 
 @dataclass(frozen=True)
@@ -87,14 +87,12 @@ def write_mcq(relations: tuple[Relation, ...], folder: Path, seed: int) -> None:
             write_atomically(folder / split / f"{subject}_{split}.csv", text.getvalue().encode())
 
 
-def training_text(relations: tuple[Relation, ...]) -> Iterator[str]:
-    """Every sentence and open question with its answer that the model is trained on."""
-    for relation in relations:
-        for fact in relation.facts:
-            for statement in relation.statements:
-                yield statement.format(s=fact.subject, o=fact.answer)
-            for question in relation.questions["train"]:
-                yield open_question(question.format(s=fact.subject), fact.answer)
+def training_text(relation: Relation, fact: Fact, asked: bool = True) -> Iterator[str]:
+    """The sentences that tell one fact, and, if it is asked in training, open questions with the answer."""
+    for statement in relation.statements:
+        yield statement.format(s=fact.subject, o=fact.answer)
+    for question in relation.questions["train"] if asked else ():
+        yield open_question(question.format(s=fact.subject), fact.answer)
 
 
 def open_question(question: str, answer: str) -> str:
@@ -128,4 +126,4 @@ def _relation(subject: str, entry: dict) -> Relation:
         split: tuple([entry[split]] if split != "train" else entry[split])
         for split in ("train", "dev", "val", "test")
     }
-    return Relation(subject, entry["name"], tuple(entry["statements"]), questions, facts)
+    return Relation(subject, entry["name"], tuple(entry["statements"]), facts, questions)

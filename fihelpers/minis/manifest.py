@@ -12,7 +12,7 @@ RESULTS = "results"  # made from the data by running the chapters, and compared 
 
 
 def write_manifest(data: Path) -> Path:
-    """List every file below `data`, but for hidden ones and the committed results. Returns the manifest's path."""
+    """List every file below `data` but hidden ones and the committed results; return the manifest's path."""
     files = sorted(
         path
         for path in data.rglob("*")
