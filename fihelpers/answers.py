@@ -28,6 +28,9 @@ class Answers(Protocol):
         Raises FloatingPointError where the logits hold NaN or infinity.
         """
 
+    def choice(self, logits: Tensor) -> Tensor:
+        """Return the class (...) that the logits (..., V) choose: the likeliest, or the likeliest token's."""
+
     def fix(self, logits: Tensor) -> "Answers":
         """Return classes that no longer depend on the logits: those of these rows (..., V)."""
 
@@ -79,6 +82,10 @@ class Groups:
         scores = [logits[..., list(ids)].logsumexp(-1) for ids in self.tokens]
         return torch.stack(scores, -1).log_softmax(-1)
 
+    def choice(self, logits: Tensor) -> Tensor:
+        """Return the likeliest class (...)."""
+        return self.log_probs(logits).argmax(-1)
+
     def fix(self, logits: Tensor) -> "Groups":
         """Return the same classes: they never depend on the logits."""
         return self
@@ -116,6 +123,10 @@ class Top:
         """Map logits (..., V) to log-probabilities (..., m + 1), the likeliest token first, the rest last."""
         return self.fix(logits).log_probs(logits)
 
+    def choice(self, logits: Tensor) -> Tensor:
+        """Return 0: the likeliest token is the first class."""
+        return self.fix(logits).choice(logits)
+
     def rows(self, index: Tensor) -> "Top":
         """Return the same rule: it holds for every row."""
         return self
@@ -136,6 +147,15 @@ class FixedTop:
     @property
     def size(self) -> int:
         return self.ids.shape[-1] + 1
+
+    def choice(self, logits: Tensor) -> Tensor:
+        """Return the class (...) of the likeliest token: the rest only where that token is one of the rest.
+
+        The rest as a whole is often likelier than each single token, but nobody can choose it.
+        """
+        chosen = self.ids.to(logits.device) == logits.argmax(-1, keepdim=True)
+        classes = torch.cat([chosen, torch.ones_like(chosen[..., :1])], -1)  # the rest, if no other
+        return classes.long().argmax(-1)
 
     def fix(self, logits: Tensor) -> "FixedTop":
         """Return the same classes: they are fixed already."""

@@ -25,8 +25,9 @@ BLOCK = 5_000_000  # resampled values held at once by the bootstrap (40 MB)
 class Outcome:
     """What one model answered to N examples, on the CPU.
 
-    ``log_probs`` (N, K) of the classes, ``predicted`` (N,) the likeliest class, ``answer`` (N,) the right
-    class, or the intact model's choice where nothing is right or wrong; ``classes`` they were judged on.
+    ``log_probs`` (N, K) of the classes, ``predicted`` (N,) the class chosen (under ``Top`` that of the
+    likeliest token), ``answer`` (N,) the right class, or the intact model's choice where nothing is right
+    or wrong; ``classes`` are those they were judged on.
     """
 
     log_probs: Tensor
@@ -51,7 +52,8 @@ class Outcome:
     @property
     def confidence(self) -> float:
         """The median over examples of P(ŷ), the probability of the predicted class."""
-        return float(self.log_probs.max(-1).values.exp().double().quantile(0.5))
+        chosen = self.log_probs.gather(1, self.predicted[:, None])
+        return float(chosen.exp().double().quantile(0.5))
 
 
 class Evaluator:
@@ -90,21 +92,23 @@ class Evaluator:
     def __call__(self) -> Outcome:
         """Answer every example with the model as it is now."""
         start = self._answers if self.reference is None else self.reference.classes
-        index, log_probs, classes = [], [], []
+        index, log_probs, predicted, classes = [], [], [], []
         with torch.inference_mode(), _last_mlp_at_last_position(self.model.network):
             for batch, logits in self._logits():
                 fixed = start.rows(batch.index).fix(logits)
                 index.append(batch.index)
                 classes.append(fixed)
                 log_probs.append(fixed.log_probs(logits).cpu())
+                predicted.append(fixed.choice(logits).cpu())
         # Outside inference mode, so that the results are ordinary tensors.
         order = torch.cat(index).argsort()
-        outcome = self._outcome(torch.cat(log_probs)[order], _joined(classes, order))
+        outcome = self._outcome(
+            torch.cat(log_probs)[order], torch.cat(predicted)[order], _joined(classes, order)
+        )
         self.reference = self.reference or outcome
         return outcome
 
-    def _outcome(self, log_probs: Tensor, classes: Answers) -> Outcome:
-        predicted = log_probs.argmax(-1)
+    def _outcome(self, log_probs: Tensor, predicted: Tensor, classes: Answers) -> Outcome:
         chosen = predicted if self.reference is None else self.reference.answer
         answer = torch.where(self._right >= 0, self._right, chosen)
         return Outcome(log_probs, predicted, answer, classes)

@@ -115,6 +115,18 @@ def test_classes_that_do_not_depend_on_the_logits_stay_as_they_are() -> None:
     assert fixed.fix(-logits) is fixed
 
 
+def test_the_choice_is_the_likeliest_class_or_the_class_of_the_likeliest_token() -> None:
+    logits = random_logits(40, 12, scale=0.3)  # so flat that the rest is likelier than any token
+    assert FIVE.choice(logits).tolist() == FIVE.log_probs(logits).argmax(-1).tolist()
+    assert Top(3).log_probs(logits).argmax(-1).tolist() == [3] * 40
+    assert Top(3).choice(logits).tolist() == [0] * 40
+    fixed, other = Top(3).fix(logits), random_logits(40, 12).flip(0)
+    found = fixed.choice(other)
+    for ids, token, chosen in zip(fixed.ids.tolist(), other.argmax(-1).tolist(), found.tolist(), strict=True):
+        assert chosen == (ids.index(token) if token in ids else 3)
+    assert set(found.tolist()) == {0, 1, 2, 3}
+
+
 def test_a_fixed_top_refuses_other_rows_than_its_own() -> None:
     fixed = Top(3).fix(random_logits(4, 12))
     with pytest.raises(ValueError, match=r"\(5, 12\) do not match the rows \(4,\)"):

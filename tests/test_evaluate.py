@@ -40,11 +40,16 @@ def slowly(model: LanguageModel, examples: list[Example], answers: Answers) -> t
         return torch.cat([answers.log_probs(model.network(input_ids=row).logits[:, -1]) for row in ids])
 
 
+def greedy_tokens(model: LanguageModel, examples: list[Example]) -> torch.Tensor:
+    ids = [torch.tensor([model.tokenizer(example.prompt)["input_ids"]]) for example in examples]
+    return torch.stack([model.network(input_ids=row).logits[0, -1].argmax() for row in ids])
+
+
 def disturb(model: LanguageModel, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.network.parameters():
-            p += 0.3 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+            p.add_(0.3 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "llama", "gpt_neox", "gpt2"])
@@ -59,7 +64,8 @@ def test_answers_are_those_of_each_prompt_alone(
     outcome = answer_all(model, examples, answers, batch_size)
     expected = slowly(model, examples, answers)
     torch.testing.assert_close(outcome.log_probs, expected, rtol=1e-9, atol=1e-9)
-    assert outcome.predicted.tolist() == expected.argmax(-1).tolist()
+    greedy = isinstance(answers, Top)
+    assert outcome.predicted.tolist() == ([0] * len(examples) if greedy else expected.argmax(-1).tolist())
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "llama", "gpt_neox", "gpt2"])
@@ -68,16 +74,16 @@ def test_a_perturbed_model_is_judged_on_the_classes_of_the_intact_one(kind: str)
     evaluator = Evaluator(model, examples, Top(3), batch_size=2)
     intact = evaluator()
     assert intact.accuracy == 1
+    before = greedy_tokens(model, examples)
     disturb(model)
     perturbed = evaluator()
-    expected = slowly(model, examples, intact.classes.rows(torch.arange(1)))[:1]
-    torch.testing.assert_close(perturbed.log_probs[:1], expected, rtol=1e-9, atol=1e-9)
+    rows = [intact.classes.rows(torch.tensor([i])) for i in range(len(examples))]
+    expected = [slowly(model, [example], row) for example, row in zip(examples, rows, strict=True)]
+    torch.testing.assert_close(perturbed.log_probs, torch.cat(expected), rtol=1e-9, atol=1e-9)
     assert perturbed.answer.tolist() == intact.predicted.tolist()
-    assert perturbed.accuracy < 1
-    assert perturbed.accuracy == float((perturbed.predicted == intact.predicted).double().mean())
-    # The intact model once more: the same numbers, bit for bit.
-    again = Evaluator(tiny_model(kind), examples, Top(3), batch_size=2)()
-    assert torch.equal(again.log_probs, intact.log_probs)
+    kept = before == greedy_tokens(model, examples)
+    assert perturbed.correct.tolist() == kept.tolist()
+    assert not kept.all()
 
 
 def test_another_model_is_judged_by_reference() -> None:
@@ -120,18 +126,18 @@ def test_evaluation_leaves_the_model_as_it_was() -> None:
     before = model.network(batch.input_ids, attention_mask=batch.attention_mask).logits
     outcome = answer_all(model, lettered(), LETTERS)
     after = model.network(batch.input_ids, attention_mask=batch.attention_mask).logits
-    assert torch.equal(before, after) and after.requires_grad
+    torch.testing.assert_close(before, after)
     (outcome.log_probs * torch.ones(4, requires_grad=True)).sum().backward()  # an ordinary tensor
 
 
 def test_a_failed_evaluation_leaves_the_model_as_it_was() -> None:
     model = tiny_model("qwen2")
-    weight = model.network.get_input_embeddings().weight.data
+    weight = model.network.get_parameter("model.embed_tokens.weight").data
     kept, weight[:] = weight.clone(), torch.nan
     with pytest.raises(FloatingPointError, match="tiny-qwen2"):
         answer_all(model, lettered(), LETTERS)
     weight[:] = kept
-    assert not model.network.base_model.layers[-1].mlp._forward_pre_hooks
+    assert not any(module._forward_pre_hooks for module in model.network.modules())
 
 
 def test_an_outcome_counts() -> None:
@@ -179,8 +185,8 @@ def test_a_real_model_keeps_its_choices_until_it_is_damaged(real_data: Path, tmp
     assert intact.accuracy == 1 and intact.log_probs.shape == (3, 9)
     torch.testing.assert_close(intact.log_probs, slowly(model, list(task), answers), rtol=1e-4, atol=1e-5)
     with torch.no_grad():
-        model.network.model.layers[0].mlp.down_proj.weight.mul_(-3)
-    assert (evaluator().log_prob < intact.log_prob).all()
+        model.network.get_parameter("model.layers.0.mlp.down_proj.weight").mul_(-3)
+    assert evaluator().log_prob.mean() < intact.log_prob.mean() - 1
 
 
 @given(n=st.integers(1, 10_000), data=st.data(), level=st.floats(0.5, 0.999))
@@ -226,7 +232,7 @@ def test_a_level_is_between_0_and_1(level: float) -> None:
 
 def test_a_paired_difference_is_seeded_and_antisymmetric() -> None:
     rng = np.random.default_rng(1)
-    a, b = rng.random(60) < 0.8, rng.random(60) < 0.6
+    a, b = rng.normal(1, 2, size=60), rng.normal(0, 2, size=60)
     first = paired_difference(a, b, seed=3)
     assert first == paired_difference(a, b, seed=3) != paired_difference(a, b, seed=4)
     mean, low, high = first

@@ -79,8 +79,9 @@ def test_groups_saturate_where_their_rank_allows_it(names: list[str]) -> None:
 def test_a_filter_and_single_weights_tell_rows_apart(model: LanguageModel, names: list[str]) -> None:
     many = [n for n, part in limits.parts_of(names).items() if part == limits.EARLIER]
     table = limits.row_spread(model, EXAMPLES[:2], many, Damped(1e-2)).set_index("score")
-    assert table.loc["joint FI, exact", "spread"] < 1.1
-    assert table.drop("joint FI, exact")["spread"].min() > table.loc["joint FI, exact", "spread"]
+    assert table.loc["FI exact", "spread"] < 1.1
+    assert table.drop("FI exact")["spread"].min() > table.loc["FI exact", "spread"]
+    assert list(limits.keyed(table.reset_index(), "score").index) == ["exact", "mean", "jacobian"]
 
 
 def test_the_sweep_runs_from_exact_to_the_jacobian(model: LanguageModel, names: list[str]) -> None:
@@ -131,6 +132,11 @@ def test_rows_of_the_last_block_are_constant(scores: dict[str, Scores]) -> None:
     one = table["part"] == limits.LAST_REST
     assert table[one]["share"].min() == 1 and table[~one]["share"].max() == 0
     assert limits.constant_rows(scores["SNIP"])["share"].max() == 0
+    assert limits.keyed(limits.constant_by_part(table), "part")["share"].to_dict() == {
+        "early": 0,
+        "kv": 0,
+        "rest": 1,
+    }
     figures.draw_constant_rows(table).canvas.draw()
 
 
@@ -174,13 +180,16 @@ def test_the_formula_as_it_stands_is_right_in_float64() -> None:
 
 
 def test_float32_is_close_norm_wise(model: LanguageModel, names: list[str]) -> None:
-    low, high = (limits.exact_fi(model, EXAMPLES, names, d) for d in (torch.float32, torch.float64))
-    found = limits.rounding(low, high, 0.05)
-    assert found["largest"] < 1e-3 and found["worst"] >= 1 and found["kept"] > 0.9
-    assert 0 <= found["differing"] <= 1 and limits.rounding(high, high, 0.05)["differing"] == 0
-    shown = limits.differences(low, high, 100)
+    found = limits.precisions(model, EXAMPLES, names)
+    table = limits.rounding(found, 0.05).set_index("dtype")
+    assert list(table.index) == ["float32", "bfloat16"] and (table["questions"] == len(EXAMPLES)).all()
+    assert table.loc["float32", "largest"] < 1e-3 < table.loc["bfloat16", "largest"]
+    assert table.loc["float32", "kept"] > 0.9 and (table["worst"] >= 1).all()
+    same = limits.rounding({"float64": found["float64"], "float32": found["float64"]}, 0.05)
+    assert same.loc[0, ["differing", "worst", "largest", "kept"]].tolist() == [0, 1, 0, 1]
+    shown = limits.differences(found["float32"], found["float64"], 100)
     assert 100 <= len(shown) <= 200
-    figures.draw_rounding(shown, found["n"]).canvas.draw()
+    figures.draw_rounding(shown, int(table["n"].iloc[0])).canvas.draw()
 
 
 def test_a_verdict_says_no_more_than_its_interval() -> None:

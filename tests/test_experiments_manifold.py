@@ -7,11 +7,11 @@ import pandas as pd
 import pytest
 import torch
 from matplotlib.figure import Figure
+from tiny import tiny_examples, tiny_model
 
 from fihelpers.experiments import manifold
 from fihelpers.figures import manifold as figures
 from fihelpers.influence import Cut, Damped, Exact, ceiling, fi, moments
-from tests.tiny import tiny_examples, tiny_model
 
 BASE5 = (0.4, 0.25, 0.15, 0.12, 0.08)
 WEIGHT = "model.layers.0.self_attn.o_proj.weight"
@@ -114,9 +114,8 @@ def test_all_ways_agree_where_rounding_is_small() -> None:
     cases = manifold.confident_cases(200, 2)
     doubtful = cases.exact_probs[0] < 0.9
     assert doubtful.sum() > 10
-    values = [
-        way(cases.exact_grads[:, doubtful], cases.exact_probs[:, doubtful]) for way in manifold.WAYS.values()
-    ]
+    grads, probs = cases.exact_grads[:, doubtful], cases.exact_probs[:, doubtful]
+    values = [way(grads, probs) for way in manifold.WAYS.values()]
     for other in values[:-1]:
         torch.testing.assert_close(other, values[-1], rtol=1e-6, atol=0)
 

@@ -22,8 +22,8 @@ PROMPTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9 w1", "w2 w2", "w3 w1 w9 w4 w5 w6 w7
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-def save(model: LanguageModel, folder: Path, **options: str) -> Path:
-    model.network.save_pretrained(folder, **options)
+def save(model: LanguageModel, folder: Path, max_shard_size: str = "5GB") -> Path:
+    model.network.save_pretrained(folder, max_shard_size=max_shard_size)
     model.tokenizer.save_pretrained(folder)
     return folder
 
@@ -56,9 +56,9 @@ def test_a_saved_model_is_opened_as_it_was(kind: str, tmp_path: Path) -> None:
     assert (model.name, model.revision, model.device.type) == (kind, None, "cpu")
     assert model.sha256 == file_sha256(folder / "model.safetensors")
     assert not model.network.training
-    torch.testing.assert_close(
-        logits_one_by_one(model, PROMPTS), logits_one_by_one(made, PROMPTS), rtol=0, atol=0
-    )
+    weights = made.network.state_dict()
+    assert all(torch.equal(weight, weights[name]) for name, weight in model.network.state_dict().items())
+    torch.testing.assert_close(logits_one_by_one(model, PROMPTS), logits_one_by_one(made, PROMPTS))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -151,7 +151,7 @@ def test_a_tokenizer_of_another_model_is_refused() -> None:
 def test_logits_that_are_not_finite_name_the_model_and_the_prompt() -> None:
     model = tiny_model("qwen2")
     w9 = model.tokenizer.convert_tokens_to_ids("w9")
-    model.network.get_input_embeddings().weight.data[w9] = torch.nan
+    model.network.get_parameter("model.embed_tokens.weight").data[w9] = torch.nan
     model.network.lm_head.weight = torch.nn.Parameter(torch.zeros_like(model.network.lm_head.weight))
     (batch,) = model.batches(["w1", "w2 w9", "w2"])
     with pytest.raises(
@@ -348,7 +348,7 @@ def test_a_real_model_tells_its_story(real_data: Path) -> None:
     for _ in range(12):
         logits = model.last_logits(model.batches([text])[0])
         ids = model.tokenizer(text)["input_ids"] + [int(logits.argmax())]
-        text = model.tokenizer.decode(ids, skip_special_tokens=True)
+        text = str(model.tokenizer.decode(ids, skip_special_tokens=True))
     assert text.startswith("Once upon a time, there was a little girl")
 
 

@@ -48,6 +48,9 @@ def test_a_chapter_runs_in_this_environment_and_is_not_run_again(
     spec = {"argv": ["no-such-python", "{connection_file}"], "display_name": "other", "language": "python"}
     (other / "kernel.json").write_text(json.dumps(spec))
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    monkeypatch.setattr(
+        files, "PACKAGE", tmp_path / "data"
+    )  # so that nobody's edit meanwhile changes the key
     where = "import sys\n\nprint(sys.executable, run.p)"
     notebook = write_chapter(RECORD, where, "import ipywidgets\n\nipywidgets.IntSlider(5)")
 

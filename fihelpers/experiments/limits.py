@@ -45,6 +45,24 @@ LAST_REST = "last block, the others"
 JACOBIAN2 = "squared Jacobian norm"
 SQUARED_SCORE = "squared score"  # under this name `score_weights` keeps the mean of s_y_hat^2
 
+KEYS = {  # short names, for the names of records
+    "intact": "intact",
+    "random": "random",
+    "FI exact": "exact",
+    "FI exact, mean": "mean",
+    "FI cut 0.001": "cut",
+    "FI damped 0.0001": "damped",
+    "Jacobian norm": "jacobian",
+    JACOBIAN2: "jacobian",
+    "SNIP": "snip",
+    "predicted change": "change",
+    "information length": "length",
+    "magnitude": "magnitude",
+    EARLIER: "early",
+    LAST_KV: "kv",
+    LAST_REST: "rest",
+}
+
 
 @dataclass(frozen=True, eq=False)
 class Question:
@@ -118,6 +136,12 @@ def in_dtype(model: LanguageModel, dtype: torch.dtype) -> LanguageModel:
 
 def flatten(values: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([v.flatten() for v in values.values()])
+
+
+def keyed(table: pd.DataFrame, column: str) -> pd.DataFrame:
+    """The rows whose `column` has a short name in `KEYS`, by that name."""
+    known = table[table[column].isin(KEYS)]
+    return known.set_index(known[column].map(KEYS).rename("key"))
 
 
 def ranks_of(values: Tensor) -> np.ndarray:
@@ -267,7 +291,8 @@ def saturation(
     """Share of groups whose exact FI is at the ceiling (method 1b.2): mean over questions, t interval.
 
     A group is `size` neighbours in a row of a weight matrix, "row" the whole row; `rows` random rows of each
-    matrix are looked at. Columns: classes, k, part, size, share, low, high, n (questions), groups.
+    matrix are looked at. Columns: classes, k, part, size, share, low, high, n (questions), groups, and key,
+    the short name k_part_size.
     """
     generator = torch.Generator().manual_seed(seed)
     shapes = {n: model.network.get_parameter(n).shape for n in names}
@@ -303,7 +328,8 @@ def _mean_shares(counts: pd.DataFrame) -> pd.DataFrame:
     for key, part in each.groupby(by, sort=False):
         mean, low, high = _mean_interval(part["share"])
         lines.append((*key, mean, max(low, 0.0), min(high, 1.0), len(part), int(part["groups"].sum())))
-    return pd.DataFrame(lines, columns=[*by, "share", "low", "high", "n", "groups"])
+    table = pd.DataFrame(lines, columns=[*by, "share", "low", "high", "n", "groups"])
+    return table.assign(key=[f"{t.k}_{KEYS[t.part]}_{t.size}" for t in table.itertuples()])
 
 
 def _mean_interval(values: pd.Series) -> tuple[float, float, float]:
@@ -312,16 +338,19 @@ def _mean_interval(values: pd.Series) -> tuple[float, float, float]:
 
 
 def row_scores(q: Question, spectral: Spectral) -> dict[str, Tensor]:
-    """Four ways to score the output rows of all matrices for one question (method 1b.2)."""
+    """Four ways to score the output rows of all matrices for one question (method 1b.2).
+
+    A row is one perturbation, but for "FI exact, mean", which is the mean of its single weights' FI.
+    """
     with _unwarned():
         joint = [fi(g, q.probs, over=-1) for g in q.grads.values()]
         single = [fi(g, q.probs).mean(-1) for g in q.grads.values()]
         damped = [fi(g, q.probs, over=-1, spectral=spectral) for g in q.grads.values()]
     jacobian = [JACOBIAN(g, q.probs, over=-1) for g in q.grads.values()]
     return {
-        "joint FI, exact": torch.cat(joint),
-        "mean of the weights' exact FI": torch.cat(single),
-        f"joint FI, {spectral}": torch.cat(damped),
+        "FI exact": torch.cat(joint),
+        "FI exact, mean": torch.cat(single),
+        f"FI {spectral}": torch.cat(damped),
         "Jacobian norm": torch.cat(jacobian),
     }
 
@@ -651,6 +680,12 @@ def constant_rows(scores: Scores, rtol: float = 1e-3) -> pd.DataFrame:
     return pd.DataFrame(lines, columns=["layer", "matrix", "part", "rows", "constant", "share"])
 
 
+def constant_by_part(table: pd.DataFrame) -> pd.DataFrame:
+    """`constant_rows` summed over the parts of the model: columns part, rows, constant, share."""
+    sums = table.groupby("part", sort=False)[["rows", "constant"]].sum().reset_index()
+    return sums.assign(share=sums["constant"] / sums["rows"])
+
+
 def rounded(scores: Scores, digits: int = 4) -> dict[str, Tensor]:
     """Scores rounded to significant decimal digits, so that ties which only rounding broke are ties again."""
     found = {}
@@ -787,34 +822,47 @@ def null_residual(model: LanguageModel, examples: Sequence[Example], names: Sequ
     return pd.DataFrame(rows, columns=["question", "residual"])
 
 
-def exact_fi(
-    model: LanguageModel, examples: Sequence[Example], names: Sequence[str], dtype: torch.dtype
-) -> Scores:
-    """Mean exact FI of the weights with the model held and run in one precision."""
-    return score_weights(in_dtype(model, dtype), examples, ["FI"], only=names)["FI exact"]
+def precisions(model: LanguageModel, examples: Sequence[Example], names: Sequence[str]) -> dict[str, Scores]:
+    """Mean exact FI of the weights with the model held and run in three precisions, by their names."""
+    found = {}
+    for name in ("float64", "float32", "bfloat16"):
+        rough = in_dtype(model, getattr(torch, name))
+        found[name] = score_weights(rough, examples, ["FI"], only=names)["FI exact"]
+    return found
 
 
-def rounding(low: Scores, high: Scores, share: float) -> dict[str, float]:
-    """Compare scores in low precision with the same in float64 (method 1b.8).
+def rounding(found: Mapping[str, Scores], share: float) -> pd.DataFrame:
+    """Compare the `precisions` with float64 (method 1b.8).
 
-    differing: share of weights that differ by more than 1e-5 of themselves; worst: the largest ratio either
-    way; largest: the largest difference over the largest score; kept: share of the top weights in common.
+    Columns: dtype; questions; differing, the share of weights that differ by more than 1e-5 of themselves;
+    worst, the largest ratio either way; largest, the largest difference over the largest score; kept, the
+    share of the top weights in common; n (weights).
     """
-    a, b = flatten(low.values).double(), flatten(high.values)
-    live = (a > 0) & (b > 0)
-    difference, ratio = (a - b).abs(), (a[live] / b[live])
-    return {
-        "differing": float((difference > 1e-5 * b).double().mean()),
-        "worst": float(torch.maximum(ratio, 1 / ratio).max()),
-        "largest": float(difference.max() / b.max()),
-        "kept": overlap(top(low, share), top(high, share)),
-        "n": int(live.sum()),
-    }
+    truth = flatten(found["float64"].values)
+    rows = []
+    for dtype, scores in found.items():
+        if dtype == "float64":
+            continue
+        values = flatten(scores.values).double()
+        live = (values > 0) & (truth > 0)
+        difference, ratio = (values - truth).abs(), values[live] / truth[live]
+        rows.append(
+            {
+                "dtype": dtype,
+                "questions": int(scores.metadata["n"]),
+                "differing": float((difference > 1e-5 * truth).double().mean()),
+                "worst": float(torch.maximum(ratio, 1 / ratio).max()),
+                "largest": float(difference.max() / truth.max()),
+                "kept": overlap(top(scores, share), top(found["float64"], share)),
+                "n": len(values),
+            }
+        )
+    return pd.DataFrame(rows)
 
 
 def differences(low: Scores, high: Scores, shown: int = 20_000) -> pd.DataFrame:
     """Columns size (score over the largest score) and difference (relative), of evenly spaced weights."""
-    a, b = flatten(low.values).double(), flatten(high.values)
+    a, b = flatten(low.values).double().cpu(), flatten(high.values).cpu()
     step = max(1, len(b) // shown)
     a, b, largest = a[::step], b[::step], b.max()
     return pd.DataFrame({"size": b / largest, "difference": (a - b).abs() / b.clamp_min(1e-300)})

@@ -25,6 +25,15 @@ from fihelpers.tasks import Example, load_task
 
 INTACT = "intact"
 RANDOM = "random"
+# what chapter 07 compares question by question: the first measure's accuracy minus the second's
+PAIRS = {
+    "exact_random": ("FI exact", "random"),
+    "damped_random": ("FI damped 0.0001", "random"),
+    "damped_exact": ("FI damped 0.0001", "FI exact"),
+    "damped_jacobian": ("FI damped 0.0001", "Jacobian norm"),
+    "snip_damped": ("SNIP", "FI damped 0.0001"),
+    "length_snip": ("information length", "SNIP"),
+}
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,7 @@ def _by_kind(ax: Axes, table: pd.DataFrame, column: str, colour: str, name: str)
 def _damage_panel(ax: Axes, table: pd.DataFrame, value: str, low: str, high: str) -> None:
     looks = {
         "damped": ("o", "-", "FI, damping λ", PALETTE["FI damped 0.0001"]),
-        "cut": ("^", ":", "FI, cut √λ", PALETTE["FI cut 0.001"]),
+        "cut": ("^", ":", "FI, cut at √λ", PALETTE["FI cut 0.001"]),
     }
     for kind, (marker, line, name, colour) in looks.items():
         part = table[table["kind"] == kind].sort_values("scale")

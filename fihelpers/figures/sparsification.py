@@ -93,12 +93,13 @@ def concentration_curves(table: pd.DataFrame) -> Figure:
     ax = axes[0, 0]
     for name, part in table.groupby("measure", sort=False):
         ax.plot(part.weights, part.total, **{**look(str(name)), "marker": None})
-    ax.plot([table.weights.min(), 1], [table.weights.min(), 1], ":", color=INK, label="even spread")
+    even = np.geomspace(table.weights.min(), 1, 100)
+    ax.plot(even, even, ":", color=INK, label="even spread")
     ax.set(
         xscale="log", xlabel="share of the weights, highest score first", ylabel="share of the total score"
     )
     ax.yaxis.set_major_formatter(PercentFormatter(1))
-    ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=2))
+    ax.xaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
     legend_outside(ax)
     return figure
 

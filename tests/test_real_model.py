@@ -1,0 +1,46 @@
+"""The scores on a real pretrained model, which the project did not make."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fihelpers.answers import Top
+from fihelpers.data import data_folder
+from fihelpers.experiments.sparsification import Plan, run_sweep, summary
+from fihelpers.measures import MEASURES
+from fihelpers.models import LanguageModel, open_model
+from fihelpers.perturb.sparsify import linear_names
+from fihelpers.scores import score_weights
+from fihelpers.tasks import load_task
+
+
+@pytest.fixture(scope="module")
+def stories(real_data: Path) -> LanguageModel:
+    return open_model(real_data / "stories260K", dtype="float64")
+
+
+def test_streamed_scores_equal_autograd_on_real_weights(stories: LanguageModel) -> None:
+    examples = load_task(data_folder() / "stories.txt", n=3).examples
+    names = linear_names(stories.network)
+    ours = score_weights(stories, examples, ["FI", "SNIP", "Fisher diagonal"], only=names)
+    weights = {n: stories.network.get_parameter(n) for n in names}
+    sums = {(m, n): torch.zeros_like(w) for m in ours for n, w in weights.items() if m in MEASURES}
+    for example in examples:
+        log_p = Top(8).log_probs(stories.last_logits(stories.batches([example.prompt])[0]))[0]
+        passes = [torch.autograd.grad(one, list(weights.values()), retain_graph=True) for one in log_p]
+        for (measure, name), total in sums.items():
+            grads = torch.stack([p[names.index(name)] for p in passes])
+            total += MEASURES[measure](grads, log_p.exp().detach(), value=weights[name].detach()) / 3
+    for (measure, name), truth in sums.items():
+        torch.testing.assert_close(ours[measure][name], truth, rtol=1e-5, atol=1e-5 * float(truth.max()))
+
+
+def test_zeroing_by_snip_hurts_a_real_model_more_than_chance_does(
+    stories: LanguageModel, tmp_path: Path
+) -> None:
+    plan = Plan(
+        str(data_folder() / "stories.txt"), ("text",), (0.03,), 2, 8, 40, ("SNIP", "random"), low_of=()
+    )
+    table = summary(run_sweep(stories, plan, tmp_path)).set_index(["measure", "rate"]).log_prob
+    assert table["SNIP", 0.03] < table["random", 0.03] < table["random", 0.0]
