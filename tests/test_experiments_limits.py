@@ -1,12 +1,14 @@
 """Chapter 03's experiments on a tiny random model: what each must give whatever the model."""
 
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
-from tiny import tiny_examples, tiny_model
+from tiny import SHAPE, tiny_examples, tiny_model
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from fihelpers.experiments import limits
 from fihelpers.figures import limits as figures
@@ -138,6 +140,26 @@ def test_rows_of_the_last_block_are_constant(scores: dict[str, Scores]) -> None:
         "rest": 1,
     }
     figures.draw_constant_rows(table).canvas.draw()
+
+
+def test_values_that_query_heads_do_not_share_tie_too() -> None:
+    network = Qwen2ForCausalLM(
+        Qwen2Config(**SHAPE, num_key_value_heads=SHAPE["num_attention_heads"])
+    ).double()
+    model = replace(tiny_model("qwen2"), network=network.eval())
+    name = "model.layers.1.self_attn.v_proj.weight"
+    shared, own = (
+        limits.constant_rows(score_weights(m, EXAMPLES, ["FI"], only=[name])["FI exact"])["share"].item()
+        for m in (tiny_model("qwen2"), model)
+    )
+    assert shared == 0 and own == 1
+
+
+def test_stripes_tell_rows_from_columns() -> None:
+    by_row = Scores({"w": torch.arange(6.0)[:, None] + 1e-3 * torch.rand(6, 5)})
+    rows, columns = limits.stripes(by_row, ["w"])
+    assert rows > 0.9 > 0.2 > columns
+    assert limits.stripes(Scores({"w": by_row["w"].T}), ["w"]) == pytest.approx((columns, rows))
 
 
 def test_rounding_to_digits_makes_ties(scores: dict[str, Scores]) -> None:

@@ -490,6 +490,20 @@ def log_probs_after(sweep: Sweep, ranking: str) -> np.ndarray:
     return part.groupby("question")["log_prob"].mean().to_numpy()
 
 
+def stripes(scores: Scores, names: Sequence[str]) -> tuple[float, float]:
+    """Share of the variance of a score's ranks within a matrix between its rows, and between its columns.
+
+    A mean over the named matrices; 1 / (number of columns) and 1 / (number of rows) would be chance.
+    """
+    shares = []
+    for name in names:
+        ranks = torch.from_numpy(ranks_of(scores[name])).view(scores[name].shape)
+        total = ranks.var(correction=0)
+        shares.append([float(ranks.mean(axis).var(correction=0) / total) for axis in (1, 0)])
+    rows, columns = np.mean(shares, axis=0)
+    return float(rows), float(columns)
+
+
 def metric_quantiles(
     model: LanguageModel, examples: Sequence[Example], names: Sequence[str], quantiles: Sequence[float]
 ) -> np.ndarray:

@@ -45,7 +45,7 @@ def draw_ceilings(table: pd.DataFrame) -> Figure:
 
 def draw_saturation(table: pd.DataFrame) -> Figure:
     """Heat maps of the share of groups at the ceiling, classes by group size, for each kind of matrix."""
-    kinds = list(table["part"].unique())
+    kinds = sorted(table["part"].unique())
     figure, axes = new_figure(1, len(kinds), size=(3.1 * len(kinds) + 2.4, 2.9), sharey=True)
     for ax, kind in zip(axes[0], kinds, strict=True):
         part = table[table["part"] == kind]
@@ -98,7 +98,8 @@ def draw_sweep(ranks: pd.DataFrame, damage: pd.DataFrame, metric: Sequence[float
     for ax in axes[:, 0]:
         ax.axvspan(metric[0], metric[2], color="#EFEFEF", zorder=0, label="5 to 95 % of all G")
         ax.set_xscale("log")
-        legend_outside(ax)
+    legend_outside(correlations)
+    legend_outside(accuracy)
     n, seeds = int(damage["n"].max()), int(damage["seeds"].max())
     correlations.set_title(
         f"From exact FI to the Jacobian norm ({seeds} calibration sets, {n} test questions)"
@@ -205,10 +206,13 @@ def draw_contributions(table: pd.DataFrame, measures: Sequence[str]) -> Figure:
         ax.set(xlabel="confidence P(ŷ)", ylabel="share of the sum" if ax is axes[0, 0] else "")
         ax.yaxis.set_major_formatter(PercentFormatter(1))
         ax.set_title(measure)
-    axes[0, 0].annotate(
-        f"equal shares (n = {n})", (0.02, 1 / n), xycoords=("axes fraction", "data"), xytext=(0, 3),
-        textcoords="offset points", fontsize=9,
-    )  # fmt: skip
+    place = {
+        "xycoords": ("axes fraction", "data"),
+        "textcoords": "offset points",
+        "ha": "right",
+        "fontsize": 9,
+    }
+    axes[0, 0].annotate(f"equal shares (n = {n})", (0.98, 1 / n), xytext=(0, 3), **place)
     return figure
 
 
