@@ -175,7 +175,7 @@ def _last_mlp_at_last_position(network: nn.Module) -> Iterator[None]:
     """Let the last block's MLP see the last position only, as nothing reads its output elsewhere.
 
     The sum with the residual stream broadcasts it to the other positions, whose values are then wrong and
-    unused. That saves a sixth of the time of a small model. A network built otherwise is left as it is.
+    unused. That saves a seventh of the time of a small model. A network built otherwise is left as it is.
     """
     layers = getattr(getattr(network, "base_model", None), "layers", None)
     mlp = getattr(layers[-1], "mlp", None) if layers else None
@@ -232,6 +232,31 @@ def paired_difference(
     rows = max(1, BLOCK // n)
     blocks = [min(rows, resamples - start) for start in range(0, resamples, rows)]
     means = np.concatenate([difference[rng.integers(n, size=(block, n))].mean(1) for block in blocks])
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(difference.mean()), float(low), float(high)
+
+
+def crossed_difference(
+    a: ArrayLike, b: ArrayLike, *, seed: int, resamples: int = 10_000, level: float = 0.95
+) -> tuple[float, float, float]:
+    """Return the mean of a - b over seeds and questions and its interval: (mean difference, low, high).
+
+    a and b (S, N): a row for each calibration set, a column for each question, paired. Both are resampled, so
+    that the interval covers the choice of the calibration sets and of the questions.
+    Raises ValueError for input that is empty, unequal or not finite.
+    """
+    _check_level(level)
+    left, right = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    if left.ndim != 2 or left.shape != right.shape or left.size == 0:
+        raise ValueError(f"a and b need one shape (seeds, questions), got {left.shape} and {right.shape}.")
+    difference = left - right
+    if not np.isfinite(difference).all():
+        raise ValueError("a or b holds NaN or infinite values; leave them out.")
+    sets, n = difference.shape
+    rng = np.random.default_rng(seed)
+    set_weights = rng.multinomial(sets, np.full(sets, 1 / sets), size=resamples) / sets
+    question_weights = rng.multinomial(n, np.full(n, 1 / n), size=resamples) / n
+    means = ((set_weights @ difference) * question_weights).sum(1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(difference.mean()), float(low), float(high)
 

@@ -274,8 +274,11 @@ def _weight_files(folder: Path, label: str) -> list[Path]:
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if (folder / WEIGHTS_INDEX).is_file():
-        index = json.loads((folder / WEIGHTS_INDEX).read_text(encoding="utf-8"))
-        shards = sorted(set(index["weight_map"].values()))
+        try:
+            index = json.loads((folder / WEIGHTS_INDEX).read_text(encoding="utf-8"))
+            shards = sorted(set(index["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f"{WEIGHTS_INDEX} of model {label!r} is damaged; fetch it again.") from error
         for shard in shards:
             if Path(shard).name != shard or not (folder / shard).is_file():
                 raise ValueError(f"model {label!r} lacks the weight file {shard!r}; fetch it again.")

@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from tiny import tiny_model
 
 from fihelpers.answers import Answers, Groups, Top, usual_answers
-from fihelpers.evaluate import Evaluator, Outcome, answer_all, mean_interval, paired_difference, wilson
+from fihelpers.evaluate import (
+    Evaluator,
+    Outcome,
+    answer_all,
+    crossed_difference,
+    mean_interval,
+    paired_difference,
+    wilson,
+)
 from fihelpers.models import LanguageModel, open_model
 from fihelpers.tasks import Example, load_task
 
@@ -296,3 +304,20 @@ def test_the_mean_interval_moves_and_scales_with_its_values(values: list[float])
 def test_values_without_a_spread_are_refused(values: list[float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         mean_interval(values)
+
+
+def test_crossed_difference_covers_seeds_and_questions() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.random((5, 40)), rng.random((5, 40))
+    mean, low, high = crossed_difference(a, b, seed=0)
+    assert mean == pytest.approx(float((a - b).mean())) and low < mean < high
+    assert crossed_difference(a, a, seed=0) == (0, 0, 0)
+    assert crossed_difference(a, b, seed=0) == crossed_difference(a, b, seed=0)
+    # seeds that differ widen the interval; bootstrapping the questions alone would not see them
+    shifted = b + np.array([0, 1, 2, 3, 4])[:, None]
+    _, wide_low, wide_high = crossed_difference(a, shifted, seed=0)
+    _, narrow_low, narrow_high = paired_difference(a.mean(0), shifted.mean(0), seed=0)
+    assert wide_high - wide_low > 3 * (narrow_high - narrow_low)
+    for bad in (a[0], a[:, :0], a[:2], np.full((5, 40), np.nan)):
+        with pytest.raises(ValueError, match=r"shape|NaN"):
+            crossed_difference(bad, b, seed=0)

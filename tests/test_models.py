@@ -250,6 +250,13 @@ def test_shards_are_opened_and_their_hash_sees_each(tmp_path: Path) -> None:
     weights = load_file(shards[-1])
     save_file({name: weight + 1 for name, weight in weights.items()}, shards[-1], {"format": "pt"})
     assert open_model(folder).sha256 != model.sha256
+    index = folder / "model.safetensors.index.json"
+    for damaged in ("{", "{}", "[]"):
+        shutil.copy(index, folder.parent)
+        index.write_text(damaged)
+        with pytest.raises(ValueError, match=r"index\.json of model 'shards' is damaged"):
+            open_model(folder)
+        shutil.move(folder.parent / index.name, index)
     shards[0].unlink()
     with pytest.raises(ValueError, match=f"lacks the weight file '{shards[0].name}'"):
         open_model(folder)

@@ -16,6 +16,7 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from fihelpers.answers import Answers, Groups, Top, letters, usual_answers
 from fihelpers.evaluate import Evaluator, Outcome, mean_interval, wilson
@@ -84,7 +85,7 @@ def draw(task: str, subjects: Sequence[str], split: str, n: int, seed: int) -> l
     return [e for s, k in pairs for e in load_task(task, s, split, k, seed)]
 
 
-def look_at(network: nn.Module, blocks: Sequence[int] | None = None) -> list[str]:
+def look_at(network: PreTrainedModel, blocks: Sequence[int] | None = None) -> list[str]:
     """Names of the linear weights without lm_head, of all blocks or of some (-1 is the last)."""
     names = linear_names(network)
     if blocks is None:

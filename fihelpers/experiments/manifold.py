@@ -29,7 +29,6 @@ from fihelpers.models import Batch, LanguageModel
 from fihelpers.tasks import Example
 
 BASE = (0.55, 0.30, 0.15)  # P at omega = 0 of the three-class family
-PROBE = 0.05  # information length of the steps that are tried on the real model
 RTOL = 1e-6  # the rank cut of float32, for every way to compute FI in the rounding experiment
 TOLERANCE = 1e-5  # how far above its ceiling FI counts as a violation, relative
 
@@ -240,6 +239,11 @@ COORDINATES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def _through(family: Family, phi: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The family's log-probabilities in the coordinates nu, omega = phi(nu)."""
+    return lambda nu: family.log_probs(phi(nu))
+
+
 def invariance(family: Family, lam: float) -> pd.DataFrame:
     """FI and the Jacobian norm of one family in several coordinates omega = phi(nu), phi(0) = 0.
 
@@ -248,7 +252,7 @@ def invariance(family: Family, lam: float) -> pd.DataFrame:
     """
     rows = []
     for name, phi in COORDINATES.items():
-        here = local(lambda nu, phi=phi: family.log_probs(phi(nu)), torch.zeros(2, dtype=torch.float64))
+        here = local(_through(family, phi), torch.zeros(2, dtype=torch.float64))
         single = _quiet_fi(here.grads, here.probs)
         rows.append(
             {
@@ -469,41 +473,38 @@ def _weight(model: LanguageModel, name: str) -> Tensor:
     return named[name]
 
 
-def probes(question: Question, name: str, m: Moments, values: Tensor) -> pd.DataFrame:
-    """Move single weights by an information length of `PROBE`; the change of f should be sqrt(FI) PROBE.
+def probes(
+    question: Question, name: str, m: Moments, values: Tensor, lengths: Sequence[float]
+) -> pd.DataFrame:
+    """Move single weights by given information lengths; f should change by sqrt(FI) times the length.
 
     m: moments of the tensor's class gradients; values: its FI. The weights are those of the highest and of
-    the median FI, and that of the largest |df|. The step is given beside the root mean square of the
-    tensor's weights; the measured length is the root of 2 KL.
+    the median FI, and that of the largest |df|. The step is relative to the root mean square of the tensor.
     """
-    weight = _weight(question.model, name)
-    typical = float(weight.detach().float().square().mean().sqrt())
     order = values.flatten().argsort()
     chosen = {
         "highest FI": int(order[-1]),
         "median FI": int(order[len(order) // 2]),
         "largest |∂f|": int(m.score.abs().flatten().argmax()),
     }
+    weight = _weight(question.model, name)
+    typical = float(weight.detach().float().square().mean().sqrt())
     with torch.no_grad():
         before = question.log_probs()
     rows = []
     for label, i in chosen.items():
-        step = PROBE / float(m.metric.flatten()[i].sqrt())
-        with _moved(weight, i, step), torch.no_grad():
-            after = question.log_probs()
-        kl = (before.exp() * (before - after)).sum().clamp(min=0)
-        rows.append(
-            {
-                "weight": label,
-                "FI": float(values.flatten()[i]),
-                "|∂f|": float(m.score.flatten()[i].abs()),
-                "step δ / typical |θ|": step / typical,
-                "predicted |Δf|": PROBE * float(values.flatten()[i].sqrt()),
-                "measured |Δf|": float((after - before)[before.argmax()].abs()),
-                "measured length": float((2 * kl).sqrt()),
-            }
-        )
-    return pd.DataFrame(rows).set_index("weight")
+        for length in lengths:
+            step = length / float(m.metric.flatten()[i].sqrt())
+            with _moved(weight, i, step), torch.no_grad():
+                change = float((question.log_probs() - before)[before.argmax()].abs())
+            predicted = length * float(values.flatten()[i].sqrt())
+            gradient = float(m.score.flatten()[i].abs())
+            rows.append(
+                (label, float(values.flatten()[i]), gradient, length, step / typical, predicted, change)
+            )
+    columns = ["weight", "FI", "|∂f|", "length ℓ", "step / typical weight", "predicted |Δf|", "measured |Δf|"]
+    table = pd.DataFrame(rows, columns=columns).set_index("weight")
+    return table.assign(**{"measured / predicted": table["measured |Δf|"] / table["predicted |Δf|"]})
 
 
 @contextmanager

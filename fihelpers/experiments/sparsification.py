@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from fihelpers.answers import usual_answers
-from fihelpers.evaluate import Evaluator, Outcome, mean_interval, paired_difference
+from fihelpers.evaluate import Evaluator, Outcome, crossed_difference, mean_interval
 from fihelpers.files import write_atomically
 from fihelpers.measures import MEASURES, Measure, Random, find_measure
 from fihelpers.models import LanguageModel
@@ -152,21 +152,23 @@ def own_and_other(carried: pd.DataFrame) -> tuple[float, float]:
 
 
 def answers_of(rows: pd.DataFrame, measure: str, rate: float) -> np.ndarray:
-    """For each test question, the share of calibration sets after which it is answered right."""
+    """Right (1) or wrong (0), a row for each calibration set, a column for each question of all subjects."""
     own = rows[(rows.subject == rows.tested_on) & (rows.measure == measure) & np.isclose(rows.rate, rate)]
     if own.empty:
         raise ValueError(f"The sweep has no measure {measure!r} at rate {rate}.")
-    each = [
-        np.mean([[c == "1" for c in text] for text in part.correct], axis=0)
-        for _, part in own.groupby("subject")
-    ]
-    return np.concatenate(each)
+    lines = ["".join(part.correct) for _, part in own.groupby("seed")]
+    return np.array([[float(c) for c in line] for line in lines])
 
 
 def difference(rows: pd.DataFrame, a: str, b: str, rate: float, seed: int) -> tuple[float, float, float]:
-    """Accuracy after zeroing by a minus by b, over calibration sets, with a paired bootstrap interval."""
-    first, second = answers_of(rows, a, rate), answers_of(rows, b, rate)
-    return tuple(paired_difference(first, second, seed=seed))  # type: ignore[return-value]
+    """Accuracy after zeroing by a minus by b, with a bootstrap interval over sets and questions."""
+    return crossed_difference(answers_of(rows, a, rate), answers_of(rows, b, rate), seed=seed)
+
+
+def differences(rows: pd.DataFrame, a: str, b: str, rates: Sequence[float], seed: int) -> pd.DataFrame:
+    """`difference` at every rate. Columns: rate, difference, low, high."""
+    lines = [(rate, *difference(rows, a, b, rate, seed)) for rate in rates]
+    return pd.DataFrame(lines, columns=["rate", "difference", "low", "high"])
 
 
 def overlaps(scores: dict[str, Scores], share: float) -> pd.DataFrame:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -56,7 +58,11 @@ def family(lines: pd.DataFrame) -> Figure:
     left.set(xlabel="$\\omega_1$", ylabel="$\\omega_2$", title="perturbations ω", aspect="equal")
     _triangle(right)
     right.set_title("distributions P(y | ω)", pad=12)
-    looks = [{"color": FIRST}, {"color": SECOND}, {"color": INK, "marker": "o", "linestyle": ""}]
+    looks: list[dict[str, Any]] = [
+        {"color": FIRST},
+        {"color": SECOND},
+        {"color": INK, "marker": "o", "linestyle": ""},
+    ]
     looks.append({"color": GREY, "linestyle": "--"})
     handles = [plt.Line2D([], [], **style) for style in looks]
     names = ["ω₁ held", "ω₂ held", "ω = 0", "the prediction changes"]

@@ -19,12 +19,13 @@ def damage_curves(table: pd.DataFrame, panels: dict[str, Sequence[str]], chance:
 
     table: from `experiments.sparsification.summary`. chance: accuracy of guessing, drawn as a line.
     """
-    figure, axes = new_figure(1, len(panels), size=(5.2 * len(panels), 4.2), sharey=True)
+    figure, axes = new_figure(1, len(panels), size=(5.2 * len(panels), 4.8), sharey=True)
     for ax, (title, names) in zip(axes[0], panels.items(), strict=True):
         for name in names:
             _curve(ax, table[table.measure == name], name)
         _finish(ax, title, chance)
-        ax.legend(loc="upper right" if chance else "best")
+        ax.set_xlabel("share of linear weights zeroed")
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=3)
     n, seeds = int(table.n.max()), int(table.seeds.max())
     axes[0, 0].set_ylabel(f"accuracy ({n} test questions)")
     figure.supxlabel(
@@ -142,7 +143,7 @@ def _finish(ax: Axes, title: str, chance: float | None) -> None:
     if chance is not None:
         ax.axhline(chance, color=INK, linewidth=0.8, linestyle=(0, (2, 2)))
         ax.annotate(
-            "chance", (1, chance), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=9
+            " chance", (0, chance), xycoords=("axes fraction", "data"), ha="left", va="top", fontsize=9
         )
     ax.set(title=title, ylim=(0, 1.03))
     ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
