@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
-from tiny import SHAPE, tiny_examples, tiny_model
+from tiny import SHAPE, WORDS, tiny_examples, tiny_model
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from fihelpers.answers import Groups, letters
 from fihelpers.experiments import limits
 from fihelpers.figures import limits as figures
 from fihelpers.influence import Cut, Damped, Exact, SaturationWarning, fi
@@ -202,16 +203,28 @@ def test_the_formula_as_it_stands_is_right_in_float64() -> None:
 
 
 def test_float32_is_close_norm_wise(model: LanguageModel, names: list[str]) -> None:
-    found = limits.precisions(model, EXAMPLES, names)
-    table = limits.rounding(found, 0.05).set_index("dtype")
-    assert list(table.index) == ["float32", "bfloat16"] and (table["questions"] == len(EXAMPLES)).all()
-    assert table.loc["float32", "largest"] < 1e-3 < table.loc["bfloat16", "largest"]
-    assert table.loc["float32", "kept"] > 0.9 and (table["worst"] >= 1).all()
+    found = limits.precisions(model, EXAMPLES, names, ["FI exact", "SNIP"])
+    table = limits.rounding(found, 0.05).set_index(["measure", "dtype"])
+    assert len(table) == 4 and (table["questions"] == len(EXAMPLES)).all() and (table["worst"] >= 1).all()
+    float32, bfloat16 = table.loc[("FI exact", "float32")], table.loc[("FI exact", "bfloat16")]
+    assert float32["largest"] < 1e-3 < bfloat16["largest"] and float32["kept"] > 0.9
     same = limits.rounding({"float64": found["float64"], "float32": found["float64"]}, 0.05)
     assert same.loc[0, ["differing", "worst", "largest", "kept"]].tolist() == [0, 1, 0, 1]
-    shown = limits.differences(found["float32"], found["float64"], 100)
+    pair = (found[d]["FI exact"] for d in ("float32", "float64"))
+    shown = limits.differences(*pair, shown=100)
     assert 100 <= len(shown) <= 200
-    figures.draw_rounding(shown, int(table["n"].iloc[0])).canvas.draw()
+    figures.draw_rounding(shown, int(float32["n"])).canvas.draw()
+
+
+def test_the_same_precision_changes_no_answer(model: LanguageModel) -> None:
+    assert limits.changed_answers(model, EXAMPLES, torch.float32) == []
+
+
+def test_all_tokens_hold_all_the_probability(model: LanguageModel) -> None:
+    half = len(WORDS) // 2
+    whole = Groups(("first", "second"), (tuple(range(half)), tuple(range(half, len(WORDS)))))
+    assert limits.mass_of(model, EXAMPLES, whole) == pytest.approx(1)
+    assert 0 < limits.mass_of(model, EXAMPLES, letters(model.tokenizer)) < 1
 
 
 def test_a_verdict_says_no_more_than_its_interval() -> None:

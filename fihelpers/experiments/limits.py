@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from fihelpers.answers import Answers, Groups, Top, letters, usual_answers
-from fihelpers.evaluate import Evaluator, Outcome, mean_interval, wilson
+from fihelpers.evaluate import Evaluator, Outcome, answer_all, mean_interval, wilson
 from fihelpers.influence import (
     Cut,
     Damped,
@@ -279,6 +279,17 @@ def answer_sets(model: LanguageModel) -> dict[str, Answers]:
         "four letters (K = 4)": four,
         "top 8 + rest (K = 9)": Top(8),
     }
+
+
+def mass_of(model: LanguageModel, examples: Sequence[Example], classes: Groups) -> float:
+    """Share of the next token's whole probability that falls on the classes' tokens, a mean over questions."""
+    tokens = [t for ids in classes.tokens for t in ids]
+    shares = []
+    with torch.inference_mode():
+        for batch in model.batches([e.prompt for e in examples]):
+            log_p = model.last_logits(batch).log_softmax(-1)
+            shares.append(log_p[:, tokens].exp().sum(-1))
+    return float(torch.cat(shares).mean())
 
 
 def saturation(
@@ -837,42 +848,57 @@ def null_residual(model: LanguageModel, examples: Sequence[Example], names: Sequ
     return pd.DataFrame(rows, columns=["question", "residual"])
 
 
-def precisions(model: LanguageModel, examples: Sequence[Example], names: Sequence[str]) -> dict[str, Scores]:
-    """Mean exact FI of the weights with the model held and run in three precisions, by their names."""
+def precisions(
+    model: LanguageModel, examples: Sequence[Example], names: Sequence[str], measures: Sequence[str]
+) -> dict[str, dict[str, Scores]]:
+    """Scores of the weights with the model held and run in three precisions: {dtype: {measure: Scores}}.
+
+    The library computes root mean square norms in float32 whatever the model's precision, so "float64" is
+    float64 but for those.
+    """
     found = {}
     for name in ("float64", "float32", "bfloat16"):
         rough = in_dtype(model, getattr(torch, name))
-        found[name] = score_weights(rough, examples, ["FI"], only=names)["FI exact"]
+        scores = score_weights(rough, examples, measures, only=names)
+        found[name] = {m: scores[m] for m in measures}
     return found
 
 
-def rounding(found: Mapping[str, Scores], share: float) -> pd.DataFrame:
-    """Compare the `precisions` with float64 (method 1b.8).
+def rounding(found: Mapping[str, Mapping[str, Scores]], share: float) -> pd.DataFrame:
+    """Compare `precisions` with float64 (method 1b.8).
 
-    Columns: dtype; questions; differing, the share of weights that differ by more than 1e-5 of themselves;
-    worst, the largest ratio either way; largest, the largest difference over the largest score; kept, the
-    share of the top weights in common; n (weights).
+    Columns: questions, measure, dtype; differing, the share of weights that differ by more than 1e-5 of
+    themselves; worst, the largest ratio either way; largest, the largest difference over the largest score;
+    kept, the share of the top weights in common; n (weights).
     """
-    truth = flatten(found["float64"].values)
     rows = []
-    for dtype, scores in found.items():
-        if dtype == "float64":
-            continue
-        values = flatten(scores.values).double()
-        live = (values > 0) & (truth > 0)
-        difference, ratio = (values - truth).abs(), values[live] / truth[live]
-        rows.append(
-            {
-                "dtype": dtype,
-                "questions": int(scores.metadata["n"]),
-                "differing": float((difference > 1e-5 * truth).double().mean()),
-                "worst": float(torch.maximum(ratio, 1 / ratio).max()),
-                "largest": float(difference.max() / truth.max()),
-                "kept": overlap(top(scores, share), top(found["float64"], share)),
-                "n": len(values),
-            }
-        )
+    for measure, truth in found["float64"].items():
+        for dtype in (d for d in found if d != "float64"):
+            scores = found[dtype][measure]
+            row = {"questions": int(scores.metadata["n"]), "measure": measure, "dtype": dtype}
+            rows.append(
+                {**row, **_compared(scores, truth), "kept": overlap(top(scores, share), top(truth, share))}
+            )
     return pd.DataFrame(rows)
+
+
+def _compared(low: Scores, high: Scores) -> dict[str, float]:
+    a, b = flatten(low.values).double(), flatten(high.values)
+    live = (a > 0) & (b > 0)
+    difference, ratio = (a - b).abs(), a[live] / b[live]
+    return {
+        "n": len(a),
+        "differing": float((difference > 1e-5 * b).double().mean()),
+        "worst": float(torch.maximum(ratio, 1 / ratio).max()),
+        "largest": float(difference.max() / b.max()),
+    }
+
+
+def changed_answers(model: LanguageModel, examples: Sequence[Example], dtype: torch.dtype) -> list[Example]:
+    """The questions whose predicted class is another one with the model in another precision."""
+    classes = usual_answers(model.tokenizer, lettered=bool(examples[0].options))
+    here, there = (answer_all(m, examples, classes).predicted for m in (model, in_dtype(model, dtype)))
+    return [e for e, changed in zip(examples, (here != there).tolist(), strict=True) if changed]
 
 
 def differences(low: Scores, high: Scores, shown: int = 20_000) -> pd.DataFrame:

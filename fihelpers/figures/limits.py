@@ -202,17 +202,11 @@ def draw_contributions(table: pd.DataFrame, measures: Sequence[str]) -> Figure:
     for ax, measure in zip(axes[0], measures, strict=True):
         part = table[table["measure"] == measure]
         ax.plot(part["confidence"], part["share"], "o", color=PALETTE[measure], alpha=0.7)
-        ax.axhline(1 / n, color=INK, linewidth=1, linestyle="--")
+        ax.axhline(1 / n, color=INK, linewidth=1, linestyle="--", label=f"equal shares, n = {n}")
         ax.set(xlabel="confidence P(ŷ)", ylabel="share of the sum" if ax is axes[0, 0] else "")
-        ax.yaxis.set_major_formatter(PercentFormatter(1))
+        ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         ax.set_title(measure)
-    place = {
-        "xycoords": ("axes fraction", "data"),
-        "textcoords": "offset points",
-        "ha": "right",
-        "fontsize": 9,
-    }
-    axes[0, 0].annotate(f"equal shares (n = {n})", (0.98, 1 / n), xytext=(0, 3), **place)
+    axes[0, 0].legend(loc="upper right")
     return figure
 
 
@@ -225,12 +219,12 @@ def draw_own_scores(table: pd.DataFrame) -> Figure:
         for ax, column in zip(axes[0], ("error", "excess"), strict=True):
             ax.plot(part["doubt"], part[column], marker, color=colour, alpha=0.6, label=way)
     for ax in axes[0]:
-        ax.set(xscale="log", yscale="log", xlabel="doubt 1 − P(ŷ)")
+        ax.set(xscale="log", xlabel="doubt 1 − P(ŷ)")
         ax.invert_xaxis()
-    axes[0, 0].set(ylabel="relative error of s_ŷ in float32")
+    axes[0, 0].set(yscale="log", ylabel="relative error of s_ŷ in float32")
     axes[0, 0].set_title(f"Error (n = {table['question'].nunique()} questions)")
     axes[0, 0].legend(loc="upper left")
-    axes[0, 1].set(ylabel="largest FI / ceiling")
+    axes[0, 1].set(ylabel="largest FI of three weights / ceiling")
     axes[0, 1].axhline(1, color=INK, linewidth=1)
     axes[0, 1].set_title("FI that follows from it")
     return figure

@@ -9,7 +9,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from fihelpers.figures.style import GREY, INK, SEQUENTIAL, legend_outside, look, new_figure
 
@@ -28,9 +28,8 @@ def damage_curves(table: pd.DataFrame, panels: dict[str, Sequence[str]], chance:
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=3)
     n, seeds = int(table.n.max()), int(table.seeds.max())
     axes[0, 0].set_ylabel(f"accuracy ({n} test questions)")
-    figure.supxlabel(
-        f"share of linear weights zeroed; bands: 95 % over {seeds} calibration sets", fontsize=10
-    )
+    bands = f"{seeds} calibration sets" if seeds > 1 else "the questions"
+    figure.supxlabel(f"bands: 95 % over {bands}", fontsize=9)
     return figure
 
 
@@ -146,5 +145,6 @@ def _finish(ax: Axes, title: str, chance: float | None) -> None:
             " chance", (0, chance), xycoords=("axes fraction", "data"), ha="left", va="top", fontsize=9
         )
     ax.set(title=title, ylim=(0, 1.03))
-    ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    ax.xaxis.set_ticks(np.linspace(0, 0.1, 6))
+    ax.xaxis.set_major_formatter(PercentFormatter(1))
+    ax.set_xlim(left=0)
+    ax.xaxis.set_major_locator(MaxNLocator(6))
