@@ -282,7 +282,7 @@ def answer_sets(model: LanguageModel) -> dict[str, Answers]:
 
 
 def mass_of(model: LanguageModel, examples: Sequence[Example], classes: Groups) -> float:
-    """Share of the next token's whole probability that falls on the classes' tokens, a mean over questions."""
+    """Share of the next token's whole probability that falls on the classes' tokens, mean over questions."""
     tokens = [t for ids in classes.tokens for t in ids]
     shares = []
     with torch.inference_mode():
