@@ -85,7 +85,11 @@ def test_make_installs_once(tmp_path: Path) -> None:
 
     def commands(target: str) -> str:
         return subprocess.run(
-            ["make", "--dry-run", target], cwd=tmp_path, capture_output=True, text=True, check=True
+            ["make", "--dry-run", "--no-print-directory", target],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout
 
     for target in ("book", "test", "lab"):

@@ -31,6 +31,7 @@ def test_an_unknown_measure_is_named() -> None:
 
 
 def test_fonts_are_at_least_nine_points_and_figures_are_not_left_open() -> None:
+    plt.close("all")  # what other tests drew
     use_style()
     sizes = [
         v for k, v in plt.rcParams.items() if k.endswith(("labelsize", "titlesize", "font.size", "fontsize"))
