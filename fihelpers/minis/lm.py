@@ -162,7 +162,7 @@ def build_network(recipe: Recipe, vocabulary: int) -> Qwen2ForCausalLM:
 def _look_for_the_like(network: Qwen2ForCausalLM) -> None:
     """Start queries and keys alike, so that a token first attends to tokens like itself.
 
-    A random start takes thousands of steps to find out that equal words matter (Trockman & Kolter 2023).
+    A random start is slow to find out that equal words matter (after Trockman & Kolter 2023).
     """
     config = network.config
     for layer in network.model.layers:
