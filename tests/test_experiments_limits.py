@@ -203,15 +203,15 @@ def test_the_formula_as_it_stands_is_right_in_float64() -> None:
 
 
 def test_float32_is_close_norm_wise(model: LanguageModel, names: list[str]) -> None:
-    found = limits.precisions(model, EXAMPLES, names, ["FI exact", "SNIP"])
+    found = limits.precisions(model, EXAMPLES, names, ["FI exact", "Fisher diagonal"])
     table = limits.rounding(found, 0.05).set_index(["measure", "dtype"])
     assert len(table) == 4 and (table["questions"] == len(EXAMPLES)).all() and (table["worst"] >= 1).all()
     float32, bfloat16 = table.loc[("FI exact", "float32")], table.loc[("FI exact", "bfloat16")]
     assert float32["largest"] < 1e-3 < bfloat16["largest"] and float32["kept"] > 0.9
     same = limits.rounding({"float64": found["float64"], "float32": found["float64"]}, 0.05)
     assert same.loc[0, ["differing", "worst", "largest", "kept"]].tolist() == [0, 1, 0, 1]
-    pair = (found[d]["FI exact"] for d in ("float32", "float64"))
-    shown = limits.differences(*pair, shown=100)
+    shown = limits.differences(found, "float32", shown=100)
+    assert shown["size"].between(0, 1).all()
     assert 100 <= len(shown) <= 200
     figures.draw_rounding(shown, int(float32["n"])).canvas.draw()
 

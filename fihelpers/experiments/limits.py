@@ -57,6 +57,7 @@ KEYS = {  # short names, for the names of records
     JACOBIAN2: "jacobian",
     "SNIP": "snip",
     "predicted change": "change",
+    "Fisher diagonal": "fisher",
     "information length": "length",
     "magnitude": "magnitude",
     EARLIER: "early",
@@ -901,12 +902,16 @@ def changed_answers(model: LanguageModel, examples: Sequence[Example], dtype: to
     return [e for e, changed in zip(examples, (here != there).tolist(), strict=True) if changed]
 
 
-def differences(low: Scores, high: Scores, shown: int = 20_000) -> pd.DataFrame:
-    """Columns size (score over the largest score) and difference (relative), of evenly spaced weights."""
-    a, b = flatten(low.values).double().cpu(), flatten(high.values).cpu()
+def differences(found: Mapping[str, Mapping[str, Scores]], dtype: str, shown: int = 20_000) -> pd.DataFrame:
+    """Relative difference of exact FI from float64, for evenly spaced weights: columns size, difference.
+
+    size is the root of the weight's Fisher metric, the size of its class gradients, over the largest one.
+    """
+    a, b = (flatten(found[d]["FI exact"].values).double().cpu() for d in (dtype, "float64"))
+    size = flatten(found["float64"]["Fisher diagonal"].values).sqrt().cpu()
     step = max(1, len(b) // shown)
-    a, b, largest = a[::step], b[::step], b.max()
-    return pd.DataFrame({"size": b / largest, "difference": (a - b).abs() / b.clamp_min(1e-300)})
+    difference = (a - b).abs() / b.clamp_min(1e-300)
+    return pd.DataFrame({"size": (size / size.max())[::step], "difference": difference[::step]})
 
 
 # --- words for results that may turn out either way ----------------------------------------------------

@@ -231,7 +231,7 @@ def draw_own_scores(table: pd.DataFrame) -> Figure:
 
 
 def draw_rounding(weights: pd.DataFrame, n: int) -> Figure:
-    """Relative difference between float32 and float64 against the size of FI."""
+    """Relative difference of FI between float32 and float64 against the size of the class gradients."""
     figure, axes = new_figure(size=(7.2, 3.9))
     ax = axes[0, 0]
     shown = weights[(weights["difference"] > 0) & (weights["size"] > 0)]
@@ -240,7 +240,7 @@ def draw_rounding(weights: pd.DataFrame, n: int) -> Figure:
         cmap=SEQUENTIAL, linewidths=0,
     )  # fmt: skip
     ax.axhline(1e-5, color=FIRST_WAY, linewidth=1.2, linestyle="--")
-    ax.set(xlabel="FI of the weight / largest FI", ylabel="relative difference")
-    ax.set_title(f"float32 against float64, weight by weight ({len(shown):,} of {n:,})")
+    ax.set(xlabel="size of the weight's class gradients, √G / largest √G", ylabel="relative difference of FI")
+    ax.set_title(f"float32 against float64 ({len(shown):,} of {n:,} weights)")
     figure.colorbar(grid, label="weights (log scale)")
     return figure
