@@ -334,7 +334,7 @@ def _like(values: Tensor, dims: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _Spectrum:
-    """Eigenvalues mu, (K-1, *rest), ascending; leverage U[y_hat, i]^2 / P(y_hat); and the ceiling."""
+    """Eigenvalues mu, (K-1 or p, *rest), ascending; leverage U[y_hat, i]^2 / P(y_hat); and the ceiling."""
 
     mu: Tensor
     leverage: Tensor
@@ -359,7 +359,10 @@ def _spectrum_of_group(
     p, q = _like(others.double(), rows.dim()), _like(chosen.double(), rows.dim() - 1)
     # rows of Q^T D^(1/2) J, Q being a Householder basis of the complement of sqrt(P): see method 1a
     shift = (p * rows).sum(0) / (q.sqrt() * (1 + q.sqrt()))
-    return _solve(_outer(p.sqrt() * (rows + shift)), others, chosen)
+    turned = p.sqrt() * (rows + shift)
+    if turned.shape[-1] < len(turned):
+        return _solve_metric(turned, others, chosen)
+    return _solve(_outer(turned), others, chosen)
 
 
 def _spectrum_of_gram(gram_matrix: Tensor, probs: Tensor, predicted: int | Tensor | None) -> _Spectrum:
@@ -377,18 +380,34 @@ def _spectrum_of_gram(gram_matrix: Tensor, probs: Tensor, predicted: int | Tenso
 def _solve(m: Tensor, others: Tensor, chosen: Tensor) -> _Spectrum:
     """Spectrum of the (K-1) x (K-1) problem. m: (K-1, K-1, *rest)."""
     p, q = _like(others.double(), m.dim() - 1), _like(chosen.double(), m.dim() - 2)
-    root = p.sqrt().expand(m.shape[1:])
-    if m.shape[0] == 1:
-        mu, leverage = m[0], root.square()
-    elif m.shape[0] == 2:
-        mu, leverage = _rotate(m[0, 0], m[1, 1], m[0, 1], root[0], root[1])
-    elif m.shape[0] == 3:
-        mu, leverage = _closed_form(m, root)
-    else:
-        values, vectors = torch.linalg.eigh(m.movedim((0, 1), (-2, -1)))
-        mu = values.movedim(-1, 0)
-        leverage = torch.einsum("...ji,j...->i...", vectors, root).square()
+    mu, leverage = _eigen(m, p.sqrt().expand(m.shape[1:]))
     return _Spectrum(mu, leverage / q, p.sum(0) / q)
+
+
+def _solve_metric(turned: Tensor, others: Tensor, chosen: Tensor) -> _Spectrum:
+    """The same spectrum from the p x p metric itself, which is the smaller problem where p < K - 1.
+
+    turned: (K-1, *rest, p). An eigenvector v of the metric belongs to turned v / sqrt(mu), so that the
+    leverage is (v . w)^2 / mu with w the coordinates of sqrt(P) along turned.
+    """
+    p, q = _like(others.double(), turned.dim() - 1), _like(chosen.double(), turned.dim() - 2)
+    metric = torch.einsum("k...i,k...j->ij...", turned, turned)
+    mu, squares = _eigen(metric, (p.sqrt()[..., None] * turned).sum(0).movedim(-1, 0))
+    live = mu > ROUNDING * mu[-1:]
+    return _Spectrum(mu, torch.where(live, squares / mu, 0) / q, p.sum(0) / q)
+
+
+def _eigen(m: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
+    """Ascending eigenvalues of symmetric (n, n, *rest), and the squared coordinates of a vector (n, *rest)."""
+    if m.shape[0] == 1:
+        return m[0], vector.square()
+    if m.shape[0] == 2:
+        return _rotate(m[0, 0], m[1, 1], m[0, 1], vector[0], vector[1])
+    if m.shape[0] == 3:
+        return _closed_form(m, vector)
+    values, vectors = torch.linalg.eigh(m.movedim((0, 1), (-2, -1)))
+    squares = torch.einsum("...ji,j...->i...", vectors, vector).square()
+    return values.movedim(-1, 0), squares
 
 
 def _rotate(a: Tensor, b: Tensor, c: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -410,7 +429,7 @@ def _rotate(a: Tensor, b: Tensor, c: Tensor, x: Tensor, y: Tensor) -> tuple[Tens
 
 
 def _closed_form(m: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
-    """Closed form of symmetric 3 x 3 problems (K = 4), m: (3, 3, *rest), root: (3, *rest).
+    """Closed form of symmetric 3 x 3 problems (K = 4, or p = 3), m: (3, 3, *rest), root: (3, *rest).
 
     The best separated eigenvalue comes from the cubic and its vector from a row of the adjugate;
     a reflection takes that vector out, and the 2 x 2 rest is one rotation. Every step is orthogonal,
