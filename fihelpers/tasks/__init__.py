@@ -1,16 +1,19 @@
-"""Tasks: prompts with or without right answers, all as the same dataclass."""
+"""Tasks: prompts with or without images and right answers, all as the same dataclass."""
 
+from collections.abc import Callable
 from functools import partial
 from os import PathLike
 from pathlib import Path
 
 from fihelpers.data import data_folder
-from fihelpers.tasks import mcq, text
+from fihelpers.tasks import images, mcq, text
 from fihelpers.tasks.base import Example, Task, make_task
+from fihelpers.tasks.images import image_prompt, with_instruction
 
-__all__ = ["Example", "Task", "load_task"]
+__all__ = ["Example", "Task", "image_prompt", "load_task", "with_instruction"]
 
 ALL = "all"
+HUB_IMAGES = {images.SCIENCEQA: images.read_scienceqa_hub, images.PUZZLEVQA: images.read_puzzlevqa_hub}
 
 
 def load_task(
@@ -21,12 +24,17 @@ def load_task(
     seed: int = 0,
     shots: int = 0,
 ) -> Task:
-    """Load "bundled", "cais/mmlu", a folder in the MMLU CSV layout, or a .txt file with one context a line.
+    """Load questions as text, questions about images, or contexts to continue.
+
+    As text: "bundled", "cais/mmlu" or a folder in the MMLU CSV layout. About images: "bundled-images", a
+    .tsv file in the layout of MMBench, a folder of ScienceQA or PuzzleVQA, "derek-thomas/ScienceQA" or
+    "declare-lab/PuzzleVQA". Contexts: a .txt file with one a line.
 
     ``subject`` None takes all subjects, one after the other; ``n`` draws a seeded subset; ``shots`` puts
-    that many solved questions of the dev split before each question. A text file has neither subjects nor
-    shots, and is the same for every split. Raises FileNotFoundError for an unknown name and ValueError for
-    any other bad argument or a malformed row.
+    that many solved questions of the dev split before each question, for questions as text only. A text
+    file has no subjects and, like PuzzleVQA, is the same for every split. A row about an image that cannot
+    be used is left out and named in ``Task.skipped``. Raises FileNotFoundError for an unknown name and
+    ValueError for any other bad argument, a malformed row of text, or where no row is left.
     """
     name = str(name)
     if split not in mcq.SPLITS:
@@ -35,6 +43,9 @@ def load_task(
         raise ValueError(f"{shots} shots with split {split!r}: ask for 0 or more, of val or test questions.")
     if name.endswith(".txt"):
         return _text_task(Path(name), subject, n, seed, shots)
+    read_images = _image_reader(name)
+    if read_images:
+        return _image_task(name, read_images, subject, split, n, seed, shots)
     read = _reader(name)
     rows = read(subject=subject, split=split)
     solved = read(subject=subject, split="dev") if shots else {}
@@ -50,12 +61,47 @@ def _reader(name: str) -> partial[mcq.Rows]:
     if Path(name).expanduser().is_dir():
         return partial(mcq.read_folder, Path(name).expanduser(), bundled=False)
     raise FileNotFoundError(
-        f"no task {name!r}: give 'bundled', {mcq.HUB!r}, a folder in the MMLU CSV layout or a .txt file."
+        f"no task {name!r}: give 'bundled', {mcq.HUB!r}, a folder in the MMLU CSV layout or a .txt file; "
+        f"for images {images.BUNDLED!r}, a .tsv file in the layout of MMBench, a folder of ScienceQA or "
+        f"PuzzleVQA, {' or '.join(map(repr, HUB_IMAGES))}."
     )
 
 
 def _label(name: str) -> str:
-    return name if name in ("bundled", mcq.HUB) else Path(name).expanduser().resolve().name
+    known = ("bundled", mcq.HUB, images.BUNDLED, *HUB_IMAGES)
+    return name if name in known else Path(name).expanduser().resolve().name.removesuffix(".tsv")
+
+
+def _image_reader(name: str) -> Callable[[str], images.Source] | None:
+    """Return the reader of an image task, by its split; None for a task of another kind."""
+    if name == images.BUNDLED:
+        return images.read_bundled
+    if name in HUB_IMAGES:
+        return HUB_IMAGES[name]
+    path = Path(name).expanduser()
+    if name.endswith(".tsv"):
+        return partial(images.read_mmbench, path)
+    if (path / images.SCIENCEQA_FILE).is_file():
+        return partial(images.read_scienceqa, path)
+    if (path / "images").is_dir() and any(path.glob("*.json")):
+        return partial(images.read_puzzlevqa, path)
+    return None
+
+
+def _image_task(
+    name: str,
+    read: Callable[[str], images.Source],
+    subject: str | None,
+    split: str,
+    n: int | None,
+    seed: int,
+    shots: int,
+) -> Task:
+    if shots:
+        raise ValueError(f"{name} asks about images, without {shots} solved questions; set shots to 0.")
+    source = read(split)
+    examples, skipped = images.make_examples(source.rows, subject)
+    return make_task(_label(name), subject or ALL, source.split, examples, n, seed, skipped)
 
 
 def _text_task(path: Path, subject: str | None, n: int | None, seed: int, shots: int) -> Task:

@@ -4,14 +4,17 @@ import hashlib
 import json
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+SHOWN_REASONS = 3  # of the rows left out, where none is left
 
 
 @dataclass(frozen=True)
 class Example:
     """One prompt, with the index of the right option, or None where nothing is right or wrong.
 
-    ``options`` is empty for plain text, whose ``question`` is the prompt itself.
+    ``options`` is empty for plain text, whose ``question`` is the prompt itself. Of an image question,
+    ``image`` is the encoded file; ``hint`` and ``instruction`` stand in the prompt already.
     """
 
     id: str
@@ -20,17 +23,24 @@ class Example:
     options: tuple[str, ...]
     answer: int | None
     question: str
+    image: bytes | None = field(default=None, repr=False)
+    hint: str = ""
+    instruction: str = ""
 
 
 @dataclass(frozen=True)
 class Task:
-    """Examples of one origin. ``subject`` is "all" for several; ``sha256`` is of the examples themselves."""
+    """Examples of one origin. ``subject`` is "all" for several; ``sha256`` is of the examples themselves.
+
+    ``skipped`` says which rows of the origin were left out, and why.
+    """
 
     name: str
     subject: str
     split: str
     examples: tuple[Example, ...]
     sha256: str
+    skipped: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -40,13 +50,22 @@ class Task:
 
 
 def make_task(
-    name: str, subject: str, split: str, examples: Sequence[Example], n: int | None, seed: int
+    name: str,
+    subject: str,
+    split: str,
+    examples: Sequence[Example],
+    n: int | None,
+    seed: int,
+    skipped: Sequence[str] = (),
 ) -> Task:
     """Draw n of the examples with a seed (all if n is None), keep their order and hash them.
 
     Raises ValueError if there are fewer than n, or none.
     """
     label = f"task {name!r} (subject {subject}, split {split})"
+    if not examples and skipped:
+        reasons = "; ".join(skipped[:SHOWN_REASONS])
+        raise ValueError(f"{label} has no row that can be used, so correct its rows. {reasons}")
     if not examples:
         raise ValueError(f"{label} has no examples; give a file that has some.")
     if n is not None and n < 1:
@@ -56,6 +75,14 @@ def make_task(
     if n is not None:
         chosen = sorted(random.Random(seed).sample(range(len(examples)), n))
         examples = [examples[i] for i in chosen]
-    content = [(e.id, e.subject, e.prompt, e.options, e.answer) for e in examples]
+    content = [_content(example) for example in examples]
     sha256 = hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
-    return Task(name, subject, split, tuple(examples), sha256)
+    return Task(name, subject, split, tuple(examples), sha256, tuple(skipped))
+
+
+def _content(example: Example) -> tuple[object, ...]:
+    """What the hash is of; text examples have no image, and keep the hash that they had before images."""
+    text = (example.id, example.subject, example.prompt, example.options, example.answer)
+    if example.image is None:
+        return text
+    return (*text, hashlib.sha256(example.image).hexdigest(), example.hint)
