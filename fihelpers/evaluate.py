@@ -15,7 +15,9 @@ from tqdm import tqdm
 
 from fihelpers.answers import Answers, FixedTop, Groups
 from fihelpers.models import Batch, LanguageModel
+from fihelpers.scores.inputs import image_of, option_letters
 from fihelpers.tasks import Example
+from fihelpers.vision import VisionModel
 
 BATCH_SIZE = 32
 BLOCK = 5_000_000  # resampled values held at once by the bootstrap (40 MB)
@@ -79,11 +81,7 @@ class Evaluator:
         self.examples = tuple(examples)
         if not self.examples:
             raise ValueError("there are no examples to answer; give at least one.")
-        if reference is not None and len(reference.answer) != len(self.examples):
-            raise ValueError(
-                f"the reference has {len(reference.answer)} examples, not the {len(self.examples)} given; "
-                "use one made from the same examples."
-            )
+        _check_reference(reference, len(self.examples))
         self.reference = reference
         self._answers = answers
         self._right = _right_classes(self.examples, answers)
@@ -151,12 +149,103 @@ def answer_all(
     return Evaluator(model, examples, answers, batch_size, reference)()
 
 
+def answer_images(
+    model: VisionModel,
+    examples: Sequence[Example],
+    *,
+    images: Sequence[Tensor] | None = None,
+    answers: Answers | None = None,
+    batch_size: int = BATCH_SIZE,
+    reference: Outcome | None = None,
+) -> Outcome:
+    """Answer every question about an image once.
+
+    ``images`` (3, H, W), grey levels 0 to 255, take the place of the examples' own (masked ones, say).
+    ``answers`` are by default the letters of each example's options; where these differ in number, the
+    log-probabilities of letters that an example lacks are -inf. ``reference`` is the outcome on the intact
+    images, which fixes the classes of ``Top`` and the answers that are not given (see :class:`Evaluator`).
+
+    Raises ValueError for no examples, as many images as there are not, an example without an image, or
+    one whose options do not fit the classes.
+    """
+    if not examples or (images is not None and len(images) != len(examples)):
+        found = "no" if images is None else len(images)
+        raise ValueError(f"there are {len(examples)} examples and {found} images; give one image an example.")
+    _check_reference(reference, len(examples))
+    start = reference.classes if reference is not None else answers or _letters_of(model, examples)
+    right = _right_classes(examples, start)
+    log_probs, predicted, classes = [], [], []
+    for rows in tqdm(torch.arange(len(examples)).split(batch_size), desc="answering", delay=3, leave=False):
+        shown = [image_of(examples[i]) if images is None else images[i] for i in rows.tolist()]
+        with torch.no_grad():
+            logits = model.last_logits(shown, [examples[i].prompt for i in rows.tolist()])
+        fixed = start.rows(rows).fix(logits)
+        classes.append(fixed)
+        log_probs.append(fixed.log_probs(logits).cpu())
+        predicted.append(fixed.choice(logits).cpu())
+    chosen = torch.cat(predicted)
+    answer = torch.where(right >= 0, right, chosen if reference is None else reference.answer)
+    judged = start if isinstance(start, Lettered) else _joined(classes, torch.arange(len(examples)))
+    return Outcome(torch.cat(log_probs), chosen, answer, judged)
+
+
+@dataclass(frozen=True, eq=False)
+class Lettered:
+    """Letters as answer classes of questions with different numbers of options: the first ``counts`` (N,)."""
+
+    letters: Groups
+    counts: Tensor
+
+    def __str__(self) -> str:
+        return str(self.letters)
+
+    @property
+    def size(self) -> int:
+        return self.letters.size
+
+    def log_probs(self, logits: Tensor) -> Tensor:
+        """Map logits (N, V) to log-probabilities (N, K), -inf for the letters that a question lacks."""
+        log_p = self.letters.log_probs(logits)
+        absent = torch.arange(self.size) >= self.counts[:, None]
+        return log_p.masked_fill(absent.to(log_p.device), -torch.inf).log_softmax(-1)
+
+    def choice(self, logits: Tensor) -> Tensor:
+        """Return the likeliest letter (N,)."""
+        return self.log_probs(logits).argmax(-1)
+
+    def fix(self, logits: Tensor) -> "Lettered":
+        """Return the same classes: they never depend on the logits."""
+        return self
+
+    def rows(self, index: Tensor) -> "Lettered":
+        """Return the classes of some questions only."""
+        return Lettered(self.letters, self.counts[index])
+
+
+def _letters_of(model: VisionModel, examples: Sequence[Example]) -> Answers:
+    """Letters, one an option; the usual classes where all examples have as many options."""
+    counts = [len(example.options) for example in examples]
+    fewest = option_letters(model.tokenizer, min(counts))
+    if min(counts) == max(counts):
+        return fewest
+    return Lettered(option_letters(model.tokenizer, max(counts)), torch.tensor(counts))
+
+
+def _check_reference(reference: Outcome | None, n: int) -> None:
+    if reference is not None and len(reference.answer) != n:
+        raise ValueError(
+            f"the reference has {len(reference.answer)} examples, not the {n} given; "
+            "use one made from the same examples."
+        )
+
+
 def _right_classes(examples: Sequence[Example], answers: Answers) -> Tensor:
     """Return the index of the right class (N,), -1 where the intact model's choice stands in for it."""
-    if not isinstance(answers, Groups):
+    if not isinstance(answers, Groups | Lettered):
         return torch.full((len(examples),), -1)
     for example in examples:
-        if example.answer is not None and len(example.options) != answers.size:
+        fits = isinstance(answers, Lettered) or len(example.options) == answers.size
+        if example.answer is not None and not fits:
             raise ValueError(
                 f"example {example.id!r} has {len(example.options)} options, but there are {answers.size} "
                 "answer classes; use one class an option."

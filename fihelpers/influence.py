@@ -398,7 +398,7 @@ def _solve_metric(turned: Tensor, others: Tensor, chosen: Tensor) -> _Spectrum:
 
 
 def _eigen(m: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
-    """Ascending eigenvalues of symmetric (n, n, *rest), and the squared coordinates of a vector (n, *rest)."""
+    """Ascending eigenvalues of symmetric (n, n, *rest), squared coordinates of a vector (n, *rest)."""
     if m.shape[0] == 1:
         return m[0], vector.square()
     if m.shape[0] == 2:

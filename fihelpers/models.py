@@ -112,38 +112,52 @@ class LanguageModel:
             use_cache=past is not None,
             logits_to_keep=1,
         )
-        logits: Tensor = output.logits[:, -1]
-        if logits.dtype in (torch.float16, torch.bfloat16):
-            logits = logits.float()
-        finite = torch.isfinite(logits).all(-1)
-        if not finite.all():
-            prompt = int(batch.index[~finite.cpu()][0])
-            raise FloatingPointError(f"model {self.name!r} gives NaN or infinite logits for prompt {prompt}.")
-        return logits
+        return checked_logits(output.logits[:, -1], batch.index, self.name)
 
     def _token_ids(self, prompts: Sequence[str]) -> list[list[int]]:
         if isinstance(prompts, str) or not prompts:
             raise ValueError(f"batches need a non-empty list of prompts, got {prompts!r}.")
         ids: list[list[int]] = self.tokenizer(list(prompts), verbose=False)["input_ids"]
-        self._check_tokens(ids)
+        check_tokens(ids, self.network, self.name)
         return ids
 
-    def _check_tokens(self, ids: Sequence[Sequence[int]]) -> None:
-        config = self.network.config.get_text_config()
-        context = getattr(config, "max_position_embeddings", None)
-        for i, tokens in enumerate(ids):
-            if not tokens:
-                raise ValueError(f"prompt {i} has no tokens; give a prompt with text.")
-            if context is not None and len(tokens) > context:
-                raise ValueError(
-                    f"prompt {i} has {len(tokens)} tokens, more than the {context} that model {self.name!r} "
-                    "can read; shorten it or use fewer shots."
-                )
-            if max(tokens) >= config.vocab_size:
-                raise ValueError(
-                    f"prompt {i} has token {max(tokens)}, but model {self.name!r} knows {config.vocab_size}; "
-                    "use the tokenizer that the model was trained with."
-                )
+
+def check_tokens(
+    ids: Sequence[Sequence[int]],
+    network: PreTrainedModel,
+    name: str,
+    remedy: str = "shorten it or use fewer shots",
+) -> None:
+    """Raise ValueError for a prompt without tokens, longer than the context, or with an unknown token."""
+    config = network.config.get_text_config()
+    context = getattr(config, "max_position_embeddings", None)
+    for i, tokens in enumerate(ids):
+        if not tokens:
+            raise ValueError(f"prompt {i} has no tokens; give a prompt with text.")
+        if context is not None and len(tokens) > context:
+            raise ValueError(
+                f"prompt {i} has {len(tokens)} tokens, more than the {context} that model {name!r} "
+                f"can read; {remedy}."
+            )
+        if max(tokens) >= config.vocab_size:
+            raise ValueError(
+                f"prompt {i} has token {max(tokens)}, but model {name!r} knows {config.vocab_size}; "
+                "use the tokenizer that the model was trained with."
+            )
+
+
+def checked_logits(logits: Tensor, index: Tensor, name: str) -> Tensor:
+    """Return logits (B, V) in float32 or better; ``index`` (B,) holds the positions of their prompts.
+
+    Raises FloatingPointError, naming the model and a prompt, where they are NaN or infinite.
+    """
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    finite = torch.isfinite(logits).all(-1)
+    if not finite.all():
+        prompt = int(index[~finite.cpu()][0])
+        raise FloatingPointError(f"model {name!r} gives NaN or infinite logits for prompt {prompt}.")
+    return logits
 
 
 def _make_batches(
@@ -153,12 +167,13 @@ def _make_batches(
         raise ValueError(f"the batch size must be at least 1, got {batch_size}.")
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     chunks = (order[start : start + batch_size] for start in range(0, len(order), batch_size))
-    return [_left_padded(chunk, [ids[i][shared:] for i in chunk], shared, device) for chunk in chunks]
+    return [left_padded(chunk, [ids[i][shared:] for i in chunk], shared, device) for chunk in chunks]
 
 
-def _left_padded(
+def left_padded(
     index: Sequence[int], ids: Sequence[Sequence[int]], shared: int, device: torch.device
 ) -> Batch:
+    """Return the batch of prompts of which ``ids`` holds what follows the first ``shared`` tokens."""
     length = max(len(tokens) for tokens in ids)
     # Padding is masked, so its token id does not matter.
     input_ids = torch.zeros(len(ids), length, dtype=torch.long)
@@ -194,11 +209,11 @@ def open_model(
     """
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; use one of {', '.join(DTYPES)}.")
-    place = _device(device)
-    folder, label, commit = _locate(str(name), revision, trust_remote_code)
-    sha256 = _weights_sha256(folder, label)
-    tokenizer = _open_tokenizer(folder, label, trust_remote_code)
-    network = _open_network(folder, label, DTYPES[dtype], trust_remote_code)
+    place = find_device(device)
+    folder, label, commit = locate(str(name), revision, trust_remote_code)
+    sha256 = weights_sha256(folder, label)
+    tokenizer = open_tokenizer(folder, label, trust_remote_code)
+    network = open_network(folder, label, DTYPES[dtype], trust_remote_code)
     return LanguageModel(network.to(place).eval(), tokenizer, label, commit, sha256)  # type: ignore[arg-type]
 
 
@@ -211,7 +226,8 @@ def bundled_models() -> list[str]:
     return sorted(path.name for path in folder.glob("*") if (path / "config.json").is_file())
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """Return the device of that name; raises ValueError where this machine has none."""
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -220,7 +236,7 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _locate(name: str, revision: str | None, trust_remote_code: bool) -> tuple[Path, str, str | None]:
+def locate(name: str, revision: str | None, trust_remote_code: bool) -> tuple[Path, str, str | None]:
     """Return the folder of the model, the name to record and the hub commit."""
     folder = data_folder() / "models" / name if name in bundled_models() else Path(name).expanduser()
     if not folder.is_dir() and HUB_ID.fullmatch(name):
@@ -289,13 +305,14 @@ def _weight_files(folder: Path, label: str) -> list[Path]:
     )
 
 
-def _weights_sha256(folder: Path, label: str) -> str:
+def weights_sha256(folder: Path, label: str) -> str:
     """Return the hash of the one weight file, or of the list of the shards' hashes."""
     hashes = [file_sha256(path) for path in _weight_files(folder, label)]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 
-def _open_tokenizer(folder: Path, label: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def open_tokenizer(folder: Path, label: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """Open the tokenizer in a folder; raises ValueError, naming the model, where there is no usable one."""
     # Without any file, transformers would make up an empty tokenizer.
     if not any((folder / file).is_file() for file in TOKENIZER_FILES):
         raise ValueError(f"model {label!r} has no tokenizer; give a folder with a {TOKENIZER_FILES[0]}.")
@@ -304,7 +321,7 @@ def _open_tokenizer(folder: Path, label: str, trust_remote_code: bool) -> PreTra
             return PreTrainedTokenizerFast.from_pretrained(folder)
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many types for a folder without a usable tokenizer
-        raise ValueError(f"the tokenizer of model {label!r} cannot be opened: {_brief(error)}") from error
+        raise ValueError(f"the tokenizer of model {label!r} cannot be opened: {brief(error)}") from error
 
 
 def _has_own_tokenizer(folder: Path) -> bool:
@@ -318,9 +335,15 @@ def _has_own_tokenizer(folder: Path) -> bool:
     return json.loads(config.read_text(encoding="utf-8")).get("tokenizer_class") in GENERIC_TOKENIZERS
 
 
-def _open_network(folder: Path, label: str, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+def open_network(
+    folder: Path, label: str, dtype: torch.dtype, trust_remote_code: bool, kind: Any = AutoModelForCausalLM
+) -> PreTrainedModel:
+    """Open the weights in a folder with one of transformers' automatic classes; every weight has to be there.
+
+    Raises ValueError, naming the model, for damaged or absent weights and an unknown architecture.
+    """
     try:
-        opened: Any = AutoModelForCausalLM.from_pretrained(
+        opened: Any = kind.from_pretrained(
             folder,
             use_safetensors=True,
             dtype=dtype,
@@ -328,7 +351,7 @@ def _open_network(folder: Path, label: str, dtype: torch.dtype, trust_remote_cod
             output_loading_info=True,
         )
     except Exception as error:  # a cut-off file, an unknown architecture, refused remote code
-        raise ValueError(f"the weights of model {label!r} cannot be opened: {_brief(error)}") from error
+        raise ValueError(f"the weights of model {label!r} cannot be opened: {brief(error)}") from error
     network, info = opened
     # transformers fills absent weights with random numbers and only logs it.
     if info["missing_keys"]:
@@ -337,7 +360,7 @@ def _open_network(folder: Path, label: str, dtype: torch.dtype, trust_remote_cod
     return network
 
 
-def _brief(error: Exception) -> str:
+def brief(error: Exception) -> str:
     """Return the first line of a library's message, which may run over many."""
     first = str(error).strip().partition("\n")[0]
     return f"{type(error).__name__}: {first}"
