@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     build.set_defaults(command=_build)
 
     minis = commands.add_parser("train-minis", help="make the bundled models again")
-    minis.add_argument("which", choices=["lm"])
+    minis.add_argument("which", choices=["lm", "vlm"])
     minis.set_defaults(command=_train_minis)
 
     manifest = commands.add_parser("manifest", help="list the SHA-256 of every file in data/ again")
@@ -112,9 +112,9 @@ def _check_pages(html: Path) -> None:
 
 
 def _train_minis(options: argparse.Namespace) -> None:
-    from fihelpers.minis import lm
+    from fihelpers.minis import lm, vlm
 
-    lm.main(_data_folder())
+    {"lm": lm, "vlm": vlm}[options.which].main(_data_folder())
 
 
 def _manifest(options: argparse.Namespace) -> None:

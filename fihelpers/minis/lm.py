@@ -12,6 +12,7 @@ import math
 import random
 import shutil
 import tempfile
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +22,13 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from fihelpers.answers import usual_answers
 from fihelpers.evaluate import Evaluator
@@ -155,17 +162,16 @@ def build_network(recipe: Recipe, vocabulary: int) -> Qwen2ForCausalLM:
             pad_token_id=0,
         )
     )
-    _look_for_the_like(network)
+    look_for_the_like(network.model.layers, network.config)
     return network
 
 
-def _look_for_the_like(network: Qwen2ForCausalLM) -> None:
+def look_for_the_like(layers: Iterable[nn.Module], config: PreTrainedConfig) -> None:
     """Start queries and keys alike, so that a token first attends to tokens like itself.
 
     A random start is slow to find out that equal words matter (after Trockman & Kolter 2023).
     """
-    config = network.config
-    for layer in network.model.layers:
+    for layer in layers:
         attention = layer.self_attn
         shape = (config.num_key_value_heads, -1, attention.head_dim, config.hidden_size)
         query, key = attention.q_proj.weight.data.view(shape), attention.k_proj.weight.data.view(shape)
@@ -198,7 +204,7 @@ def choice_losses(
     """
     rows = tokenizer([prompt for prompt, _, _ in drawn])["input_ids"]
     right, each = torch.tensor([answer for _, answer, _ in drawn]), torch.arange(len(rows))
-    ids, last = _pad(rows), torch.tensor([len(row) - 1 for row in rows])
+    ids, last = pad(rows), torch.tensor([len(row) - 1 for row in rows])
     states = network.model(input_ids=ids, output_hidden_states=True)
     pointed = pointer(states.hidden_states[-2][each[:, None], _option_ends(tokenizer, rows)])[..., 0]
     log_p = network.lm_head(states.last_hidden_state[each, last]).log_softmax(-1)
@@ -228,7 +234,7 @@ def text_loss(
     """Mean cross-entropy per token of the continuations, end token included."""
     prompts = tokenizer([p for p, _ in drawn])["input_ids"]
     whole = [p + c + [0] for p, c in zip(prompts, tokenizer([c for _, c in drawn])["input_ids"], strict=True)]
-    ids = _pad(whole)
+    ids = pad(whole)
     position = torch.arange(ids.shape[1])
     start = torch.tensor([max(len(p), 1) for p in prompts])[:, None]
     stop = torch.tensor([len(w) for w in whole])[:, None]
@@ -245,7 +251,9 @@ def train(data: Path, recipe: Recipe) -> tuple[Qwen2ForCausalLM, PreTrainedToken
     pointer = nn.Linear(recipe.hidden, 1)
     weights = [*network.parameters(), *pointer.parameters()]
     optimiser = torch.optim.AdamW(weights, recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, recipe.steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda step: learning_rate_factor(step, recipe.steps)
+    )
     bar = tqdm(range(recipe.steps), desc="training", unit="step", mininterval=1)
     for step in bar:
         early = max(0.0, 1 - step / recipe.steps / EARLY)
@@ -266,12 +274,13 @@ def train(data: Path, recipe: Recipe) -> tuple[Qwen2ForCausalLM, PreTrainedToken
     return network.eval(), tokenizer
 
 
-def _rate(step: int, steps: int) -> float:
+def learning_rate_factor(step: int, steps: int) -> float:
+    """A short rise, then half a cosine down to a twentieth."""
     warm = min(1.0, (step + 1) / 100)
     return warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
-def _pad(rows: list[list[int]]) -> Tensor:
+def pad(rows: list[list[int]]) -> Tensor:
     """Right padding; a causal model never looks at it from the left."""
     ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
     for i, row in enumerate(rows):
@@ -279,13 +288,20 @@ def _pad(rows: list[list[int]]) -> Tensor:
     return ids
 
 
-def save(network: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write the model's folder as a whole: into a temporary one beside it, then renamed."""
+def save(
+    network: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path, more: Mapping[str, str] = {}
+) -> None:
+    """Write the model's folder as a whole: into a temporary one beside it, then renamed.
+
+    `more` are further files, by name, with their text.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".mini-") as temporary:
         new = Path(temporary) / folder.name
         network.save_pretrained(new)
         tokenizer.save_pretrained(new)
+        for name, text in more.items():
+            (new / name).write_text(text, encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         new.rename(folder)
 
