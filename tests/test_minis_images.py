@@ -20,9 +20,17 @@ from fihelpers.tasks import load_task
 from fihelpers.vision import open_vision_model
 
 SMALL = replace(
-    vlm.RECIPE, pictures=60, steps=2, batch=3, vocabulary=400, hidden=32, layers=2, heads=4,
-    intermediate=32, vision_hidden=16, vision_depth=2, vision_intermediate=16,
-)  # fmt: skip
+    vlm.RECIPE,
+    pictures=60,
+    stages=(vlm.Stage(1, 1e-3, images.SUBJECTS),) * 2,
+    batch=3,
+    vocabulary=400,
+    hidden=32,
+    intermediate=32,
+    vision_hidden=16,
+    vision_depth=2,
+    vision_intermediate=16,
+)
 
 
 @pytest.mark.parametrize("subject", images.SUBJECTS)

@@ -12,6 +12,7 @@ from fihelpers.models import open_model
 from fihelpers.parameters import declared, read_profile, settle
 from fihelpers.results import compare, load_results
 from fihelpers.runs import chapters, run_chapter
+from fihelpers.vision import open_vision_model
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = chapters(ROOT / "notebooks")
@@ -101,8 +102,8 @@ def test_the_numbers_of_the_book_come_out_again(tmp_path: Path) -> None:
     assert compare(old, new, same_machine) == []
 
 
-def test_every_chapter_has_kept_results_of_the_bundled_model() -> None:
+def test_every_chapter_has_kept_results_of_the_bundled_models() -> None:
     records = load_results(ROOT / "data" / "results")
     assert {chapter for chapter, _ in records} == {path.stem for path in NOTEBOOKS}
-    hashes = {record.model_sha256 for record in records.values() if record.model == "mini-lm"}
-    assert hashes == {open_model("mini-lm").sha256}
+    for model in (open_model("mini-lm"), open_vision_model("mini-vlm")):
+        assert {r.model_sha256 for r in records.values() if r.model == model.name} == {model.sha256}

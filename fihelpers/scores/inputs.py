@@ -189,7 +189,7 @@ class PixelBatch:
 
     def _integrated_gradients(self) -> Tensor:
         """Absolute integrated gradients (N, 3, H, W) of log P(y_hat), on the path from black (Captum)."""
-        from captum.attr import IntegratedGradients  # type: ignore[import-untyped]
+        from captum.attr import IntegratedGradients
 
         x, rows, predicted = self._intact
         made = IntegratedGradients(self.log_probs).attribute(

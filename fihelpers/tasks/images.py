@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import yaml
 from tqdm import tqdm
 
 from fihelpers.data import check_file, data_folder
@@ -20,6 +21,7 @@ from fihelpers.tasks.base import Example
 LETTERS = "ABCDEF"
 BUNDLED = "bundled-images"
 BUNDLED_SPLITS = ("val", "test")
+INSTRUCTIONS = "prompts.yaml"
 SCIENCEQA = "derek-thomas/ScienceQA"
 SCIENCEQA_FILE = "problems.json"
 SCIENCEQA_SPLITS = {"dev": "train", "val": "val", "test": "test"}
@@ -75,6 +77,32 @@ def with_instruction(example: Example, instruction: str) -> Example:
     return replace(example, prompt=prompt, instruction=instruction)
 
 
+@dataclass(frozen=True)
+class Wordings:
+    """The wordings of one kind of instruction: those the bundled model was trained with, and others.
+
+    ``v1`` is the one that the paper's earlier version prints, "" where it prints none (method 4.2).
+    """
+
+    trained: tuple[str, ...]
+    unseen: tuple[str, ...]
+    v1: str = ""
+
+
+def load_instructions() -> dict[str, Wordings]:
+    """Read ``data/prompts.yaml``, checked against the manifest: {"neutral", "aggressive", "safe": wordings}.
+
+    Raises ValueError for a damaged file.
+    """
+    path = data_folder() / INSTRUCTIONS
+    check_file(path)
+    kinds = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return {
+        kind: Wordings(tuple(entry["trained"]), tuple(entry["unseen"]), entry.get("v1", ""))
+        for kind, entry in kinds.items()
+    }
+
+
 def make_examples(rows: Sequence[Row], subject: str | None) -> tuple[list[Example], list[str]]:
     """Turn the rows of one subject, or of all, into examples, and say of every other row why it is left out.
 
@@ -105,7 +133,7 @@ def read_bundled(split: str) -> Source:
 
     Raises ValueError for another split than val and test, and for a damaged file.
     """
-    from pyarrow import parquet  # type: ignore[import-untyped]
+    from pyarrow import parquet
 
     if split not in BUNDLED_SPLITS:
         raise ValueError(f"{BUNDLED} has no split {split!r}; use one of {', '.join(BUNDLED_SPLITS)}.")
