@@ -61,17 +61,20 @@ class Stage:
     """A stretch of training with a stock of pictures and a learning rate of its own.
 
     The stock goes round the subjects in their order, so that a subject named twice is drawn twice as often.
+    With `pairs` a colour and its shape are to be found in one token of the picture.
     """
 
     steps: int
     learning_rate: float
     subjects: tuple[str, ...]
+    pairs: bool = False
 
 
-# To bind a colour to a shape is learned last: the second stage asks for it more often.
+# To bind a colour to a shape is learned last, and hardly at all by itself: the second stage asks for it more
+# often, and for both in one place.
 STAGES = (
     Stage(7000, 1.5e-3, SUBJECTS),
-    Stage(2500, 1e-3, ("attribute", "action", "attribute", "identity", "attribute", "function")),
+    Stage(3000, 1e-3, ("attribute", "action", "attribute", "identity", "attribute", "function"), pairs=True),
 )
 
 
@@ -102,8 +105,8 @@ RECIPE = Recipe()
 
 
 class Drawn(NamedTuple):
-    """One training question: the picture (112, 112, 3), the prompt's text, the item, and the answers to all
-    questions about the picture."""
+    """One training question: the picture (112, 112, 3), the prompt's text, the item, and as tags the answers
+    to all questions about the picture and its pairs of a colour and a shape."""
 
     pixels: np.ndarray
     text: str
@@ -137,7 +140,8 @@ class Corpus:
         item = images.ask(question, rng, TRAIN)
         instruction = rng.choice(self.instructions[kind]) if kind else ""
         text = image_prompt(item.question, item.options, instruction=instruction)
-        return Drawn(pixels, text, item, tuple(q.answer for q in picture.questions))
+        pairs = [f"{q.answer} {q.about}" for q in picture.questions if q.kind == "colour"]
+        return Drawn(pixels, text, item, (*(q.answer for q in picture.questions), *pairs))
 
     def everything(self) -> list[str]:
         """All words the tokenizer should know, the answers " A" to " D" among them."""
@@ -291,13 +295,18 @@ class Reader(nn.Module):
         words = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
         self.line_ends = torch.tensor([i for i, word in enumerate(words) if "\n" in word])
         self.letters = [self._word(f" {letter}") for letter in "ABCD"]
-        self.tags = {self._word(f" {tag}"): k for k, tag in enumerate(images.ANSWERS)}
+        self.pair_likeness = nn.Linear(1, 1)  # the same for the sum of two inner products
+        nn.init.constant_(self.pair_likeness.weight, 4.0)
+        nn.init.constant_(self.pair_likeness.bias, -8.0)
+        self.tags = {tag: k for k, tag in enumerate((*images.ANSWERS, *images.PAIRS))}
+        self.words = [self._word(f" {tag}") for tag in images.ANSWERS]
+        self.parts = torch.tensor([[self.tags[part] for part in pair.split()] for pair in images.PAIRS])
         self.before = f"{VISION_START}{IMAGE * TOKENS}{VISION_END}"
 
     def _word(self, text: str) -> int:
         return int(self.tokenizer(text)["input_ids"][0])
 
-    def losses(self, drawn: list[Drawn], smoothing: float) -> Losses:
+    def losses(self, drawn: list[Drawn], smoothing: float, pairs: bool) -> Losses:
         rows = self.tokenizer([self.before + d.text for d in drawn])["input_ids"]
         ids, each = pad(rows), torch.arange(len(rows))
         last = torch.tensor([len(row) - 1 for row in rows])
@@ -311,16 +320,20 @@ class Reader(nn.Module):
         spoken = F.cross_entropy(head(states.last_hidden_state[each, ends[:, 0]]), words)
         pointed = self.pointer(states.hidden_states[-2][each[:, None], ends[:, 1:]])[..., 0]
         letter = -(target * log_p).sum(-1).mean()
-        return Losses(letter, spoken, F.cross_entropy(pointed, right), self._tagged(seen, drawn))
+        return Losses(letter, spoken, F.cross_entropy(pointed, right), self._tagged(seen, drawn, pairs))
 
-    def _tagged(self, seen: Tensor, drawn: list[Drawn]) -> Tensor:
+    def _tagged(self, seen: Tensor, drawn: list[Drawn], pairs: bool) -> Tensor:
         """Loss of the tags, from the tokens of the pictures (B, TOKENS, hidden)."""
-        words = self.network.get_input_embeddings().weight[list(self.tags)]
-        log_odds = self.likeness((seen @ words.T)[..., None])[..., 0].logsumexp(1)
+        alike = seen @ self.network.get_input_embeddings().weight[self.words].T
+        both = alike[..., self.parts].sum(-1)
+        log_odds = torch.cat([self.likeness(alike[..., None]), self.pair_likeness(both[..., None])], 2)
+        log_odds = log_odds[..., 0].logsumexp(1)
         there = torch.zeros_like(log_odds)
         for row, d in enumerate(drawn):
-            there[row, [self.tags[self._word(f" {tag}")] for tag in d.tags]] = 1
-        return F.binary_cross_entropy_with_logits(log_odds, there, reduction="none").sum(1).mean()
+            there[row, [self.tags[tag] for tag in d.tags]] = 1
+        count = len(self.tags) if pairs else len(self.words)
+        loss = F.binary_cross_entropy_with_logits(log_odds[:, :count], there[:, :count], reduction="none")
+        return loss.sum(1).mean()
 
     def read(self, ids: Tensor, pictures: list[np.ndarray]) -> tuple[Tensor, Any]:
         """The tokens of the pictures (B, TOKENS, hidden) and the states of the language model."""
@@ -363,7 +376,7 @@ def run_stage(reader: Reader, corpus: Corpus, recipe: Recipe, stage: Stage) -> N
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda s: learning_rate_factor(s, stage.steps))
     bar = tqdm(range(stage.steps), desc="training", unit="step", mininterval=1)
     for _ in bar:
-        parts = reader.losses(corpus.draw(recipe.batch), recipe.smoothing)
+        parts = reader.losses(corpus.draw(recipe.batch), recipe.smoothing, stage.pairs)
         optimiser.zero_grad()
         (parts.letter + parts.spoken + parts.pointed + recipe.tag_weight * parts.tagged).backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
