@@ -121,7 +121,7 @@ def test_the_training_input_is_the_input_of_the_opened_model(tmp_path: Path) -> 
     _, states = reader.read(vlm.pad(rows), [d.pixels for d in drawn])
     last = torch.tensor([len(row) - 1 for row in rows])
     trained = network.lm_head(states.last_hidden_state[torch.arange(4), last])
-    pictures = torch.stack([torch.from_numpy(d.pixels).permute(2, 0, 1).float() for d in drawn])
+    pictures = torch.stack([torch.from_numpy(d.pixels.copy()).permute(2, 0, 1).float() for d in drawn])
     opened = open_vision_model(str(tmp_path / "made")).last_logits(pictures, [d.text for d in drawn])
     assert torch.allclose(trained, opened, atol=1e-4)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import io
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -79,7 +79,9 @@ SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 PAIRS = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
 ANSWERS = (*POSES, *WAYS, *COLOURS, *SHAPES, *NUMBERS, *THINGS.values())
 
-QUESTIONS = {  # several wordings of one question; those of a split are never asked in another
+QUESTIONS: dict[
+    str, dict[str, tuple[str, ...]]
+] = {  # several wordings of one question; those of a split are never asked in another
     "pose": {
         TRAIN: ("What is the person doing?", "What does the person do?", "Which action is shown?"),
         VAL: ("Which action does the person do?",),
@@ -168,8 +170,8 @@ class Canvas:
 
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
-        paper = tuple(rng.randint(205, 250) for _ in range(3))
-        self.image = Image.new("RGB", (SIZE * SCALE, SIZE * SCALE), paper)
+        self.paper: Colour = (rng.randint(205, 250), rng.randint(205, 250), rng.randint(205, 250))
+        self.image = Image.new("RGB", (SIZE * SCALE, SIZE * SCALE), self.paper)
         self.draw = ImageDraw.Draw(self.image)
 
     def line(self, points: Sequence[Point], colour: Colour, width: float) -> None:
@@ -262,14 +264,14 @@ def motion_picture(rng: random.Random, split: str) -> Picture:
     canvas.clutter()
     dx, dy = WAYS[name]
     x, y, r = rng.uniform(40, 72), rng.uniform(40, 72), rng.uniform(6, 12)
-    colour, paper = any_colour(rng), canvas.image.getpixel((0, 0))
+    colour, paper = any_colour(rng), canvas.paper
     step, drift = rng.uniform(6, 10), rng.uniform(-0.35, 0.35)
     for k in range(rng.randint(2, 4), -1, -1):
         fade = 0.25 * k
-        shade = tuple(round(c * (1 - fade) + p * fade) for c, p in zip(colour, paper, strict=True))
+        red, green, blue = (round(c * (1 - fade) + p * fade) for c, p in zip(colour, paper, strict=True))
         back = k * step
         place = (x - dx * back + dy * drift * back, y - dy * back + dx * drift * back)
-        canvas.disc(*place, r * (1 - 0.1 * k), shade)
+        canvas.disc(*place, r * (1 - 0.1 * k), (red, green, blue))
     canvas.hide(26)
     return Picture("action", canvas.pixels(), (Question("motion", "", name, others(WAYS, name)),))
 
@@ -336,8 +338,8 @@ def shapes_picture(rng: random.Random, split: str) -> Picture:
 @lru_cache(maxsize=1)
 def handwritten() -> tuple[np.ndarray, np.ndarray]:
     """scikit-learn's digits: grey levels (1797, 8, 8) from 0 to 16, and which digit each is."""
-    digits = load_digits()
-    return digits.images, digits.target
+    flat, targets = load_digits(return_X_y=True)
+    return flat.reshape(-1, 8, 8), targets
 
 
 def write_digit(canvas: Canvas, image: np.ndarray, x: float, y: float, side: float, colour: Colour) -> None:
@@ -457,7 +459,7 @@ def things_picture(rng: random.Random, split: str) -> Picture:
 # --- pictures and questions
 
 
-def others(names: Sequence[str] | dict[str, object], name: str) -> tuple[str, ...]:
+def others(names: Iterable[str], name: str) -> tuple[str, ...]:
     return tuple(n for n in names if n != name)
 
 

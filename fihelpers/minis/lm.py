@@ -12,10 +12,10 @@ import math
 import random
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +23,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLTextModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2Model,
 )
 
 from fihelpers.answers import usual_answers
@@ -162,17 +163,18 @@ def build_network(recipe: Recipe, vocabulary: int) -> Qwen2ForCausalLM:
             pad_token_id=0,
         )
     )
-    look_for_the_like(network.model.layers, network.config)
+    look_for_the_like(network.model)
     return network
 
 
-def look_for_the_like(layers: Iterable[nn.Module], config: PreTrainedConfig) -> None:
+def look_for_the_like(model: Qwen2Model | Qwen2_5_VLTextModel) -> None:
     """Start queries and keys alike, so that a token first attends to tokens like itself.
 
     A random start is slow to find out that equal words matter (after Trockman & Kolter 2023).
     """
-    for layer in layers:
-        attention = layer.self_attn
+    config = model.config
+    for layer in model.layers:
+        attention: Any = layer.self_attn
         shape = (config.num_key_value_heads, -1, attention.head_dim, config.hidden_size)
         query, key = attention.q_proj.weight.data.view(shape), attention.k_proj.weight.data.view(shape)
         query.mul_(2)

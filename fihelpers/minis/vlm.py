@@ -26,11 +26,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from fihelpers.evaluate import answer_images
 from fihelpers.minis import images
 from fihelpers.minis.images import SIZE, SUBJECTS, TRAIN, Item, Picture
 from fihelpers.minis.lm import learning_rate_factor, look_for_the_like, pad, save
 from fihelpers.minis.manifest import write_manifest
+from fihelpers.tasks import load_task
 from fihelpers.tasks.images import image_prompt
+from fihelpers.vision import open_vision_model, qwen_patches
 
 NAME = "mini-vlm"
 END, VISION_START, VISION_END, IMAGE, VIDEO = SPECIAL = (
@@ -194,8 +197,10 @@ def train_tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerFast:
 
 def build_network(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLForConditionalGeneration:
     torch.manual_seed(recipe.seed)
-    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL}
-    head = recipe.hidden // recipe.heads
+    vocabulary = tokenizer.get_vocab()
+    ids = {name: vocabulary[name] for name in SPECIAL}
+    half = recipe.hidden // recipe.heads // 2
+    place = 3 * half // 8  # Qwen2.5-VL's shares of the rotary dimensions: a quarter time, the rest place
     text = {
         "vocab_size": len(tokenizer),
         "hidden_size": recipe.hidden,
@@ -208,7 +213,7 @@ def build_network(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen2_5
         "rope_parameters": {
             "rope_type": "default",
             "rope_theta": 10000.0,
-            "mrope_section": [head // 8, 3 * head // 16, 3 * head // 16],
+            "mrope_section": [half - 2 * place, place, place],
         },
         "bos_token_id": None,
         "eos_token_id": ids[END],
@@ -237,7 +242,7 @@ def build_network(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen2_5
         tie_word_embeddings=True,
     )
     network = Qwen2_5_VLForConditionalGeneration(config)
-    look_for_the_like(network.model.language_model.layers, config.text_config)
+    look_for_the_like(network.model.language_model)
     network.model.visual.patch_embed.proj.weight.data.copy_(waves(recipe.vision_hidden))
     return network
 
@@ -264,8 +269,6 @@ def waves(n: int) -> Tensor:
 
 def pixel_values(pictures: list[np.ndarray]) -> tuple[Tensor, Tensor]:
     """Patches of pictures that need no resize, as Qwen2.5-VL takes them, and their grids."""
-    from fihelpers.vision import qwen_patches
-
     pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
     mean, std = (torch.tensor(v)[:, None, None] for v in (MEAN, STD))
     return qwen_patches((pixels - mean) / std, PATCH, MERGE, TEMPORAL)
@@ -288,7 +291,7 @@ class Reader(nn.Module):
     ) -> None:
         super().__init__()
         self.network, self.tokenizer = network, tokenizer
-        self.pointer = nn.Linear(network.config.text_config.hidden_size, 1)
+        self.pointer = nn.Linear(network.lm_head.in_features, 1)
         self.likeness = nn.Linear(1, 1)  # from an inner product with a word to the log-odds of its tag
         nn.init.constant_(self.likeness.weight, 4.0)
         nn.init.constant_(self.likeness.bias, -5.0)
@@ -324,7 +327,8 @@ class Reader(nn.Module):
 
     def _tagged(self, seen: Tensor, drawn: list[Drawn], pairs: bool) -> Tensor:
         """Loss of the tags, from the tokens of the pictures (B, TOKENS, hidden)."""
-        alike = seen @ self.network.get_input_embeddings().weight[self.words].T
+        embeddings: Tensor = self.network.get_input_embeddings().weight  # type: ignore[assignment]
+        alike = seen @ embeddings[self.words].T
         both = alike[..., self.parts].sum(-1)
         log_odds = torch.cat([self.likeness(alike[..., None]), self.pair_likeness(both[..., None])], 2)
         log_odds = log_odds[..., 0].logsumexp(1)
@@ -407,10 +411,6 @@ def preprocessor() -> str:
 
 def report(data: Path) -> str:
     """Accuracy and median P(y_hat) of the saved model on each category, a line each."""
-    from fihelpers.evaluate import answer_images
-    from fihelpers.tasks import load_task
-    from fihelpers.vision import open_vision_model
-
     model = open_vision_model(str(data / "models" / NAME))
     lines = []
     for split in (images.VAL, images.TEST):
