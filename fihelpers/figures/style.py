@@ -41,6 +41,10 @@ LOOKS: dict[str, Look] = {
     "Fisher diagonal": Look("#C97B00", (6, 1.5, 1.5, 1.5), "X"),
     "information length": Look("#00805D", "", "h"),
     "magnitude": Look("#6B4423", (3, 1, 1, 1), "d"),
+    "FI exact, top 8": Look("#1583A8", (4, 1.5), "p"),
+    "FI exact summed": Look("#3F3FBF", (1.5, 1), "H"),
+    "Grad-CAM": Look("#B2182B", (6, 1.5, 1.5, 1.5), "*"),
+    "integrated gradients": Look("#6E7500", (3, 1, 1, 1), "8"),
     "random": Look(GREY, (1, 1), "."),
 }
 PALETTE: dict[str, str] = {name: look.colour for name, look in LOOKS.items()}
