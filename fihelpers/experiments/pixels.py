@@ -61,7 +61,7 @@ OTHERS = (
     RANDOM,
 )
 MEASURES = (*FI_SETTINGS, *OTHERS)
-QUICK = tuple(m for m in MEASURES if m != INTEGRATED_GRADIENTS)  # which takes many passes a picture
+QUICK = tuple(m for m in MEASURES if m not in (INTEGRATED_GRADIENTS, FI_TOP))  # these take many passes
 KEYS = {  # how the measures are called in the names of records
     "FI exact": "exact",
     FI_TOP: "top",

@@ -238,7 +238,7 @@ def _name_rows(ax: Axes, names: Sequence[str]) -> None:
 
 
 def _plain_log(ax: Axes) -> None:
-    ax.xaxis.set_major_locator(MaxNLocator(5))
+    ax.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     ax.xaxis.set_minor_locator(NullLocator())
 
