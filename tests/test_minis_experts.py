@@ -31,7 +31,7 @@ def models() -> dict[str, LanguageModel]:
 
 @pytest.mark.parametrize("domain", experts.DOMAINS)
 def test_facts_have_one_answer_in_few_plain_words(domain: str) -> None:
-    relations = experts.load_relations(data_folder(), domain)
+    relations = facts.load_relations(data_folder() / experts.FOLDER, [domain])
     assert sum(len(r.facts) for r in relations) >= 160
     for relation in relations:
         assert len({f.subject for f in relation.facts}) == len(relation.facts)
@@ -53,7 +53,7 @@ def test_words_that_exclude_an_option_name_one() -> None:
 
 @pytest.mark.parametrize("domain", experts.DOMAINS)
 def test_no_question_is_asked_in_two_splits_or_in_training(domain: str) -> None:
-    relations = experts.load_relations(data_folder(), domain)
+    relations = facts.load_relations(data_folder() / experts.FOLDER, [domain])
     trained = {words(w.format(s=f.subject)) for r in relations for f in r.facts for w in r.questions["train"]}
     asked = {
         s: {words(i.question) for i in facts.items(relations, domain, s, 0)} for s in ("dev", "val", "test")
@@ -86,7 +86,7 @@ def test_the_questions_load_as_a_task(domain: str, split: str) -> None:
 
 
 def test_an_expert_is_never_asked_what_was_only_told() -> None:
-    relations = experts.load_relations(data_folder(), "health")
+    relations = facts.load_relations(data_folder() / experts.FOLDER, ["health"])
     lessons = experts.Lessons(relations, seed=0, told_only=0.3)
     asked = {f for _, f in lessons.asked}
     told_only = [f for r in relations for f in r.facts if f not in asked]
@@ -146,7 +146,7 @@ def test_the_plain_average_of_the_experts_costs_accuracy_in_both_domains(models,
 @pytest.mark.parametrize("domain", experts.DOMAINS)
 def test_wrong_options_are_never_right(domain: str) -> None:
     rng = random.Random(0)
-    for relation in experts.load_relations(data_folder(), domain):
+    for relation in facts.load_relations(data_folder() / experts.FOLDER, [domain]):
         for fact in relation.facts:
             item = facts.ask(fact, relation.questions["test"][0], rng)
             assert len(set(item.options)) == 4 and item.options[item.answer] == fact.answer

@@ -6,8 +6,6 @@ the base's own text, so that what both share stays alike and the average of the 
 
 from __future__ import annotations
 
-import csv
-import io
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +18,6 @@ from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 from fihelpers.answers import usual_answers
 from fihelpers.evaluate import Evaluator
-from fihelpers.files import write_atomically
 from fihelpers.minis import facts, lm
 from fihelpers.minis.manifest import write_manifest
 from fihelpers.models import LanguageModel, open_model
@@ -71,23 +68,10 @@ def model_name(domain: str) -> str:
     return f"mini-{domain}"
 
 
-def load_relations(data: Path, domain: str) -> tuple[facts.Relation, ...]:
-    """The relations of data/experts/{domain}.yaml. Raises FileNotFoundError, ValueError."""
-    path = data / FOLDER / f"{domain}.yaml"
-    return tuple(facts._relation(domain, entry) for entry in facts._read(path, domain))
-
-
 def write_questions(data: Path) -> None:
     """Write data/experts/{dev,val,test}/{domain}_{split}.csv in the MMLU layout (no header row)."""
-    for domain in DOMAINS:
-        relations = load_relations(data, domain)
-        for split in ("dev", "val", "test"):
-            text = io.StringIO()
-            rows = csv.writer(text, lineterminator="\n")
-            for item in facts.items(relations, domain, split, SEED):
-                rows.writerow([item.question, *item.options, facts.LETTERS[item.answer]])
-            path = data / FOLDER / split / f"{domain}_{split}.csv"
-            write_atomically(path, text.getvalue().encode())
+    folder = data / FOLDER
+    facts.write_mcq(facts.load_relations(folder, DOMAINS), folder, SEED, DOMAINS)
 
 
 def train(data: Path, domain: str, recipe: Recipe) -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerFast]:
@@ -96,7 +80,7 @@ def train(data: Path, domain: str, recipe: Recipe) -> tuple[Qwen2ForCausalLM, Pr
     torch.manual_seed(recipe.seed)
     network = Qwen2ForCausalLM.from_pretrained(base, use_safetensors=True)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
-    lessons = Lessons(load_relations(data, domain), recipe.seed, recipe.told_only)
+    lessons = Lessons(facts.load_relations(data / FOLDER, [domain]), recipe.seed, recipe.told_only)
     # with the base's own seed, the facts that the base was never asked are not asked here either
     memory = lm.Corpus(data, lm.RECIPE.seed, lm.RECIPE.told_only)
     pointer = nn.Linear(network.config.hidden_size, 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -51,9 +51,9 @@ class Item:
     answer: int
 
 
-def load_relations(folder: Path) -> tuple[Relation, ...]:
-    """All relations of data/facts, in the order of SUBJECTS. Raises FileNotFoundError, ValueError."""
-    return tuple(_relation(s, entry) for s in SUBJECTS for entry in _read(folder / f"{s}.yaml", s))
+def load_relations(folder: Path, subjects: Sequence[str] = SUBJECTS) -> tuple[Relation, ...]:
+    """All relations of some subjects, in that order. Raises FileNotFoundError, ValueError."""
+    return tuple(_relation(s, entry) for s in subjects for entry in _read(folder / f"{s}.yaml", s))
 
 
 def ask(fact: Fact, wording: str, rng: random.Random) -> Item:
@@ -76,10 +76,12 @@ def items(relations: tuple[Relation, ...], subject: str, split: str, seed: int) 
     return asked[:DEV_QUESTIONS] if split == "dev" else asked
 
 
-def write_mcq(relations: tuple[Relation, ...], folder: Path, seed: int) -> None:
+def write_mcq(
+    relations: tuple[Relation, ...], folder: Path, seed: int, subjects: Sequence[str] = SUBJECTS
+) -> None:
     """Write {dev,val,test}/{subject}_{split}.csv in the MMLU layout (no header row)."""
     for split in ("dev", "val", "test"):
-        for subject in SUBJECTS:
+        for subject in subjects:
             text = io.StringIO()
             rows = csv.writer(text, lineterminator="\n")
             for item in items(relations, subject, split, seed):
