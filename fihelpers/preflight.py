@@ -1,0 +1,433 @@
+"""What a run needs of memory and disk, estimated from the configuration before anything is downloaded.
+
+    estimate_quantization("Qwen/Qwen2-7B", Scheme(4), dtype="bfloat16").check()
+    print(estimate_merge("mini-lm", "mini-math", "mini-health"))
+
+Parameters are counted exactly, on a network without storage; bytes follow from what the code keeps. Memory is
+of tensors: Python and its libraries add about half a gigabyte.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import psutil
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from fihelpers.measures import MEASURES, Influence, Measure, find_measure
+from fihelpers.models import (
+    DTYPES,
+    HUB_FILES,
+    HUB_ID,
+    brief,
+    bundled_models,
+    find_device,
+    locate,
+    weight_files,
+)
+from fihelpers.perturb.merge_methods import Dare, Method, Ties, find_method
+from fihelpers.perturb.quantize import Scheme
+from fihelpers.perturb.sparsify import linear_names
+from fihelpers.perturb.topshare import CHUNK
+from fihelpers.scores.weights import ALWAYS
+
+SCORE = 4  # bytes of a score, float32
+TOKENS = 512  # of the longest prompt, where the caller does not say
+WORK = 16 * CHUNK * 8  # bytes of the pieces that a merge works on
+SIXTEEN = 2  # bytes of a weight that quantization keeps
+
+
+@dataclass(frozen=True)
+class Part:
+    """Bytes that a run needs in one place: "memory", "memory of cuda:0" or "disk at /"."""
+
+    what: str
+    bytes: int
+    place: str
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run needs, and what is free.
+
+    parameters: of the model, or of all models. free: bytes by place, when the estimate was made.
+    alternatives: bytes of memory under other settings.
+    """
+
+    what: str
+    parameters: int
+    parts: tuple[Part, ...]
+    free: Mapping[str, int]
+    alternatives: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def memory_bytes(self) -> int:
+        return sum(part.bytes for part in self.parts if not _is_disk(part.place))
+
+    @property
+    def disk_bytes(self) -> int:
+        return sum(part.bytes for part in self.parts if _is_disk(part.place))
+
+    def table(self) -> pd.DataFrame:
+        """A row for each part, and for each place its sum beside what is free there."""
+        rows = [{"place": p.place, "part": p.what, "bytes": p.bytes} for p in self.parts]
+        for place, free in self.free.items():
+            needed = self._needed(place)
+            rows.append({"place": place, "part": "together", "bytes": needed, "free": free})
+        order = list(self.free)
+        return pd.DataFrame(sorted(rows, key=lambda row: order.index(str(row["place"]))))
+
+    def __str__(self) -> str:
+        lines = [f"{self.what}: {self.parameters:,} parameters"]
+        for place, free in self.free.items():
+            lines.append(f"  {place}: {_size(self._needed(place))} of {_size(free)} free")
+            lines += [f"    {_size(p.bytes):>9}  {p.what}" for p in self.parts if p.place == place]
+        return "\n".join(lines)
+
+    def check(self) -> None:
+        """Raise MemoryError or OSError, in one sentence, where the run does not fit."""
+        for place, free in self.free.items():
+            needed = self._needed(place)
+            if needed <= free:
+                continue
+            problem = (
+                f"{self.what} needs {_size(needed)} of {place}, {_size(needed - free)} more than the "
+                f"{_size(free)} that are free; "
+            )
+            if _is_disk(place):
+                raise OSError(errno.ENOSPC, problem + "make room, or choose a folder on another disk")
+            raise MemoryError(problem + self._remedy(free))
+
+    def _needed(self, place: str) -> int:
+        return sum(part.bytes for part in self.parts if part.place == place)
+
+    def _remedy(self, free: int) -> str:
+        for settings, needed in self.alternatives.items():
+            if needed <= free:
+                return f"with {settings} it needs {_size(needed)} and fits."
+        return "choose a smaller model or a larger machine."
+
+
+def estimate_scores(
+    model_name: str | PathLike[str],
+    *,
+    dtype: str = "float32",
+    measures: Sequence[str | Measure] | None = None,
+    revision: str | None = None,
+    batch_size: int = 16,
+    tokens: int = TOKENS,
+    classes: int = 4,
+    layers: Collection[str] | None = None,
+    device: str = "cpu",
+    out: str | PathLike[str] | None = None,
+    saved: int = 1,
+) -> Estimate:
+    """What `score_weights` needs for the weights of linear layers, and for saving the scores below `out`.
+
+    model_name: bundled name, folder or hub id. dtype: of the weights in memory; scores are float32 at least.
+    measures: as for `score_weights`. tokens: of the longest prompt. classes: K. layers: names of linear
+    layers such as "o_proj"; all by default. saved: how many calibration sets' scores are saved.
+
+    Raises ValueError for an unknown dtype, measure or architecture, FileNotFoundError for an unknown name,
+    and ConnectionError where the hub does not give the configuration.
+    """
+    source = _source(model_name, revision)
+    chosen = {m.name: m for m in (*map(find_measure, measures or MEASURES), *ALWAYS)}
+    names = _linear(source, layers)
+
+    def memory(dtype: str, batch_size: int) -> dict[str, int]:
+        itemsize = max(_itemsize(dtype), SCORE)
+        sizes = [source.network.get_parameter(name).numel() for name in names]
+        # One matrix's gradient is there three times: twice by hooks, once by autograd.
+        work = _score_work(source.network, _itemsize(dtype), batch_size, tokens, classes)
+        influence = any(isinstance(m, Influence) for m in chosen.values())
+        return {
+            "weights": source.parameters * _itemsize(dtype),
+            f"scores of {len(chosen)} measures": len(chosen) * sum(sizes) * itemsize,
+            "gradients of a batch": work + 3 * max(sizes) * itemsize,
+            "a look for saturation": 2 * sum(sizes) * itemsize if influence else 0,
+        }
+
+    on_disk = saved * len(chosen) * SCORE * sum(source.network.get_parameter(n).numel() for n in names)
+    half = {f"dtype={other!r}": sum(memory(other, batch_size).values()) for other in _narrower(dtype)}
+    single = {} if batch_size == 1 else {"batch_size=1": sum(memory(dtype, 1).values())}
+    both = {
+        f"dtype={other!r} and batch_size=1": sum(memory(other, 1).values())
+        for other in _narrower(dtype)
+        if batch_size > 1
+    }
+    return _estimate(
+        f"scoring the weights of {source.label} in {dtype}",
+        [source],
+        memory(dtype, batch_size),
+        {"scores, saved": on_disk},
+        device,
+        out,
+        {**single, **half, **both},
+    )
+
+
+def estimate_quantization(
+    model_name: str | PathLike[str],
+    scheme: Scheme,
+    *,
+    share: float = 0.0,
+    dtype: str = "float32",
+    revision: str | None = None,
+    layers: Collection[str] | None = None,
+    device: str = "cpu",
+    out: str | PathLike[str] | None = None,
+) -> Estimate:
+    """What it needs to quantize linear weights but a share of their rows, and to save the model below `out`.
+
+    While it is packed, memory holds the model as it was as well. layers: as in `estimate_scores`, which says
+    what is raised, and
+    ValueError for a share outside [0, 1].
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"The share of kept rows must lie in [0, 1], not {share}.")
+    source = _source(model_name, revision)
+    matrices = [source.network.get_parameter(name) for name in _linear(source, layers)]
+    packed = sum(_packed_bytes(scheme, m.shape[0], m.shape[1], share) for m in matrices)
+    others = source.parameters - sum(m.numel() for m in matrices)
+
+    def memory(dtype: str) -> dict[str, int]:
+        return {
+            "weights": source.parameters * _itemsize(dtype),
+            "packed weights": packed,
+            "one matrix at work": 4 * SCORE * max(m.numel() for m in matrices),
+        }
+
+    return _estimate(
+        f"quantizing {source.label} to {scheme.bits} bit in {dtype}",
+        [source],
+        memory(dtype),
+        {"quantized model, saved": packed + others * _itemsize(dtype)},
+        device,
+        out,
+        {f"dtype={other!r}": sum(memory(other).values()) for other in _narrower(dtype)},
+    )
+
+
+def estimate_merge(
+    base: str | PathLike[str] | None,
+    a: str | PathLike[str],
+    b: str | PathLike[str],
+    *,
+    method: str | Method = "average",
+    protected: bool = True,
+    revisions: tuple[str | None, str | None, str | None] = (None, None, None),
+    out: str | PathLike[str] = ".",
+) -> Estimate:
+    """What `merge_models` needs: memory for one tensor of each model, disk for the models and the result.
+
+    protected: whether weights are protected by scores of A and B, which then take disk as well, a file of
+    float32 for the linear weights of each. Raises what `estimate_scores` raises.
+    """
+    chosen = find_method(method)
+    given = [
+        (name, revision) for name, revision in zip((base, a, b), revisions, strict=True) if name is not None
+    ]
+    sources = [_source(name, revision) for name, revision in given]
+    first = sources[0]
+    largest = max(p.numel() for p in first.network.parameters())
+    masks = 2 * largest * (protected + isinstance(chosen, Ties | Dare))
+    memory = {
+        "one tensor of each model": sum(largest * source.itemsize for source in sources),
+        "its merged form": largest * first.itemsize,
+        "masks": masks,
+        "pieces at work": WORK,
+    }
+    disk = {"merged model": first.parameters * first.itemsize}
+    if protected:
+        linear = sum(first.network.get_parameter(name).numel() for name in linear_names(first.network))
+        memory["scores of one tensor"] = largest * SCORE
+        disk["scores of A and B, saved"] = 2 * linear * SCORE
+    what = f"merging {' and '.join(source.label for source in sources[-2:])}"
+    return _estimate(what, sources, memory, disk, "cpu", out, {})
+
+
+@dataclass(frozen=True, eq=False)
+class _Source:
+    """A model that may not be here yet: its network without storage, and its files.
+
+    itemsize: bytes of a weight as stored. download: bytes that are still to be fetched.
+    """
+
+    label: str
+    network: PreTrainedModel
+    itemsize: int
+    download: int
+
+    @property
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.network.parameters())
+
+
+def _source(name: str | PathLike[str], revision: str | None) -> _Source:
+    name = str(name)
+    local = name in bundled_models() or Path(name).expanduser().is_dir()
+    if local or not HUB_ID.fullmatch(name):
+        folder, label, _ = locate(name, revision, False)
+        weight_files(folder, label)
+        network = _without_storage(_config(str(folder), None, label), label)
+        return _Source(label, network, _stored_itemsize(network), 0)
+    network = _without_storage(_config(name, revision, name), name)
+    itemsize = _stored_itemsize(network)
+    download = _to_download(name, revision)
+    parameters = sum(p.numel() for p in network.parameters())
+    return _Source(name, network, itemsize, parameters * itemsize if download is None else download)
+
+
+def _linear(source: _Source, layers: Collection[str] | None) -> list[str]:
+    """Names of the weights of linear layers, all or those of some names. Raises ValueError for none."""
+    names = linear_names(source.network)
+    found = [name for name in names if layers is None or name.split(".")[-2] in layers]
+    if not found:
+        known = ", ".join(dict.fromkeys(name.split(".")[-2] for name in names))
+        raise ValueError(f"{source.label!r} has no linear layers {sorted(layers or ())}; known: {known}.")
+    return found
+
+
+def _config(place: str, revision: str | None, label: str) -> Any:
+    try:
+        return AutoConfig.from_pretrained(place, revision=revision or "main", trust_remote_code=False)
+    except ValueError as error:  # an unknown architecture, or one that needs remote code
+        raise ValueError(f"the configuration of {label!r} cannot be read: {brief(error)}") from error
+    except OSError as error:
+        raise ConnectionError(
+            f"the hub did not give the configuration of {label!r} ({type(error).__name__}); check the "
+            "name, the revision and the network."
+        ) from error
+
+
+def _without_storage(config: Any, label: str) -> PreTrainedModel:
+    try:
+        with torch.device("meta"):
+            network: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise ValueError(f"model {label!r} is no language model: {brief(error)}") from error
+    return network
+
+
+def _stored_itemsize(network: PreTrainedModel) -> int:
+    stored = getattr(network.config, "dtype", None)
+    return stored.itemsize if isinstance(stored, torch.dtype) else SCORE
+
+
+def _to_download(name: str, revision: str | None) -> int | None:
+    """Bytes of the files that `open_model` would fetch and that are not here yet; None without an answer.
+
+    Raises ValueError for a repository without safetensors.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        files = snapshot_download(name, revision=revision, allow_patterns=HUB_FILES, dry_run=True)
+    except Exception:  # the hub client raises many types; the configuration says enough
+        return None
+    if not any(file.filename.endswith(".safetensors") for file in files):
+        raise ValueError(
+            f"model {name!r} has no safetensors weights; pickled weights can run code and are not opened."
+        )
+    return sum(file.file_size or 0 for file in files if file.will_download)
+
+
+def _score_work(network: PreTrainedModel, itemsize: int, batch: int, tokens: int, classes: int) -> int:
+    """Bytes of a batch: what every layer gives, as much again in the graph, and K - 1 class gradients of it.
+
+    While the gradients are stacked, each is there twice.
+    """
+    head = network.get_output_embeddings()
+    width = sum(_width(module) for module in network.modules() if module is not head)
+    vocabulary = network.config.get_text_config().vocab_size
+    return 2 * classes * batch * (tokens * width * itemsize + vocabulary * SCORE)
+
+
+def _width(module: nn.Module) -> int:
+    """Numbers that a layer with weights of its own gives for each token."""
+    own = [p for p in module.parameters(recurse=False) if p.dim()]
+    if not own or list(module.children()):
+        return 0
+    return own[0].shape[-1 if isinstance(module, nn.Embedding) else 0]
+
+
+def _packed_bytes(scheme: Scheme, rows: int, columns: int, share: float) -> int:
+    """Bytes of a quantized matrix of which a share of the rows is kept."""
+    kept = round(share * rows)
+    count = (rows - kept) * columns
+    channels = rows - kept if scheme.per == "rows" else columns
+    scales = count // scheme.group if scheme.group else channels
+    codes = -(-count * scheme.bits // 8)
+    positions = 4 * kept
+    return (
+        codes + scales * (3 if scheme.mapping == "asymmetric" else 2) + kept * columns * SIXTEEN + positions
+    )
+
+
+def _itemsize(dtype: str) -> int:
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}; use one of {', '.join(DTYPES)}.")
+    size: int = DTYPES[dtype].itemsize
+    return size
+
+
+def _narrower(dtype: str) -> list[str]:
+    """Types of fewer bytes, the widest first."""
+    return [other for other in ("float32", "bfloat16") if _itemsize(other) < _itemsize(dtype)]
+
+
+def _estimate(
+    what: str,
+    sources: Sequence[_Source],
+    memory: Mapping[str, int],
+    disk: Mapping[str, int],
+    device: str,
+    out: str | PathLike[str] | None,
+    alternatives: Mapping[str, int],
+) -> Estimate:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    place, free = _memory_free(device)
+    frees = {place: free}
+    parts = [Part(name, size, place) for name, size in memory.items()]
+    downloads = {f"download of {source.label}": source.download for source in sources if source.download}
+    for sizes, folder in ((downloads, HF_HUB_CACHE), (disk, out)):
+        if sizes and folder is not None:
+            mount = _mount(Path(folder))
+            frees[f"disk at {mount}"] = shutil.disk_usage(mount).free
+            parts += [Part(name, size, f"disk at {mount}") for name, size in sizes.items()]
+    return Estimate(what, sum(s.parameters for s in sources), tuple(parts), frees, alternatives)
+
+
+def _memory_free(device: str) -> tuple[str, int]:
+    place = find_device(device)
+    if place.type == "cuda":
+        return f"memory of {device}", torch.cuda.mem_get_info(place)[0]
+    return "memory", psutil.virtual_memory().available
+
+
+def _mount(folder: Path) -> Path:
+    """Where the file system begins that the folder lies on, or will."""
+    folder = folder.expanduser().resolve()
+    while not os.path.ismount(folder):
+        folder = folder.parent
+    return folder
+
+
+def _is_disk(place: str) -> bool:
+    return place.startswith("disk")
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

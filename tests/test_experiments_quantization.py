@@ -1,0 +1,253 @@
+"""The protection sweep on a tiny model: what it keeps, counts and refuses."""
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from tiny import tiny_model
+
+from fihelpers.experiments import quantization as lab
+from fihelpers.figures import quantization as draw
+from fihelpers.models import LanguageModel
+from fihelpers.perturb.quantize import Scheme, pack, size_report
+
+SHARES = (0.1, 0.5)
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> lab.Plan:
+    folder = tmp_path_factory.mktemp("task")
+    for split in ("dev", "val", "test"):
+        (folder / split).mkdir()
+        for subject in ("one", "two"):
+            lines = [f"w{i} w{i + 1} of {subject},w1,w2,w3,w{i + 4},{'ABCD'[i % 4]}\n" for i in range(8)]
+            (folder / split / f"{subject}_{split}.csv").write_text("".join(lines))
+    return lab.Plan(
+        task=str(folder),
+        subjects=("one", "two"),
+        seeds=2,
+        n_calibration=3,
+        n_test=4,
+        matrices=("o_proj", "all"),
+        bits=(1, 2),
+        full=(1, 2),
+        shares=SHARES,
+        column_share=0.5,
+        swept_bits=(1, 2),
+        swept_groups=(None, 4),
+    )
+
+
+@pytest.fixture(scope="module")
+def model() -> LanguageModel:
+    model = tiny_model("qwen2", torch.float32)
+    model.network.config.max_position_embeddings = 512
+    return model
+
+
+@pytest.fixture(scope="module")
+def rows(model: LanguageModel, plan: lab.Plan, tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
+    cache = tmp_path_factory.mktemp("cache")
+    ask = lab.evaluator(model, plan)
+    before = {n: p.clone() for n, p in model.network.named_parameters()}
+    rows = lab.run_protection(model, plan, ask, cache)
+    assert all(p.equal(before[n]) for n, p in model.network.named_parameters())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lab, "Ranking", lambda *a: pytest.fail("finished work was done again"))
+        pd.testing.assert_frame_equal(lab.run_protection(model, plan, ask, cache), rows)
+    return rows
+
+
+def test_everything_is_run_once_for_each_calibration_set(plan: lab.Plan, rows: pd.DataFrame) -> None:
+    full = len(lab.KEEP_BY["rows"]) * len(SHARES) + len(lab.KEEP_BY["columns"])
+    others = len(plan.cases) - len(plan.main)
+    assert len(rows) == 1 + len(plan.cases) + plan.seeds * (2 * full + others * len(lab.EARLIER) * 2)
+    assert set(rows.n) == {8}  # four questions of each of the two subjects
+    assert np.allclose(rows.accuracy, [c.count("1") / 8 for c in rows.correct])
+    assert np.allclose(
+        rows.log_prob, [np.mean([float(v) for v in t.split()]) for t in rows.log_probs], atol=1e-4
+    )
+    for keep in lab.DATA_FREE:  # look at no question
+        found = rows[rows.keep == keep]
+        assert found[found.seed == 0].correct.tolist() == found[found.seed == 1].correct.tolist()
+    random = rows[rows.keep == "random"]
+    assert random[random.seed == 0].log_probs.tolist() != random[random.seed == 1].log_probs.tolist()
+
+
+def test_what_is_kept_is_what_scores_highest(model: LanguageModel, plan: lab.Plan) -> None:
+    ranking = lab.Ranking(model, plan, 0)
+    case = plan.main[1]
+    for axis in ("rows", "columns"):
+        width = {n: model.network.get_parameter(n).shape[axis == "columns"] for n in ranking.names["all"]}
+        for keep in lab.KEEP_BY[axis]:
+            scores, which = ranking.of(keep, case, axis)
+            assert scores.metadata["axis"] == axis and scores.metadata["sha256"] == model.sha256
+            assert {n: len(v) for n, v in scores.values.items()} == width
+            assert (which != "top") == (keep == "random" or "low half" in keep)
+    name = ranking.names["o_proj"][0]
+    error = pack(model.network.get_parameter(name), Scheme(2)).unpack() - model.network.get_parameter(name)
+    assert torch.allclose(ranking.of(lab.ERROR, case, "rows")[0][name], error.square().sum(1))
+    metric = ranking.weights["Fisher diagonal"][name]
+    assert torch.allclose(ranking.of(lab.LENGTH, case, "rows")[0][name], (metric * error.square()).sum(1))
+
+
+def test_answers_pair_and_recover(plan: lab.Plan, rows: pd.DataFrame) -> None:
+    for case in plan.main:
+        for score in ("accuracy", "log_prob"):
+            found = lab.Answers(rows, case, score, 0)
+            assert found.kept("SNIP").shape == (2, 8) and found.plain.shape == (8,)
+            assert found.minus("SNIP", "SNIP") == (0, 0, 0)
+            mean = found.kept("SNIP", 0.1).mean() / 2 + found.kept("SNIP", 0.5).mean() / 2
+            assert found.kept("SNIP").mean() == pytest.approx(mean)
+            assert np.isnan(found.recovered("SNIP")[0]) != found.lost
+    with pytest.raises(ValueError, match="o_proj, 1 bit, rows kept by 'mean input'"):
+        lab.Answers(rows, plan.main[0], "accuracy", 0).kept("mean input")
+
+
+def test_the_recovered_share() -> None:
+    rng = np.random.default_rng(0)
+    intact, plain = np.ones(40), (rng.random(40) < 0.3).astype(float)
+    for kept, share in ((plain, 0), (intact, 1), ((intact + plain) / 2, 0.5)):
+        assert lab.recovered_share(intact, plain, np.stack([kept, kept]), 0) == pytest.approx((share,) * 3)
+    value, low, high = lab.recovered_share(intact, plain, (rng.random((3, 40)) < 0.6).astype(float), 0)
+    assert low < value < high
+
+
+def test_verdicts() -> None:
+    assert [lab.verdict(ends, True) for ends in ((0.1, 0.2), (-0.1, 0.1), (-0.2, -0.1), (0, 0))] == [
+        "holds", "undecided", "the reverse holds", "undecided",
+    ]  # fmt: skip
+    assert lab.verdict((0.1, 0.2), False) == "nothing to recover"
+    assert set(lab.VERDICTS) >= {
+        lab.verdict(ends, lost) for ends in ((1, 1), (-1, -1), (0, 0)) for lost in (False, True)
+    }
+
+
+def test_tables_of_the_chapter(model: LanguageModel, plan: lab.Plan, rows: pd.DataFrame) -> None:
+    table = lab.summary(rows)
+    start = table[table.share == 0]
+    for case in plan.main:
+        plain = rows[(rows.keep == "nothing") & (rows.matrices == case.matrices) & (rows.bits == case.bits)]
+        same = (start.matrices == case.matrices) & (start.bits == case.bits)
+        assert (start[same].accuracy == plain.accuracy.iloc[0]).all()
+        assert lab.wide(table, case).shape == (14, 2) and lab.wide(table, case, "columns").shape == (15, 1)
+    ask = lab.evaluator(model, plan)
+    subjects = lab.by_subject(rows, plan, ask.examples)
+    whole = subjects.groupby(["matrices", "bits", "keep", "share"]).accuracy.mean()
+    mean = (
+        rows[(rows.keep == "FI exact") & (rows.axis == "rows")]
+        .groupby(["matrices", "bits", "share"])
+        .accuracy.mean()
+    )
+    for (matrices, bits, share), value in mean.items():
+        assert whole[matrices, bits, "FI exact", share] == pytest.approx(value)
+    one = lab.of_subject(subjects, plan.main[0], "one")
+    assert set(one) == {"exact", "low_exact", "damped", "low_damped", "random", "nothing"}
+    judged = lab.claims(rows, plan)
+    assert len(judged) == 4 * len(plan.cases) and set(judged.verdict) <= set(lab.VERDICTS)
+    high_low = lab.high_against_low(rows, plan, "log_prob")
+    assert len(high_low) == 2 * len(plan.cases) and (high_low.low <= high_low.high).all()
+    duels = lab.duels(rows, plan, "accuracy")
+    assert len(duels) == 2 * len(lab.DUELS)
+    assert lab.grid({"accuracy": duels}, ["axis", "first", "second"], "matrices").shape == (len(lab.DUELS), 2)
+    both = lab.grid({"accuracy": high_low, "log P": high_low}, ["matrices", "bits", "filter"])
+    assert both.shape == (len(high_low), 2) and both.iloc[0, 0].endswith(high_low.verdict[0])
+    draw.protection_curves(table, plan.main, 0.5, 0.25)
+    draw.subject_curves(subjects, plan.main, None)
+    won = {
+        str(c): {s: lab.recovery(rows, c, "columns", s, 0) for s in ("accuracy", "log_prob")}
+        for c in plan.main
+    }
+    draw.recovered_dots(won, "columns")
+
+
+def test_sizes_are_those_of_packed_matrices(model: LanguageModel, plan: lab.Plan, rows: pd.DataFrame) -> None:
+    sized = lab.sizes(model, plan)
+    assert (sized[sized.share == 0].extra == 0).all() and (sized[sized.share > 0].extra > 0).all()
+    sweep = lab.where_loss_begins(model, plan, lab.evaluator(model, plan))
+    assert set(sweep.group) == {0, 4} and {3, 2} <= set(sweep.bits)  # one bit more than 2 is there, too
+    assert 0 <= lab.loss_begins(sweep, "all") <= 2
+    for case in plan.main:
+        cost = lab.per_megabyte(rows, sized, case, lab.LENGTH, 0)
+        assert cost.share.tolist() == list(SHARES) and cost.extra.is_monotonic_increasing
+        more = lab.one_step_more(rows, sweep, sized, plan, case, lab.LENGTH)
+        kept = lab.Answers(rows, case, "accuracy", 0).kept(lab.LENGTH, 0.5).mean()
+        finer = sweep[(sweep.matrices == case.matrices) & (sweep.bits == case.bits + 1) & (sweep.group == 0)]
+        finer = finer[finer.mapping == "symmetric"].iloc[0]
+        assert more.difference.iloc[-1] == pytest.approx(finer.accuracy - kept)
+        assert (more.unprotected == finer.bits_per_weight).all()
+    assert lab.sweep_grid(sweep).shape == (8, 3) and (lab.sweep_grid(sweep) == "").any().any()
+    draw.loss_sweep(sweep, 0.5, 0.25)
+    draw.size_curves(lab.summary(rows), sized, sweep, plan.main, 0.5, None)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+def test_the_arithmetic_of_published_sizes_is_that_of_packed_matrices(bits: int) -> None:
+    shape, share = (40, 24), 0.25
+    packed = pack(torch.randn(shape), Scheme(bits), range(10))
+    assert lab.extra_bytes(shape, bits, share) == size_report({"w": packed}).extra
+
+
+def test_published_sizes() -> None:
+    sizes = lab.published_sizes().set_index("matrices")
+    weights = 0.05 * 28 * 3584 * 3584
+    assert sizes.megabytes_4["o_proj"] == pytest.approx(1.5 * weights / 1e6, rel=0.01)
+    assert sizes.megabytes_1["o_proj"] == pytest.approx(15 / 8 * weights / 1e6, rel=0.01)
+    assert sizes.share["o_proj"] * sizes.megabytes_4["o_proj"] / 0.05 == pytest.approx(100)
+
+
+def test_joint_influence_saturates_and_sums_do_not(plan: lab.Plan) -> None:
+    exact = tiny_model("qwen2")  # in float64, where rounding does not blur the ceiling
+    exact.network.config.max_position_embeddings = 512
+    ranking = lab.Ranking(exact, plan, 0)
+    joint, said = lab.joint_influence(ranking)
+    assert lab.saturated_matrices(joint, "joint, exact") == (1, 2)  # not the last block's
+    assert lab.saturated_matrices(joint, "sum, exact")[0] == 0
+    assert len(said) == 1 and "equals its ceiling in the channels of 1 of 2" in said[0]
+    assert len(joint) == 3 * 2 * 12 and joint.value.max() <= 1 + 1e-4
+    draw.joint_strips(joint)
+
+
+def test_what_sums_means_and_channels_have_in_common(model: LanguageModel, plan: lab.Plan) -> None:
+    ranking = lab.Ranking(model, plan, 0)
+    common = lab.sum_against_mean(ranking, plan.main[1], 0.25)
+    assert common["layer"] == 1 and 0 <= common["global"] <= 1
+    unequal = lab.spreads(ranking, plan.main[1])
+    assert unequal.shape == (3, 2) and (unequal >= 1).all().all()
+
+
+def test_a_protected_model_is_saved_and_opened_again(model: LanguageModel, plan: lab.Plan) -> None:
+    before = {n: p.clone() for n, p in model.network.named_parameters()}
+    found = lab.save_and_reopen(lab.Ranking(model, plan, 0))
+    assert found["difference"] == 0
+    assert found["packed"] < found["sixteen_bit"] and found["memory"] < found["memory_before"]
+    assert found["packed"] < found["file"] < found["folder"]
+    assert all(p.equal(before[n]) for n, p in model.network.named_parameters())
+
+
+def test_bad_plans_are_named_before_anything_runs(model: LanguageModel, plan: lab.Plan) -> None:
+    lab.check(model, plan)
+    for change, text in [
+        ({"bits": (1, 2, 5)}, "bits must be one of .* not 5"),
+        ({"swept_bits": (16,)}, "bits must be one of .* not 16"),
+        ({"full": (1, 4)}, r"compared at 4 bits; add them to \(1, 2\)"),
+        ({"full": (1,)}, "two sets of matrices"),
+        ({"matrices": ("o_proj",)}, "two sets of matrices"),
+        ({"matrices": ("o_proj", "p_proj")}, "no matrices 'p_proj'; known: all, q_proj"),
+        ({"shares": (0.1, 0.6)}, r"\(0, 0.5\].*not 0.6"),
+        ({"shares": ()}, "not nothing"),
+        ({"column_share": 0.0}, r"\(0, 0.5\].*not 0.0"),
+        ({"seeds": 0}, "at least 1"),
+        ({"mapping": "odd"}, "not 'odd'"),
+        ({"group": 5}, "no group of 5 divides"),
+        ({"swept_groups": (None, 8)}, "no group of 8 divides"),
+    ]:
+        with pytest.raises(ValueError, match=text):
+            lab.check(model, replace(plan, **change))  # type: ignore[arg-type]
+    settings = {"mapping": "symmetric", "group": None, "bits": [1], "groups": [None]}
+    assert lab.rounding(settings)["swept_groups"] == (None,)
+    for wrong in ({**settings, "grouping": 1}, {"mapping": "symmetric"}):
+        with pytest.raises(ValueError, match="missing or unknown"):
+            lab.rounding(wrong)
