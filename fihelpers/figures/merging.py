@@ -83,15 +83,14 @@ def gains(table: pd.DataFrame, what: str) -> Figure:
     """
     labels = list(dict.fromkeys(table.label))
     kinds = list(dict.fromkeys(table.by))
-    several = len(labels) < len(table)  # dots on one line stand apart
-    step = min(0.28, 0.8 / len(kinds)) if several else 0
-    line = max(0.42, 0.13 * len(kinds)) if several else 0.36
-    figure, axes = new_figure(size=(WIDTH, 1.3 + line * len(labels)))
+    most = int(table.label.value_counts().max())
+    figure, axes = new_figure(size=(WIDTH, 1.3 + max(0.36, 0.19 * most) * len(labels)))
     ax = axes[0, 0]
     ax.axvline(0, color=INK, linewidth=1)
-    for row in table.itertuples():
-        shift = step * (kinds.index(row.by) - (len(kinds) - 1) / 2)
-        _dot(ax, labels.index(row.label) + shift, row, _colour(str(row.by)))
+    for y, label in enumerate(labels):
+        part = table[table.label == label]
+        for i, row in enumerate(part.itertuples()):
+            _dot(ax, y + 0.7 / most * (i - (len(part) - 1) / 2), row, _colour(str(row.by)))
     ax.set_yticks(range(len(labels)), labels)
     ax.set_ylim(len(labels) - 0.5, -0.5)
     ax.set_xlabel(what)
@@ -99,12 +98,12 @@ def gains(table: pd.DataFrame, what: str) -> Figure:
     if len(kinds) > 1:
         for kind in kinds:
             ax.plot([], [], "o", color=_colour(kind), label=kind)
-        ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncol=min(4, len(kinds)), borderaxespad=0.2)
+        figure.legend(loc="outside upper center", ncol=4 if len(kinds) <= 4 else 3)
     return figure
 
 
 def _colour(name: str) -> str:
-    return PALETTE.get(name, "#B25D00")
+    return PALETTE.get(name, "#6E7500")
 
 
 def _dot(ax: Axes, y: float, row: object, colour: str) -> None:
