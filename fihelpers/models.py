@@ -5,7 +5,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -208,13 +208,16 @@ def open_model(
     device: str = "cpu",
     dtype: str = "float32",
     trust_remote_code: bool = False,
+    device_map: str | Mapping[str, Any] | None = None,
 ) -> LanguageModel:
     """Open a bundled model by name, a local folder, or a hub id such as ``Qwen/Qwen2-0.5B``.
 
     Only safetensors are read. Bundled files are checked against the manifest. A hub id without a
     revision, or with a branch name, is resolved to the commit it names now, which is logged and recorded.
-    Raises FileNotFoundError for an unknown name, ValueError for a damaged, incomplete or pickled
-    checkpoint, an unknown dtype or an absent device, and ConnectionError if the hub does not answer.
+    ``device_map`` (accelerate's: "auto", or names of modules and their devices) spreads a model that is too
+    large for one device, instead of ``device``. Raises FileNotFoundError for an unknown name, ValueError for
+    a damaged, incomplete or pickled checkpoint, an unknown dtype, an absent device or a model that does not
+    fit on the devices, and ConnectionError if the hub does not answer.
     """
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; use one of {', '.join(DTYPES)}.")
@@ -222,8 +225,22 @@ def open_model(
     folder, label, commit = locate(str(name), revision, trust_remote_code)
     sha256 = weights_sha256(folder, label)
     tokenizer = open_tokenizer(folder, label, trust_remote_code)
-    network = open_network(folder, label, DTYPES[dtype], trust_remote_code)
-    return LanguageModel(network.to(place).eval(), tokenizer, label, commit, sha256)  # type: ignore[arg-type]
+    network = open_network(folder, label, DTYPES[dtype], trust_remote_code, device_map=device_map)
+    if device_map is None:
+        network = network.to(place)  # type: ignore[arg-type]
+    check_placed(network, label)
+    return LanguageModel(network.eval(), tokenizer, label, commit, sha256)
+
+
+def check_placed(network: PreTrainedModel, label: str) -> None:
+    """Raise ValueError where a device map left weights without a device, to be fetched when they are used."""
+    sizes = {name: p.numel() * p.element_size() / 1e9 for name, p in network.named_parameters()}
+    absent = sum(sizes[name] for name, p in network.named_parameters() if p.is_meta)
+    if absent:
+        raise ValueError(
+            f"model {label!r} does not fit: {absent:.3g} GB of its {sum(sizes.values()):.3g} GB found no "
+            "room on the devices; use more or larger ones, or a smaller dtype."
+        )
 
 
 def bundled_models() -> list[str]:
@@ -346,7 +363,12 @@ def _has_own_tokenizer(folder: Path) -> bool:
 
 
 def open_network(
-    folder: Path, label: str, dtype: torch.dtype, trust_remote_code: bool, kind: Any = AutoModelForCausalLM
+    folder: Path,
+    label: str,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+    kind: Any = AutoModelForCausalLM,
+    device_map: str | Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """Open the weights in a folder with one of transformers' automatic classes; every weight has to be there.
 
@@ -359,6 +381,7 @@ def open_network(
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            device_map=device_map,
         )
     except Exception as error:  # a cut-off file, an unknown architecture, refused remote code
         raise ValueError(f"the weights of model {label!r} cannot be opened: {brief(error)}") from error

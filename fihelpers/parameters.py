@@ -59,7 +59,7 @@ def executed(cells: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def spoken(text: str, default: Any) -> Any:
     """Read a value typed on the command line: as it stands where the default is text, otherwise as YAML."""
-    return text if isinstance(default, str) else _yaml(text, f"the value {text!r}")
+    return text if isinstance(default, str) else parse_yaml(text, f"the value {text!r}")
 
 
 def profiles_folder() -> Path:
@@ -90,7 +90,7 @@ def read_profile(folder: Path, profile: str) -> dict[str, Section]:
     known = sorted(file.stem for file in folder.glob("*.yaml"))
     if profile not in known:
         raise FileNotFoundError(f"unknown profile {profile!r}{nearest(profile, known)}")
-    sections = _yaml(path.read_text(encoding="utf-8"), str(path)) or {}
+    sections = parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
     if not isinstance(sections, dict) or not all(isinstance(names, dict) for names in sections.values()):
         raise ValueError(f"{path} must hold sections (all, or a chapter's name) that map names to values.")
     notebooks = sorted(folder.parent.glob(NOTEBOOKS))
@@ -168,7 +168,8 @@ def _literals(source: str) -> dict[str, Any]:
     return values
 
 
-def _yaml(text: str, origin: str) -> Any:
+def parse_yaml(text: str, origin: str) -> Any:
+    """Read YAML; raises ValueError, naming its origin, where it is none."""
     try:
         return yaml.load(text, Loader=_Loader)  # a SafeLoader
     except yaml.YAMLError as error:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
-from fihelpers.files import write_atomically
 from fihelpers.models import LanguageModel
 from fihelpers.tasks import Example
 
@@ -33,9 +34,8 @@ class Scores:
         return sum(v.numel() for v in self.values.values())
 
     def save(self, path: Path) -> None:
-        """Write a safetensors file, atomically."""
-        tensors = {name: value.contiguous() for name, value in self.values.items()}
-        write_atomically(Path(path), save(tensors, metadata=self.metadata))
+        """Write a safetensors file, atomically. Raises OSError, in one sentence, where that fails."""
+        save_tensors(path, self.values, self.metadata)
 
     @classmethod
     def load(cls, path: Path) -> Scores:
@@ -48,6 +48,27 @@ class Scores:
                 return cls(values, dict(file.metadata() or {}))
         except SafetensorError as error:
             raise ValueError(f"{path} is not a readable safetensors file: {error}.") from error
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file beside `path` and rename it, without a second copy of the tensors in memory.
+
+    Raises OSError, in one sentence, where it cannot be written; an earlier file is then as it was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        part = Path(folder) / path.name
+        try:
+            save_file({name: value.contiguous() for name, value in tensors.items()}, part, metadata=metadata)
+            with open(part, "rb") as file:
+                os.fsync(file.fileno())  # a name that outlives a power cut has to stand for all the bytes
+            part.chmod(0o644)
+            os.replace(part, path)
+        except (SafetensorError, OSError) as error:
+            raise OSError(
+                f"{path} could not be written ({error}); make room or choose another place."
+            ) from error
 
 
 def provenance(model: LanguageModel, examples: Sequence[Example]) -> dict[str, str]:

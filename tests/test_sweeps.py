@@ -1,0 +1,311 @@
+"""Sweeps: grids, workers that die, schedulers that vanish, tables. One test runs notebooks in processes."""
+
+import csv
+import gc
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import WriteChapter
+from distributed import LocalCluster
+
+from fihelpers import sweeps
+from fihelpers.__main__ import main
+from fihelpers.results import SHARED, Record
+from fihelpers.runs import ChapterError
+from fihelpers.sweeps import Cell, Work, alone_on, cells_of, read_grid, run_cell, sweep
+
+# dask leaves sockets of lost connections to the garbage collector, which is called before the next test
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
+
+OUT = Path("out")
+RECORD = 'run.record("n", run.p.N, low=0, n=10, unit="things")'
+# the second cell fails once; the third kills the worker that runs it once
+TROUBLE = """
+import os
+import signal
+from pathlib import Path
+
+marker = Path(f"ran.{N}")
+again = marker.exists()
+marker.write_text(marker.read_text() + "x" if again else "x")
+if N == 2 and not again:
+    raise ValueError("a bad day")
+if N == 3 and not again:
+    os.kill(os.getppid(), signal.SIGKILL)
+"""
+
+
+def rows(table: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(table.read_text().splitlines()))
+
+
+def ran() -> dict[str, int]:
+    """How often each cell was run, which the cells write down themselves."""
+    return {path.suffix[1:]: len(path.read_text()) for path in sorted(Path().glob("ran.*"))}
+
+
+@pytest.fixture(autouse=True)
+def collected() -> Iterator[None]:
+    yield
+    gc.collect()
+
+
+@pytest.fixture
+def quick_cells(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Runs of chapters that take no time: the list holds their parameters."""
+    runs: list[dict[str, Any]] = []
+
+    def run(notebook: Path, profile: str, parameters: dict[str, Any], out: Path, threads: int | None) -> None:
+        runs.append(parameters)
+        shared = {"chapter": notebook.stem, "profile": profile, "versions": {}}
+        names = [name for name in Record.__dataclass_fields__ if name not in SHARED]
+        record = dict.fromkeys(names) | {"name": "n", "value": parameters["N"], "low": 0, "n": 10, "unit": ""}
+        out.mkdir(parents=True, exist_ok=True)
+        (out / f"{notebook.stem}.json").write_text(json.dumps({**shared, "records": [record]}))
+
+    monkeypatch.setattr(sweeps, "run_chapter", run)
+    return runs
+
+
+def cluster(workers: int, port: int = 0) -> LocalCluster:
+    """A scheduler with workers in threads of this process, so that what a test replaces is so for them."""
+    return LocalCluster(
+        n_workers=workers,
+        threads_per_worker=1,
+        processes=False,
+        protocol="tcp",
+        scheduler_port=port,
+        dashboard_address="127.0.0.1:0",
+        silence_logs=logging.CRITICAL,
+    )
+
+
+@pytest.fixture
+def scheduler() -> Iterator[str]:
+    with cluster(2) as running:
+        yield running.scheduler_address
+
+
+def test_a_sweep_survives_a_failure_and_a_killed_worker_and_resumes(
+    write_chapter: WriteChapter, scheduler: str
+) -> None:
+    notebook = write_chapter(RECORD, TROUBLE)
+    table = sweep(notebook, "smoke", {"N": [2, 3], "LIMIT": [[0.5, "a"]]}, OUT, workers=2)
+    assert table == OUT / "01_tiny.csv"
+    expected = {"LIMIT": '[0.5, "a"]', "record": "n", "low": "0", "high": "", "n": "10", "unit": "things"}
+    assert rows(table) == [expected | {"N": str(n), "value": str(n)} for n in (2, 3)]
+    assert ran() == {"2": 2, "3": 2}
+    folders = sorted(path for path in OUT.iterdir() if path.is_dir())
+    assert len(folders) == 2
+    for folder in folders:
+        assert {path.name for path in folder.iterdir()} - {"cache", "01_tiny.failed.ipynb"} == {
+            "01_tiny.ipynb",
+            "01_tiny.json",
+            "01_tiny.key",
+        }
+        kept = json.loads((folder / "01_tiny.json").read_text())
+        threads = max(1, (os.cpu_count() or 1) // 2)
+        assert f"{threads} threads" in kept["versions"]["machine"]
+    before = {path: path.stat().st_mtime_ns for path in OUT.rglob("01_tiny.*")}
+    Path("grid.yaml").write_text("N: [2, 3]\nLIMIT: [[0.5, a]]")
+    arguments = ["sweep", "1", "--profile", "smoke", "--grid", "grid.yaml", "--out", "out"]
+    assert main([*arguments, "--scheduler", scheduler]) == 0
+    assert ran() == {"2": 2, "3": 2}  # nothing ran again
+    after = {path: path.stat().st_mtime_ns for path in before}
+    assert [path.name for path in before if before[path] != after[path]] == ["01_tiny.csv"]
+
+
+def test_cells_that_fail_do_not_stop_the_others(
+    write_chapter: WriteChapter, quick_cells: list[dict[str, Any]], scheduler: str, monkeypatch: Any
+) -> None:
+    notebook, run = write_chapter(), sweeps.run_chapter
+
+    def fail(notebook: Path, profile: str, parameters: dict[str, Any], *others: Any) -> None:
+        if parameters["N"] > 2:
+            quick_cells.append(parameters)
+            raise ChapterError(f"N = {parameters['N']} is too much\nand more")
+        run(notebook, profile, parameters, *others)
+
+    monkeypatch.setattr(sweeps, "run_chapter", fail)
+    with pytest.raises(
+        ChapterError, match=r"^2 of 4 cells failed, .*csv; the first is N=3 \(N = 3 is too much\)$"
+    ):
+        sweep(notebook, "smoke", {"N": [1, 2, 3, 4]}, OUT, scheduler=scheduler, retries=2)
+    assert sorted(run["N"] for run in quick_cells) == [1, 2, 3, 3, 3, 4, 4, 4]
+    assert [row["N"] for row in rows(OUT / "01_tiny.csv")] == ["1", "2"]
+    monkeypatch.setattr(sweeps, "run_chapter", run)
+    sweep(notebook, "smoke", {"N": [1, 2, 3, 4]}, OUT, scheduler=scheduler)
+    assert [row["N"] for row in rows(OUT / "01_tiny.csv")] == ["1", "2", "3", "4"]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def test_a_scheduler_that_comes_back_is_given_the_rest(
+    write_chapter: WriteChapter, quick_cells: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notebook, port, run = write_chapter(), free_port(), sweeps.run_chapter
+    two_done = threading.Event()
+
+    def wait(notebook: Path, profile: str, parameters: dict[str, Any], *others: Any) -> None:
+        if len(quick_cells) == 2:
+            two_done.set()
+            time.sleep(0.5)
+        run(notebook, profile, parameters, *others)
+
+    def replace() -> None:
+        two_done.wait(20)
+        first.close()
+        second.append(cluster(1, port))
+
+    monkeypatch.setattr(sweeps, "run_chapter", wait)
+    second: list[LocalCluster] = []
+    with cluster(1, port) as first:
+        thread = threading.Thread(target=replace)
+        thread.start()
+        table = sweep(notebook, "smoke", {"N": [1, 2, 3, 4]}, OUT, scheduler=f"tcp://127.0.0.1:{port}")
+        thread.join()
+    second[0].close()
+    assert [row["N"] for row in rows(table)] == ["1", "2", "3", "4"]
+
+
+def test_a_scheduler_that_stays_away_is_said_plainly(
+    write_chapter: WriteChapter, quick_cells: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweeps, "CONNECT", 0.5)
+    notebook, grid = write_chapter(), {"N": [1, 2]}
+    for address in (f"tcp://127.0.0.1:{free_port()}", "nowhere"):
+        with pytest.raises(
+            ConnectionError, match=rf"no dask scheduler answers at {address}; start one\. What"
+        ):
+            sweep(notebook, "smoke", grid, OUT, scheduler=address)
+    with cluster(0) as idle, pytest.raises(ConnectionError, match="has no worker; start some"):
+        sweep(notebook, "smoke", grid, OUT, scheduler=idle.scheduler_address)
+    monkeypatch.setattr(sweeps, "_run_on", lambda client, cells, *others: cells)
+    with (
+        cluster(1) as lost,
+        pytest.raises(ConnectionError, match=r"was lost 3 times\. What is finished is kept"),
+    ):
+        sweep(notebook, "smoke", grid, OUT, scheduler=lost.scheduler_address)
+    assert not OUT.exists() and not quick_cells
+
+
+def test_a_worker_elsewhere_must_see_the_same(
+    write_chapter: WriteChapter, quick_cells: list[dict[str, Any]], scheduler: str, monkeypatch: Any
+) -> None:
+    notebook = write_chapter()
+    (cell,) = cells_of(notebook, "smoke", {"N": [1]}, OUT)
+    good = Work(notebook, "smoke", None, sweeps.package_sha256(), Path.cwd())
+    with pytest.raises(ValueError, match="another state of the package"):
+        run_cell(cell, Work(notebook, "smoke", None, "0", Path.cwd()))
+    with pytest.raises(ValueError, match=r"a worker runs in .*; start it in /elsewhere"):
+        run_cell(cell, Work(notebook, "smoke", None, good.package, Path("/elsewhere")))
+    run_cell(cell, good)
+    assert quick_cells == [{"N": 1}]
+    monkeypatch.setattr(sweeps, "run_chapter", lambda *arguments: None)  # writes where we do not see it
+    with pytest.raises(FileNotFoundError, match="must share the folder"):
+        sweep(notebook, "smoke", {"N": [5]}, OUT, scheduler=scheduler)
+
+
+def test_runs_on_one_device_wait_for_each_other(
+    write_chapter: WriteChapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweeps.tempfile, "gettempdir", lambda: str(tmp_path))
+    notebook = write_chapter()
+    text = notebook.read_text().replace("LIMIT = None", 'LIMIT = None\\nDEVICE = \\"cuda:1\\"')
+    notebook.write_text(text)
+    cells = cells_of(notebook, "smoke", {"N": [1, 2, 3]}, OUT)
+    assert {cell.device for cell in cells} == {"cuda:1"}
+    running: list[str] = []
+    together: list[int] = []
+
+    def run(*arguments: Any) -> None:
+        running.append("x")
+        together.append(len(running))
+        time.sleep(0.05)
+        running.pop()
+
+    def run_side_by_side(devices: list[str]) -> int:
+        together.clear()
+        mine = [Cell(cell.parameters, cell.folder, d) for cell, d in zip(cells, devices, strict=True)]
+        threads = [threading.Thread(target=run_cell, args=(cell, work)) for cell in mine]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return max(together)
+
+    monkeypatch.setattr(sweeps, "run_chapter", run)
+    work = Work(notebook, "smoke", None, sweeps.package_sha256(), Path.cwd())
+    assert run_side_by_side(["cuda:1"] * 3) == 1
+    assert run_side_by_side(["cuda", "cuda:0", "cuda:0"]) == 1
+    assert run_side_by_side(["cpu"] * 3) > 1
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    with alone_on("cuda:1"), alone_on("cuda"):
+        pass
+    locks = sorted(path.name for path in tmp_path.glob("*.lock"))
+    assert [name.removeprefix(f"fihelpers-{os.getuid()}-") for name in locks] == [
+        f"cuda-{device}.lock" for device in (0, 1, 2, 5)
+    ]
+
+
+def test_a_cell_keeps_its_folder_when_the_grid_grows(write_chapter: WriteChapter) -> None:
+    notebook = write_chapter()
+    small = cells_of(notebook, "smoke", {"N": [1, 2], "RATES": [[0.1]]}, OUT)
+    large = cells_of(notebook, "smoke", {"RATES": [[0.1], [0.2]], "N": [1, 2, 3]}, OUT)
+    assert len(large) == 6 and {cell.folder for cell in small} < {cell.folder for cell in large}
+    assert str(large[1]) == "RATES=[0.1], N=2"
+    embedded = cells_of(notebook, "embedded", {"N": [1, 2], "RATES": [[0.1]]}, OUT)
+    assert not {cell.folder for cell in small} & {cell.folder for cell in embedded}
+
+
+@pytest.mark.parametrize(
+    ("grid", "arguments", "message"),
+    [
+        ("NN: [1]", [], "01_tiny has no parameter NN (given 1); did you mean N?"),
+        ("N: [1, '2']", [], "the parameter N must be of the type of its default"),
+        ("PROFILE: [smoke]", [], "PROFILE is not swept"),
+        ("N: 1", [], "grid.yaml: N must be a list of values to try, not 1."),
+        ("N: []", [], "grid.yaml: N must be a list of values to try, not []."),
+        ("- N", [], "grid.yaml must map names of parameters to lists of values."),
+        ("N: [1", [], "grid.yaml is not valid YAML"),
+        ("N: [1, 2, 1]", [], "the grid holds 1 cells twice; give each value once."),
+        ("N: [1]", ["--workers", "0"], "a sweep needs workers ≥ 1 and retries ≥ 0, not 0 and 1."),
+        ("N: [1]", ["--retries", "-1"], "a sweep needs workers ≥ 1 and retries ≥ 0, not 2 and -1."),
+        ("N: [1]", ["--profile", "smook"], "unknown profile 'smook'"),
+        (None, [], "there is no grid at grid.yaml"),
+    ],
+)
+def test_bad_input_is_one_sentence_before_anything_runs(
+    write_chapter: WriteChapter,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    grid: str | None,
+    arguments: list[str],
+    message: str,
+) -> None:
+    write_chapter()
+    monkeypatch.setattr(sweeps, "_run_all", None)
+    if grid:
+        Path("grid.yaml").write_text(grid)
+    assert main(["sweep", "1", "--profile", "smoke", "--grid", "grid.yaml", "--out", "out", *arguments]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("fihelpers: ") and message in told and told.count("\n") == 1
+    assert not OUT.exists()
+
+
+def test_a_grid_reads_numbers_as_chapters_do(tmp_path: Path) -> None:
+    (tmp_path / "grid.yaml").write_text("LAM: [1e-3, 1.0]\nNAMES: [[a, b], []]")
+    assert read_grid(tmp_path / "grid.yaml") == {"LAM": [0.001, 1.0], "NAMES": [["a", "b"], []]}
