@@ -1,6 +1,7 @@
 """Scores of inputs: closed forms, the ceiling, and batches that change nothing."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from fihelpers.influence import Damped, SaturationWarning, ceiling, fi, saturated
 from fihelpers.measures import MEASURES
+from fihelpers.scores import inputs as inputs_module
 from fihelpers.scores.inputs import class_grads_of_inputs, score_inputs
 
 
@@ -35,20 +37,41 @@ def test_class_gradients_of_a_linear_classifier(classes: int, shape: tuple[int, 
     torch.testing.assert_close(grads, expected.reshape(classes, 5, *shape), rtol=1e-9, atol=1e-12)
 
 
-def test_one_backward_pass_fewer_than_classes() -> None:
-    passes = 0
+class Hidden(torch.autograd.Function):
+    """Twice x, by a backward pass that cannot be batched."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return torch.from_numpy(2 * grad.numpy())
+
+
+@pytest.mark.parametrize(("count", "passes"), [(1, 1), (3, 1), (4, 2), (9, 5)])
+def test_few_inputs_take_their_classes_together(count: int, passes: int) -> None:
+    seen = []
 
     def log_probs(x: Tensor) -> Tensor:
-        def count(_: Tensor) -> None:
-            nonlocal passes
-            passes += 1
-
         y = x * 1
-        y.register_hook(count)
+        y.register_hook(seen.append)
         return linear(6, 4)[1](y)
 
-    class_grads_of_inputs(log_probs, inputs(3, 4))
-    assert passes == 5
+    class_grads_of_inputs(log_probs, inputs(count, 4))
+    assert len(seen) == passes
+
+
+def test_classes_together_and_one_by_one_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = inputs(2, 4)
+    log_probs = linear(6, 4)[1]
+    together = class_grads_of_inputs(lambda x: log_probs(2 * x), x)
+    alone = class_grads_of_inputs(lambda x: log_probs(Hidden.apply(x)), x)
+    monkeypatch.setattr(inputs_module, "AT_ONCE", 1)
+    loop = class_grads_of_inputs(lambda x: log_probs(2 * x), x)
+    for other in (alone, loop):
+        for found, expected in zip(other, together, strict=True):
+            torch.testing.assert_close(found, expected)
 
 
 def test_class_gradients_are_float32_or_better() -> None:

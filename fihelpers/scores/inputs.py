@@ -26,6 +26,7 @@ from fihelpers.influence import (
     axes_of,
     ceiling,
     fi_of_moments,
+    is_finite,
     warn_if_saturated,
 )
 from fihelpers.measures import Elementwise, Influence, Measure, Random, find_measure
@@ -36,6 +37,7 @@ LogProbs = Callable[[Tensor], Tensor]
 EmbeddingGrouping = Literal["dimension", "token"]
 
 FI_SUMMED = "FI summed"
+AT_ONCE = 16  # inputs x classes in one backward pass; larger batches keep a processor busy by themselves
 
 
 class InputBatch(Protocol):
@@ -157,25 +159,21 @@ def class_grads_of_inputs(log_probs: LogProbs, x: Tensor) -> tuple[Tensor, Tenso
     """Class gradients of N inputs at once: (class_grads (K, N, *shape), probs (K, N), predicted (N,)).
 
     log_probs: any differentiable function from x (N, *shape) to log-probabilities (N, K) in which no input of
-    the batch depends on another; they are renormalised, so logits serve as well. K - 1 backward passes: each
-    input skips its predicted class, whose row is s_y_hat = -sum_{y != y_hat} P(y) s_y / P(y_hat) (method 1a).
+    the batch depends on another; they are renormalised, so logits serve as well. One forward pass and K - 1
+    backward passes, those of few inputs together (:data:`AT_ONCE`): each input skips its predicted class,
+    whose row is s_y_hat = -sum_{y != y_hat} P(y) s_y / P(y_hat) (method 1a).
     Float32 or better. Raises FloatingPointError for NaN or infinite probabilities or gradients, and
     ValueError for a function that does not depend on x or returns another shape.
     """
     x = x.detach().requires_grad_()
     with torch.enable_grad():
         log_p = _checked(log_probs(x), x).log_softmax(-1)
-    probs = log_p.detach().exp()
-    predicted = probs.argmax(-1)
-    passes = torch.arange(probs.shape[1] - 1, device=probs.device)
-    others = passes + (passes >= predicted[:, None])  # (N, K-1)
-    targets = log_p.gather(1, others).sum(0)
-    made = [torch.autograd.grad(target, x, retain_graph=True)[0].to(log_p.dtype) for target in targets]
-    grads = torch.stack(made)
-    if not torch.isfinite(grads).all():
-        raise FloatingPointError("The inputs' gradients are NaN or infinite; check the model and the inputs.")
-    full = _with_predicted(grads, probs, predicted, others)
-    return full, probs.T.contiguous(), predicted
+        probs = log_p.detach().exp()
+        predicted = probs.argmax(-1)
+        passes = torch.arange(probs.shape[1] - 1, device=probs.device)
+        others = passes + (passes >= predicted[:, None])  # (N, K-1)
+        targets = log_p.gather(1, others)
+    return _in_order(_backward(targets, x), probs, predicted, others), probs.T.contiguous(), predicted
 
 
 def score_inputs(
@@ -307,18 +305,43 @@ def _checked(log_p: Tensor, x: Tensor) -> Tensor:
     return log_p if log_p.dtype == torch.float64 else log_p.float()
 
 
-def _with_predicted(grads: Tensor, probs: Tensor, predicted: Tensor, others: Tensor) -> Tensor:
-    """Put the rows (K-1, N, *shape) in the order of the classes, and make that of the predicted one."""
+def _backward(targets: Tensor, x: Tensor) -> list[Tensor]:
+    """The gradients (K-1 times (N, *shape)) of targets (N, K-1) with respect to x (N, *shape)."""
+    count = max(1, AT_ONCE // len(x))
+    sums = targets.sum(0)
+    if count > 1 and len(sums) > 1:
+        ways = torch.eye(len(sums), dtype=sums.dtype, device=sums.device).split(count)
+        try:
+            made = [
+                torch.autograd.grad(sums, x, way, retain_graph=True, is_grads_batched=True)[0] for way in ways
+            ]
+        except RuntimeError:  # an operation of this model cannot be batched, or memory is short
+            pass
+        else:
+            return [grad for together in made for grad in together]
+    last = len(sums) - 1
+    return [torch.autograd.grad(one, x, retain_graph=i < last)[0] for i, one in enumerate(sums)]
 
-    def wide(values: Tensor) -> Tensor:  # (K or K-1, N) along the axes of grads
-        return values.reshape(values.shape + (1,) * (grads.dim() - 2))
 
-    others = others.T
-    chosen = probs.gather(1, predicted[:, None]).T
-    own = -(wide(probs.T.gather(0, others) / chosen) * grads).sum(0, keepdim=True)
-    order = torch.cat([others, predicted[None]])
-    rows = wide(order).expand(-1, *grads.shape[1:])
-    return torch.empty_like(rows, dtype=grads.dtype).scatter_(0, rows, torch.cat([grads, own]))
+def _in_order(made: list[Tensor], probs: Tensor, predicted: Tensor, others: Tensor) -> Tensor:
+    """Put the gradients of the other classes in the order of the classes, and make that of the predicted one.
+
+    made: K-1 times (N, *shape). Raises FloatingPointError for NaN or infinite gradients.
+    """
+    rows = torch.arange(len(predicted), device=predicted.device)
+    chosen = probs[rows, predicted]
+    full = made[0].new_empty(len(made) + 1, *made[0].shape, dtype=probs.dtype)
+    own = torch.zeros_like(full[0])
+    for i, grad in enumerate(made):
+        if not is_finite(grad):
+            raise FloatingPointError(
+                "The inputs' gradients are NaN or infinite; check the model and the inputs."
+            )
+        share = probs[rows, others[:, i]] / chosen
+        own.addcmul_(share.reshape(-1, *[1] * (grad.dim() - 1)), grad.to(own.dtype), value=-1)
+        full[others[:, i], rows] = grad.to(full.dtype)
+    full[predicted, rows] = own
+    return full
 
 
 def _find(measure: str | Measure, spectral: Spectral) -> Measure:

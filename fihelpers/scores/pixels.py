@@ -10,7 +10,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Literal, get_args
 
 import torch
@@ -242,6 +242,7 @@ def image_of(example: Example) -> Tensor:
     return read_image(example.image)
 
 
+@lru_cache(maxsize=16)
 def option_letters(tokenizer: PreTrainedTokenizerBase, count: int) -> Groups:
     """Make one class an option, named by its letter, A first. Raises ValueError for too few or too many."""
     if not 2 <= count <= len(LETTERS):
