@@ -1,10 +1,11 @@
-"""``python -m fihelpers``: run a chapter, build the book, make what ships in data/."""
+"""``python -m fihelpers``: run a chapter or a grid, build the book, score weights, make what ships."""
 
 import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from fihelpers import runs
 from fihelpers.parameters import declared, spoken
@@ -58,13 +59,68 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--jobs", type=int, default=1, help="chapters run at a time (%(default)s)")
     build.set_defaults(command=_build)
 
+    _add_sweep(commands)
+    _add_score(commands)
+
     minis = commands.add_parser("train-minis", help="make the bundled models again")
     minis.add_argument("which", choices=["lm", "vlm", "experts"])
     minis.set_defaults(command=_train_minis)
 
+    bench = commands.add_parser("bench", help="measure what FI costs beside simpler ways of computing it")
+    bench.add_argument("rows", nargs="*", help="long, short or memory; all by default")
+    bench.add_argument("--rounds", type=int, default=5, help="each piece of work is timed (%(default)s)")
+    bench.add_argument("--out", type=Path, help="a JSON file for the table")
+    bench.set_defaults(command=_bench)
+
     manifest = commands.add_parser("manifest", help="list the SHA-256 of every file in data/ again")
     manifest.set_defaults(command=_manifest)
     return parser
+
+
+def _add_sweep(commands: Any) -> None:
+    sweep = commands.add_parser("sweep", help="run one chapter with all combinations of some parameters")
+    sweep.add_argument("chapter", help="its number or name, such as 7 or 07_sparsification")
+    sweep.add_argument(
+        "--grid", type=Path, required=True, help="YAML that maps parameters to lists of values"
+    )
+    sweep.add_argument("--profile", default=BOOKS_PROFILE, help="a file of notebooks/profiles (%(default)s)")
+    sweep.add_argument("--scheduler", help="address of a dask scheduler (a local cluster)")
+    sweep.add_argument("--workers", type=int, default=2, help="processes of a local cluster (%(default)s)")
+    sweep.add_argument("--retries", type=int, default=1, help="of a cell that fails (%(default)s)")
+    sweep.add_argument("--out", type=Path, required=True, help="folder for the cells and the table")
+    sweep.set_defaults(command=_sweep)
+
+
+def _add_score(commands: Any) -> None:
+    score = commands.add_parser(
+        "score", help="score every weight of a model; starts on many processes with torchrun"
+    )
+    score.add_argument("model", help="a bundled name, a folder, or a hub id")
+    score.add_argument("task", help="bundled, a folder of questions, a .txt file of contexts, or a hub id")
+    score.add_argument("--out", type=Path, required=True, help="the file to write (.safetensors)")
+    score.add_argument("--measures", nargs="+", default=["FI"], metavar="NAME", help="(%(default)s)")
+    score.add_argument(
+        "--spectral", default="exact", help="the filter of FI, such as 'damped 0.0001' (%(default)s)"
+    )
+    # not --n: torchrun would take it, anywhere on the line, for the start of an option of its own
+    score.add_argument("-n", type=int, help="so many examples, drawn with the seed (all)")
+    score.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    score.add_argument("--subject", help="one subject of the task (all)")
+    score.add_argument("--split", default="val", help="dev, val or test (%(default)s)")
+    score.add_argument("--shots", type=int, default=0, help="solved questions before each (%(default)s)")
+    score.add_argument("--revision", help="the commit of a model of the hub")
+    score.add_argument("--dtype", default="float32", help="of the weights (%(default)s)")
+    score.add_argument("--device", default="cpu", help="cuda gives each process its own GPU (%(default)s)")
+    score.add_argument("--device-map", help="auto spreads a model that is too large over all GPUs")
+    score.add_argument("--batch-size", type=int, default=16, help="examples at a time, at most (%(default)s)")
+    score.add_argument(
+        "--checkpoint-every",
+        type=float,
+        default=300.0,
+        metavar="SECONDS",
+        help="0: every batch (%(default)s)",
+    )
+    score.set_defaults(command=_score)
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -95,6 +151,50 @@ def _build(options: argparse.Namespace) -> None:
     print(index)
 
 
+def _sweep(options: argparse.Namespace) -> None:
+    from fihelpers import sweeps
+
+    notebook = runs.find_chapter(runs.notebooks_folder(), options.chapter)
+    grid = sweeps.read_grid(options.grid)
+    table = sweeps.sweep(
+        notebook,
+        options.profile,
+        grid,
+        options.out,
+        scheduler=options.scheduler,
+        workers=options.workers,
+        retries=options.retries,
+    )
+    print(table)
+
+
+def _score(options: argparse.Namespace) -> None:
+    from fihelpers import scoring
+    from fihelpers.influence import spectral_of
+    from fihelpers.models import find_device, open_model
+    from fihelpers.tasks import load_task
+
+    spectral = spectral_of(options.spectral)
+    device = scoring.own_device(options.device, options.device_map)
+    task = load_task(options.task, options.subject, options.split, options.n, options.seed, options.shots)
+    with scoring.processes(find_device(device), len(task)) as team:
+        model = open_model(
+            options.model, options.revision, device, options.dtype, device_map=options.device_map
+        )
+        paths = scoring.score_task(
+            model,
+            task,
+            options.out,
+            options.measures,
+            spectral,
+            batch_size=options.batch_size,
+            checkpoint_every=options.checkpoint_every,
+            team=team,
+        )
+    if team.first:
+        print(*paths, sep="\n")
+
+
 def _check_pages(html: Path) -> None:
     """Open the pages in a browser; without one, say so, or fail where FIHELPERS_REQUIRE_BROWSER is set."""
     from fihelpers import book
@@ -116,6 +216,12 @@ def _train_minis(options: argparse.Namespace) -> None:
 
     make: dict[str, Callable[[Path], None]] = {"lm": lm.main, "vlm": vlm.main, "experts": experts.main}
     make[options.which](_data_folder())
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from fihelpers import bench
+
+    bench.main(options.rows, options.rounds, options.out)
 
 
 def _manifest(options: argparse.Namespace) -> None:

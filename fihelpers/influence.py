@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -26,10 +26,11 @@ import torch
 from torch import Tensor
 
 ROUNDING = 1e-14  # relative error of the small eigen-problems, which are solved in float64
-DAMPED_ENOUGH = 1e-9  # lam / mu above which rounding no longer decides which directions count
-UNROLLED = (
-    8  # the largest problem whose Cholesky factor is written out, n^3 / 6 steps over all groups at once
-)
+CLEAR = 1e-9  # mu / mu_max (or lam / mu_max) above which rounding does not decide which directions count
+MARGIN = 1.001  # by how much a bound on an eigenvalue clears a filter's cut, so that rounding cannot decide
+IN_CACHE = 2**15  # groups whose eigenvalues are found at once: their hundred steps stay in the cache
+UNROLLED = 8  # the largest problem that is written out, n^3 / 6 steps over all groups at once
+LEAST_DAMPING = 1e-25  # lam from which scores whose squares leave the range of float32 have no FI to speak of
 SATURATED_SHARE = 0.95
 SATURATED_RTOL = 1e-3
 
@@ -63,8 +64,11 @@ class Exact:
         _require_non_negative("rtol", self.rtol)
 
     def gain(self, mu: Tensor, mu_max: Tensor, dtype: torch.dtype) -> Tensor:
-        rtol = self.rtol if self.rtol is not None else (1e-12 if dtype == torch.float64 else 1e-6)
-        return (mu > rtol * mu_max).to(mu.dtype)
+        return (mu > self.relative(dtype) * mu_max).to(mu.dtype)
+
+    def relative(self, dtype: torch.dtype) -> float:
+        """`rtol`, or its default for class gradients of this precision."""
+        return self.rtol if self.rtol is not None else (1e-12 if dtype == torch.float64 else 1e-6)
 
     def __str__(self) -> str:
         return "exact" if self.rtol is None else f"exact {self.rtol:g}"
@@ -112,6 +116,16 @@ class Damped:
 
 
 EXACT = Exact()
+
+
+def spectral_of(text: str) -> Spectral:
+    """The filter that prints as this text: "exact", "cut 0.001", "damped 1e-4". Raises ValueError."""
+    kinds: dict[str, Callable[..., Spectral]] = {"exact": Exact, "cut": Cut, "damped": Damped}
+    kind, _, number = text.partition(" ")
+    try:
+        return kinds[kind](*(float(part) for part in number.split()))
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"unknown filter {text!r}; write exact, 'cut 0.001' or 'damped 0.0001'.") from None
 
 
 class Moments(NamedTuple):
@@ -162,7 +176,8 @@ def fi(
         top = m.ceiling
     else:
         turned, others, chosen = _turned(class_grads, probs, axes, predicted)
-        values, top = _group_fi(turned, others, chosen, spectral, class_grads.dtype)
+        top = _like(others.sum(0) / chosen, turned.dim() - 2)
+        values = _group_fi(_small_problem(turned, others), chosen, top, spectral, class_grads.dtype)
     warn_if_saturated(values, top)
     return values.to(_working(class_grads.dtype))
 
@@ -176,7 +191,8 @@ def gram(class_grads: Tensor, over: int | Sequence[int]) -> Tensor:
     axes = axes_of(over, class_grads.dim() - 1)
     if not axes:
         raise ValueError("gram needs the axes of one group in `over`; for single elements use fi.")
-    return _outer(_grouped(class_grads, axes))
+    _check_finite(class_grads)
+    return _outer(_grouped(class_grads.double(), axes))
 
 
 def fi_from_gram(
@@ -195,9 +211,10 @@ def fi_from_gram(
     """
     if gram_matrix.dim() < 2 or gram_matrix.shape[0] != gram_matrix.shape[1]:
         raise ValueError(f"A Gram matrix has shape (K, K, ...), not {tuple(gram_matrix.shape)}.")
-    s = _spectrum_of_gram(gram_matrix, probs, predicted)
-    values = s.filtered(spectral, dtype)
-    warn_if_saturated(values, s.ceiling)
+    problem, others, chosen = _problem_of_gram(gram_matrix, probs, predicted)
+    top = _like(others.sum(0) / chosen, gram_matrix.dim() - 2)
+    values = _group_fi(problem, chosen, top, spectral, dtype)
+    warn_if_saturated(values, top)
     return values.to(_working(dtype))
 
 
@@ -217,8 +234,8 @@ def effective_rank(
     if not axes:
         metric = moments(class_grads, probs, predicted).metric
         return spectral.gain(metric, metric, class_grads.dtype) * (metric > 0)
-    spectrum = _spectrum_of_group(*_turned(class_grads, probs, axes, predicted))
-    return spectrum.gain(spectral, class_grads.dtype).sum(0)
+    turned, others, chosen = _turned(class_grads, probs, axes, predicted)
+    return _spectrum(_small_problem(turned, others), chosen).gain(spectral, class_grads.dtype).sum(0)
 
 
 def ceiling(probs: Tensor, predicted: int | Tensor | None = None) -> Tensor:
@@ -261,8 +278,38 @@ def moments_of_others(grads: Tensor, others: Tensor, chosen: Tensor) -> Moments:
     return Moments(-mean / chosen, metric, grads.sum(0), others.sum(0) / chosen)
 
 
+def turned_classes(log_p: Tensor, others: Tensor, chosen: Tensor) -> Tensor:
+    """Combinations of log P the squares of whose gradients w add up to the metric of a single element.
+
+    log_p: log P of the classes other than y_hat, (B, K-1); others: their P, (K-1, B); chosen: P(y_hat), (B,).
+    Returns (B, K-1). It is the Householder basis of method 1a, in which w_1 = s_y_hat / sqrt(ceiling).
+    """
+    log_p = log_p.sort(-1, descending=True).values  # the reflection loses no digits from the likeliest class
+    root = log_p.detach().softmax(-1).sqrt()  # sqrt(P) of the other classes, of length 1
+    u = root.clone()
+    u[:, 0] += 1
+    scaled = root * log_p
+    first = -(root * scaled).sum(-1, keepdim=True) / chosen[:, None].sqrt()
+    turned = scaled - u * (u * scaled).sum(-1, keepdim=True) / u[:, :1]
+    return torch.cat([first, turned[:, 1:]], -1) * others.sum(0)[:, None].sqrt()
+
+
+def moments_of_turned(grads: Tensor, top: Tensor, others: Tensor | None = None) -> Moments:
+    """`moments` from the gradients (K-1, *shape) of `turned_classes`; top: the ceiling, of shape lead.
+
+    others: the sum of s_y over the other classes, *shape, which does not follow from them; empty by default.
+    """
+    top = _like(top, grads.dim() - 1)
+    metric = grads[0] * grads[0]
+    for g in grads[1:]:
+        metric.addcmul_(g, g)
+    return Moments(grads[0] * top.sqrt(), metric, metric.new_empty(0) if others is None else others, top)
+
+
 def fi_of_moments(m: Moments, spectral: Spectral = EXACT) -> Tensor:
     """FI of single elements, h(G) s_y_hat^2 / G (method 1, p = 1). Where G = 0, FI = 0."""
+    if isinstance(spectral, Damped) and spectral.lam >= LEAST_DAMPING:
+        return (m.score * m.score).div_(m.metric + spectral.lam)
     gain = spectral.gain(m.metric, m.metric, m.metric.dtype)
     # the score is divided by the root of the metric before it is squared: squares of tiny gradients
     # would leave the range of float32
@@ -296,8 +343,13 @@ def axes_of(over: int | Sequence[int], dims: int) -> tuple[int, ...]:
     return tuple(sorted(a % dims for a in axes))
 
 
+def is_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite, in one pass over them."""
+    return values.numel() == 0 or bool(torch.isfinite(torch.stack(values.aminmax())).all())
+
+
 def _check_finite(values: Tensor) -> None:
-    if not torch.isfinite(values).all():
+    if not is_finite(values):
         raise FloatingPointError("Class gradients hold NaN or infinite values; check the model's logits.")
 
 
@@ -328,8 +380,9 @@ def _other_classes(
     grads = class_grads.to(_working(class_grads.dtype))
     if not lead:
         return grads[index], others, chosen
-    rows = _like(index, grads.dim()).expand(-1, *grads.shape[1:])
-    return grads.gather(0, rows), others, chosen
+    inputs = index * y.numel() + torch.arange(y.numel(), device=p.device).reshape(lead)
+    rows = grads.flatten(0, len(lead)).index_select(0, inputs.flatten())
+    return rows.unflatten(0, index.shape), others, chosen
 
 
 def _like(values: Tensor, dims: int) -> Tensor:
@@ -337,18 +390,36 @@ def _like(values: Tensor, dims: int) -> Tensor:
     return values.reshape(values.shape + (1,) * (dims - values.dim()))
 
 
+class _Problem(NamedTuple):
+    """The smaller of the two eigen-problems of each group: a symmetric `matrix` (n, n, *rest) and a vector.
+
+    Of M, n = K-1, the `vector` (n, *rest) is sqrt(P) of the other classes; the square of its coordinate along
+    an eigenvector is the leverage times P(y_hat). Of the metric G, n = p, it is the gradient times
+    sqrt(P(y_hat)), and the square is also a factor mu too large (`of_metric`).
+    """
+
+    matrix: Tensor
+    vector: Tensor
+    of_metric: bool
+
+    def part(self, which: Tensor) -> _Problem:
+        """Some of the groups, by their numbers (m)."""
+        n = len(self.matrix)
+        matrix = self.matrix.reshape(n, n, -1)[:, :, which]
+        return _Problem(matrix, self.vector.reshape(n, -1)[:, which], self.of_metric)
+
+
 @dataclass(frozen=True)
 class _Spectrum:
-    """Eigenvalues mu, (K-1 or p, *rest), ascending; leverage U[y_hat, i]^2 / P(y_hat); and the ceiling."""
+    """Eigenvalues mu, (K-1 or p, *rest), in any order, and leverage U[y_hat, i]^2 / P(y_hat)."""
 
     mu: Tensor
     leverage: Tensor
-    ceiling: Tensor
 
     def gain(self, spectral: Spectral, dtype: torch.dtype) -> Tensor:
         # what the rounding of float64 makes of a zero eigenvalue is a zero, under every filter
-        live = self.mu > ROUNDING * self.mu[-1:]
-        return torch.where(live, spectral.gain(self.mu, self.mu[-1:], dtype), 0)
+        top = self.mu.amax(0, keepdim=True)
+        return torch.where(self.mu > ROUNDING * top, spectral.gain(self.mu, top, dtype), 0)
 
     def filtered(self, spectral: Spectral, dtype: torch.dtype) -> Tensor:
         return (self.gain(spectral, dtype) * self.leverage).sum(0)
@@ -364,40 +435,95 @@ def _turned(
     grads, others, chosen = _other_classes(class_grads, probs, predicted)
     if others.dim() > 1 and axes[0] < others.dim() - 1:
         raise ValueError(f"over={axes} names an axis that probs shares; a group belongs to one distribution.")
-    rows, others, chosen = _grouped(grads, axes), others.double(), chosen.double()
-    p, q = _like(others, rows.dim()), _like(chosen, rows.dim() - 1)
-    shift = (p * rows).sum(0) / (q.sqrt() * (1 + q.sqrt()))
-    return p.sqrt() * (rows + shift), others, chosen
+    _check_finite(grads)
+    rows, others, chosen = grads.double(), others.double(), chosen.double()
+    shift = _dot(_like(others / (chosen.sqrt() * (1 + chosen.sqrt())), rows.dim()), rows)
+    return _grouped((rows + shift).mul_(_like(others.sqrt(), rows.dim())), axes), others, chosen
+
+
+def _small_problem(turned: Tensor, others: Tensor) -> _Problem:
+    root = _like(others, turned.dim()).sqrt()
+    if turned.shape[-1] < len(turned):
+        along = (root * turned).sum(0).movedim(-1, 0)  # coordinates of sqrt(P) in the space of omega
+        return _Problem(_outer(turned.transpose(0, -1)), along, of_metric=True)
+    return _Problem(_outer(turned), root[..., 0].expand(turned.shape[:-1]), of_metric=False)
+
+
+def _problem_of_gram(
+    gram_matrix: Tensor, probs: Tensor, predicted: int | Tensor | None
+) -> tuple[_Problem, Tensor, Tensor]:
+    """The problem of M, the other classes' probabilities, and P(y_hat)."""
+    rows, others, chosen = _other_classes(gram_matrix.movedim(1, -1), probs, predicted)
+    both = _other_classes(rows.transpose(0, -1), probs, predicted)[0]
+    g = both.movedim(-1, 1).double()
+    others, chosen = others.double(), chosen.double()
+    p, q = _like(others, g.dim() - 1), _like(chosen, g.dim() - 2)
+    kappa = 1 / (q.sqrt() * (1 + q.sqrt()))
+    mean = (p * g).sum(1) * kappa  # inner products of each row with the shift
+    square = (p * mean).sum(0) * kappa
+    root = p.sqrt()
+    m = root[:, None] * root[None] * (g + mean[:, None] + mean[None] + square)
+    return _Problem(m, root.expand(m.shape[1:]), of_metric=False), others, chosen
 
 
 def _group_fi(
-    turned: Tensor, others: Tensor, chosen: Tensor, spectral: Spectral, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """FI (*rest) of groups, and its ceiling."""
-    largest = float(turned.square().sum((0, -1)).max()) if turned.numel() else 0.0
-    small = min(len(turned), turned.shape[-1]) <= UNROLLED
-    if not isinstance(spectral, Damped) or spectral.lam <= DAMPED_ENOUGH * largest or not small:
-        spectrum = _spectrum_of_group(turned, others, chosen)
-        return spectrum.filtered(spectral, dtype), spectrum.ceiling
-    q = _like(chosen, turned.dim() - 2)
-    return _damped(turned, others, spectral.lam) / q, _like(others.sum(0), turned.dim() - 2) / q
+    problem: _Problem, chosen: Tensor, top: Tensor, spectral: Spectral, dtype: torch.dtype
+) -> Tensor:
+    """FI (*rest) of groups; `top` is its ceiling.
 
-
-def _damped(turned: Tensor, others: Tensor, lam: float) -> Tensor:
-    """sqrt(P)^T M (M + lam I)^-1 sqrt(P) without eigenvalues: by the Cholesky factor of the smaller problem.
-
-    Only for lam far above the rounding of M, where no direction has to be declared dead.
+    Where a Cholesky factor shows beyond doubt what the filter does, nothing else is computed; the
+    eigenvalues settle the other groups.
     """
-    root = _like(others, turned.dim()).sqrt()
-    along = (root * turned).sum(0).movedim(-1, 0)  # coordinates of sqrt(P) in the space of omega
-    if turned.shape[-1] <= len(turned):
-        metric = torch.einsum("k...i,k...j->ij...", turned, turned)
-        return _half_solved(_cholesky(metric, lam), along).square().sum(0)
-    matrix = _outer(turned)
+    rest = problem.matrix.shape[2:]
+    chosen, top = _like(chosen, len(rest)).expand(rest), _like(top, len(rest)).expand(rest)
+    if spectral == Damped(0):
+        spectral = EXACT
+    if len(problem.matrix) > UNROLLED or not isinstance(spectral, (Exact, Cut, Damped)):
+        return _spectrum(problem, chosen).filtered(spectral, dtype)
+    if isinstance(spectral, Damped):
+        values, settled = _damped(problem, spectral.lam)
+        values = values / chosen
+    else:
+        values, settled = _all_or_none(problem, chosen, top, spectral, dtype)
+    values = values.contiguous()
+    left = (~settled).flatten().nonzero()[:, 0]
+    for part in left.split(IN_CACHE) if len(left) else ():
+        spectrum = _spectrum(problem.part(part), chosen.flatten()[part])
+        values.view(-1)[part] = spectrum.filtered(spectral, dtype)
+    return values
+
+
+def _damped(problem: _Problem, lam: float) -> tuple[Tensor, Tensor]:
+    """P(y_hat) FI, that is sqrt(P)^T M (M + lam I)^-1 sqrt(P), and where lam is far above the rounding of M.
+
+    Only there no direction has to be declared dead.
+    """
+    matrix, vector, of_metric = problem
     factor = _cholesky(matrix, lam)
-    root = root[..., 0].expand(matrix.shape[1:])
-    image = torch.einsum("ij...,j...->i...", matrix, root)
-    return (_half_solved(factor, root) * _half_solved(factor, image)).sum(0)
+    half = _half_solved(factor, vector)
+    other = half if of_metric else _half_solved(factor, [_dot(row, vector) for row in matrix])
+    return _dot(half, other), lam > CLEAR * _trace(matrix)
+
+
+def _all_or_none(
+    problem: _Problem, chosen: Tensor, top: Tensor, spectral: Exact | Cut, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """FI where the filter lets all directions pass or none of them, and where that is certain.
+
+    By bounds: no eigenvalue is above the trace, and none below 1 / tr(matrix^-1).
+    """
+    absolute = spectral.atol**2 if isinstance(spectral, Cut) else 0.0
+    relative = 0.0 if isinstance(spectral, Cut) else spectral.relative(dtype)
+    factor = _cholesky(problem.matrix, 0)
+    trace = _trace(problem.matrix)
+    least = (max(MARGIN * relative, CLEAR) * trace).clamp(min=MARGIN * absolute)
+    every = _inverse_trace(factor) * least < 1  # false where rounding made the factor NaN
+    none = MARGIN * trace <= absolute
+    full = top
+    if problem.of_metric:
+        half = _half_solved(factor, problem.vector)
+        full = _dot(half, half) / chosen
+    return torch.where(every, full, 0), every | none
 
 
 def _cholesky(m: Tensor, lam: float) -> list[list[Tensor]]:
@@ -414,56 +540,50 @@ def _cholesky(m: Tensor, lam: float) -> list[list[Tensor]]:
     return factor
 
 
-def _half_solved(factor: list[list[Tensor]], vector: Tensor) -> Tensor:
+def _half_solved(factor: list[list[Tensor]], vector: Sequence[Tensor] | Tensor) -> list[Tensor]:
     """L^-1 vector for a lower factor L, vector (n, *rest)."""
     found: list[Tensor] = []
     for row, value in zip(factor, vector, strict=True):
         for a, b in zip(row, found, strict=False):
             value = value - a * b
         found.append(value / row[-1])
-    return torch.stack(found)
+    return found
 
 
-def _spectrum_of_group(turned: Tensor, others: Tensor, chosen: Tensor) -> _Spectrum:
-    if turned.shape[-1] < len(turned):
-        return _solve_metric(turned, others, chosen)
-    return _solve(_outer(turned), others, chosen)
+def _inverse_trace(factor: list[list[Tensor]]) -> Tensor:
+    """tr((L L^T)^-1), the sum of the squares of L^-1, for a lower factor L."""
+    total = torch.zeros_like(factor[0][0])
+    for first, start in enumerate(factor):
+        column = [1 / start[-1]]
+        for row in factor[first + 1 :]:
+            column.append(-_dot(row[first:-1], column) / row[-1])
+        total += _dot(column, column)
+    return total
 
 
-def _spectrum_of_gram(gram_matrix: Tensor, probs: Tensor, predicted: int | Tensor | None) -> _Spectrum:
-    rows, others, chosen = _other_classes(gram_matrix.movedim(1, -1), probs, predicted)
-    both = _other_classes(rows.transpose(0, -1), probs, predicted)[0]
-    g = both.movedim(-1, 1).double()
-    p, q = _like(others.double(), g.dim() - 1), _like(chosen.double(), g.dim() - 2)
-    kappa = 1 / (q.sqrt() * (1 + q.sqrt()))
-    mean = (p * g).sum(1) * kappa  # inner products of each row with the shift
-    square = (p * mean).sum(0) * kappa
-    root = p.sqrt()
-    return _solve(root[:, None] * root[None] * (g + mean[:, None] + mean[None] + square), others, chosen)
+def _dot(a: Sequence[Tensor] | Tensor, b: Sequence[Tensor] | Tensor) -> Tensor:
+    """The sum of a[i] * b[i] over the first axis, without a temporary for every product."""
+    total = a[0] * b[0]
+    for x, y in zip(a[1:], b[1:], strict=True):
+        total = total.addcmul_(x, y)
+    return total
 
 
-def _solve(m: Tensor, others: Tensor, chosen: Tensor) -> _Spectrum:
-    """Spectrum of the (K-1) x (K-1) problem. m: (K-1, K-1, *rest)."""
-    p, q = _like(others.double(), m.dim() - 1), _like(chosen.double(), m.dim() - 2)
-    mu, leverage = _eigen(m, p.sqrt().expand(m.shape[1:]))
-    return _Spectrum(mu, leverage / q, p.sum(0) / q)
+def _trace(matrix: Tensor) -> Tensor:
+    return matrix.diagonal().sum(-1)
 
 
-def _solve_metric(turned: Tensor, others: Tensor, chosen: Tensor) -> _Spectrum:
-    """The same spectrum from the p x p metric itself, which is the smaller problem where p < K - 1.
-
-    turned: (K-1, *rest, p). An eigenvector v of the metric belongs to turned v / sqrt(mu), so that the
-    leverage is (v . w)^2 / mu with w the coordinates of sqrt(P) along turned.
-    """
-    p, q = _like(others.double(), turned.dim() - 1), _like(chosen.double(), turned.dim() - 2)
-    metric = torch.einsum("k...i,k...j->ij...", turned, turned)
-    mu, squares = _eigen(metric, (p.sqrt()[..., None] * turned).sum(0).movedim(-1, 0))
-    live = mu > ROUNDING * mu[-1:]
-    return _Spectrum(mu, torch.where(live, squares / mu, 0) / q, p.sum(0) / q)
+def _spectrum(problem: _Problem, chosen: Tensor) -> _Spectrum:
+    """Solve (n, n, *rest) problems; chosen (*rest) is P(y_hat)."""
+    mu, squares = _eigen(problem.matrix, problem.vector)
+    if problem.of_metric:
+        live = mu > ROUNDING * mu.amax(0)
+        squares = torch.where(live, squares / mu, 0)
+    return _Spectrum(mu, squares / chosen)
 
 
 def _eigen(m: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
-    """Ascending eigenvalues of symmetric (n, n, *rest), squared coordinates of a vector (n, *rest)."""
+    """Eigenvalues of symmetric (n, n, *rest), squared coordinates of a vector (n, *rest) along them."""
     if m.shape[0] == 1:
         return m[0], vector.square()
     if m.shape[0] == 2:
@@ -476,7 +596,7 @@ def _eigen(m: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _rotate(a: Tensor, b: Tensor, c: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Closed form of [[a, c], [c, b]]: ascending eigenvalues, squared coordinates of (x, y).
+    """Closed form of [[a, c], [c, b]]: its eigenvalues, squared coordinates of (x, y).
 
     One Jacobi rotation. The vector is rotated by it, so its length is kept whatever the rounding.
     """
@@ -485,12 +605,8 @@ def _rotate(a: Tensor, b: Tensor, c: Tensor, x: Tensor, y: Tensor) -> tuple[Tens
     t = torch.where(reach > 0, c / reach, 0)  # tangent of the angle, at most 1
     t = torch.where(half < 0, -t, t)
     cosine = torch.rsqrt(1 + t * t)
-    low, high = a - t * c, b + t * c
     u, v = cosine * (x - t * y), cosine * (y + t * x)
-    swap = low > high
-    mu = torch.stack([torch.where(swap, high, low), torch.where(swap, low, high)])
-    u, v = torch.where(swap, v, u), torch.where(swap, u, v)
-    return mu, torch.stack([u * u, v * v])
+    return torch.stack([a - t * c, b + t * c]), torch.stack([u * u, v * v])
 
 
 def _closed_form(m: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
@@ -500,82 +616,92 @@ def _closed_form(m: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
     a reflection takes that vector out, and the 2 x 2 rest is one rotation. Every step is orthogonal,
     so the leverages add up to |root|^2 and FI cannot pass its ceiling.
     """
-    mean = (m[0, 0] + m[1, 1] + m[2, 2]) / 3
-    scale = torch.stack([m[i, j].abs() for i in range(3) for j in range(i + 1)]).amax(0)
-    safe = torch.where(scale > 0, scale, 1)
-    a, b, c = ((m[i, i] - mean) / safe for i in range(3))
-    d, e, f = m[0, 1] / safe, m[0, 2] / safe, m[1, 2] / safe
-    spread = ((a * a + b * b + c * c) / 6 + (d * d + e * e + f * f) / 3).sqrt()
-    half_det = a * (b * c - f * f) / 2 - d * (d * c - e * f) / 2 + e * (d * f - b * e) / 2
+    mean = _trace(m) / 3
+    scale = m.abs().amax((0, 1))
+    inverse = torch.where(scale > 0, 1 / scale, 1)
+    a, b, c = ((m[i, i] - mean) * inverse for i in range(3))
+    d, e, f = m[0, 1] * inverse, m[0, 2] * inverse, m[1, 2] * inverse
+    spread = (_dot((a, b, c), (a, b, c)) / 6 + _dot((d, e, f), (d, e, f)) / 3).sqrt()
+    half_det = (a * (b * c - f * f) - d * (d * c - e * f) + e * (d * f - b * e)) / 2
     ratio = torch.where(spread > 0, half_det / spread**3, 1)
     # arccos needs an argument in [-1, 1]; rounding of equal eigenvalues leaves it
     angle = torch.acos(ratio.clamp(-1, 1)) / 3
-    third = 2 * math.pi / 3
-    lone = 2 * spread * torch.where(ratio >= 0, angle.cos(), (angle + third).cos())
-    vector = _adjugate_direction(a - lone, b - lone, c - lone, d, e, f)
-    return _deflate(m, root, vector)
+    lone = 2 * spread * torch.where(ratio >= 0, angle, angle + 2 * math.pi / 3).cos()
+    return _deflate(m, root, _adjugate_direction(a - lone, b - lone, c - lone, d, e, f))
 
 
-def _adjugate_direction(a: Tensor, b: Tensor, c: Tensor, d: Tensor, e: Tensor, f: Tensor) -> Tensor:
-    """Unit null vector of the singular matrix [[a, d, e], [d, b, f], [e, f, c]], shape (3, *rest).
+def _adjugate_direction(a: Tensor, b: Tensor, c: Tensor, d: Tensor, e: Tensor, f: Tensor) -> list[Tensor]:
+    """Unit null vector (three times *rest) of the singular matrix [[a, d, e], [d, b, f], [e, f, c]].
 
     The adjugate is the null vector's outer product; its longest column is the best conditioned.
     """
     ab, ac, bc = d * f - b * e, d * e - a * f, e * f - c * d
-    columns = torch.stack(
-        [
-            torch.stack([b * c - f * f, bc, ab]),
-            torch.stack([bc, a * c - e * e, ac]),
-            torch.stack([ab, ac, a * b - d * d]),
-        ]
-    )
-    lengths = columns.square().sum(1)
-    best = lengths.argmax(0)
-    column = columns.gather(0, best.expand(1, 3, *best.shape))[0]
-    length = lengths.gather(0, best[None])[0].sqrt()
-    fallback = torch.zeros_like(column)
-    fallback[0] = 1
-    return torch.where(length > 0, column / length, fallback)
+    best = [b * c - f * f, bc, ab]
+    length = _dot(best, best)
+    for column in ([bc, a * c - e * e, ac], [ab, ac, a * b - d * d]):
+        longer = (other := _dot(column, column)) > length
+        best = [torch.where(longer, new, old) for new, old in zip(column, best, strict=True)]
+        length = torch.where(longer, other, length)
+    length = length.sqrt()
+    found = length > 0
+    return [torch.where(found, x / length, 1.0 if i == 0 else 0.0) for i, x in enumerate(best)]
 
 
-def _deflate(m: Tensor, root: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
+def _deflate(m: Tensor, root: Tensor, n: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Spectrum of m with one eigenvector n known: reflect n onto the first axis, rotate the rest."""
-    sign = torch.where(n[0] < 0, -1.0, 1.0).to(n.dtype)
-    u = torch.cat([(n[0] + sign)[None], n[1:]])
-    u = u * (2 / u.square().sum(0)).sqrt()
-    x = root - u * (u * root).sum(0)
-    mu_u = torch.einsum("ij...,j...->i...", m, u)
-    w = mu_u - u * (u * mu_u).sum(0) / 2
-    r = m - u[:, None] * w[None] - w[:, None] * u[None]
-    mu, leverage = _rotate(r[1, 1], r[2, 2], r[1, 2], x[1], x[2])
-    mu = torch.cat([r[0, 0][None], mu])
-    leverage = torch.cat([x[0].square()[None], leverage])
-    mu, order = mu.sort(0)
-    return mu, leverage.gather(0, order)
+    u = [n[0] + torch.where(n[0] < 0, -1.0, 1.0), n[1], n[2]]
+    size = (2 / _dot(u, u)).sqrt()
+    u = [x * size for x in u]
+    along = _dot(u, root)
+    x = [old - part * along for old, part in zip(root, u, strict=True)]
+    image = [_dot(row, u) for row in m]
+    half = _dot(u, image) / 2
+    w = [old - part * half for old, part in zip(image, u, strict=True)]
+
+    def turned(i: int, j: int) -> Tensor:
+        return m[i, j] - u[i] * w[j] - w[i] * u[j]
+
+    mu, leverage = _rotate(turned(1, 1), turned(2, 2), turned(1, 2), x[1], x[2])
+    return torch.cat([turned(0, 0)[None], mu]), torch.cat([x[0].square()[None], leverage])
 
 
 def _grouped(grads: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """(K, *shape) -> (K, *rest, p) in float64, where small problems keep their digits."""
-    _check_finite(grads)
+    """(K, *shape) -> (K, *rest, p)."""
     moved = grads.movedim([a + 1 for a in axes], list(range(-len(axes), 0)))
-    return moved.flatten(-len(axes)).double()
+    return moved.flatten(-len(axes))
 
 
 def _outer(rows: Tensor) -> Tensor:
     """(K, *rest, p) -> (K, K, *rest), the inner products over the last axis."""
-    return torch.einsum("i...p,j...p->ij...", rows, rows)
+    if max(len(rows), rows.shape[-1]) > UNROLLED:
+        return torch.einsum("i...p,j...p->ij...", rows, rows)
+    # a product of two tiny matrices costs many times its arithmetic
+    planes = [row.unbind(-1) for row in rows]
+    found = rows.new_empty(len(rows), *rows.shape[:-1])
+    for i, one in enumerate(planes):
+        for j, other in enumerate(planes[: i + 1]):
+            total = one[0] * other[0]
+            for a, b in zip(one[1:], other[1:], strict=True):
+                total.addcmul_(a, b)
+            found[i, j] = total
+            found[j, i] = total
+    return found
 
 
 def _near(values: Tensor, top: Tensor) -> Tensor:
     return (values - top).abs() <= SATURATED_RTOL * top
 
 
-def warn_if_saturated(values: Tensor, top: Tensor) -> None:
+def warn_if_saturated(values: Tensor | Collection[Tensor], top: Tensor) -> None:
     """Elements without any gradient have FI 0 and say nothing about saturation."""
-    live = values > 0
-    if values.numel() < 2 or int(live.sum()) < 2:
+    live = near = 0
+    for part in (values,) if isinstance(values, Tensor) else values:
+        some = part > 0
+        live += int(some.sum())
+        near += int((_near(part, _like(top, part.dim())) & some).sum())
+    if live < 2:
         return
-    share = float(_near(values, _like(top, values.dim()))[live].double().mean())
+    share = near / live
     if share >= SATURATED_SHARE:
         warnings.warn(
             f"FI equals its ceiling at {share:.1%} of the elements, so it ranks nothing: use more classes "

@@ -37,11 +37,13 @@ Predicted = int | Tensor | None
 class Measure(ABC):
     """What experiments loop over: called on class gradients, it gives one value for each perturbation.
 
-    `needs` is "" or the argument that a measure cannot do without, "value" or "displacement".
+    `needs` is "" or the argument that a measure cannot do without, "value" or "displacement"; `reads_others`
+    says whether its formula reads `Moments.others`.
     """
 
     name: str
     needs: str
+    reads_others: bool = False
 
     def __call__(
         self,
@@ -110,6 +112,7 @@ class Elementwise(Measure):
     formula: Formula
     needs: str = ""
     reduce: str = "norm"
+    reads_others: bool = False
 
     def of_moments(self, m: Moments, given: Tensor) -> Tensor:
         return self.formula(m, given)
@@ -198,7 +201,7 @@ def _saliency(m: Moments, given: Tensor) -> Tensor:
 
 JACOBIAN = Elementwise("Jacobian norm", lambda m, _: m.score.abs())
 SNIP = Elementwise("SNIP", lambda m, v: (m.score * v).abs(), needs="value")
-SALIENCY = Elementwise("saliency", _saliency)
+SALIENCY = Elementwise("saliency", _saliency, reads_others=True)
 FISHER = Elementwise("Fisher diagonal", lambda m, _: m.metric, reduce="sum")
 SQUARED_SCORE = Elementwise("squared score", lambda m, _: m.score.square(), reduce="sum")
 INFORMATION_LENGTH = InformationLength()

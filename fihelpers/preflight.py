@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from fihelpers.measures import MEASURES, Influence, Measure, find_measure
+from fihelpers.measures import MEASURES, Measure, find_measure
 from fihelpers.models import (
     DTYPES,
     HUB_FILES,
@@ -39,7 +39,7 @@ from fihelpers.perturb.merge_methods import Dare, Method, Ties, find_method
 from fihelpers.perturb.quantize import Scheme
 from fihelpers.perturb.sparsify import linear_names
 from fihelpers.perturb.topshare import CHUNK
-from fihelpers.scores.weights import ALWAYS
+from fihelpers.scores.weights import DISPLACED
 
 SCORE = 4  # bytes of a score, float32
 TOKENS = 512  # of the longest prompt, where the caller does not say
@@ -142,7 +142,7 @@ def estimate_scores(
     and ConnectionError where the hub does not give the configuration.
     """
     source = _source(model_name, revision)
-    chosen = {m.name: m for m in (*map(find_measure, measures or MEASURES), *ALWAYS)}
+    chosen = {m.name: m for m in (*map(find_measure, measures or MEASURES), *DISPLACED)}
     names = _linear(source, layers)
 
     def memory(dtype: str, batch_size: int) -> dict[str, int]:
@@ -150,12 +150,10 @@ def estimate_scores(
         sizes = [source.network.get_parameter(name).numel() for name in names]
         # One matrix's gradient is there three times: twice by hooks, once by autograd.
         work = _score_work(source.network, _itemsize(dtype), batch_size, tokens, classes)
-        influence = any(isinstance(m, Influence) for m in chosen.values())
         return {
             "weights": source.parameters * _itemsize(dtype),
             f"scores of {len(chosen)} measures": len(chosen) * sum(sizes) * itemsize,
             "gradients of a batch": work + 3 * max(sizes) * itemsize,
-            "a look for saturation": 2 * sum(sizes) * itemsize if influence else 0,
         }
 
     on_disk = saved * len(chosen) * SCORE * sum(source.network.get_parameter(n).numel() for n in names)
@@ -344,14 +342,11 @@ def _to_download(name: str, revision: str | None) -> int | None:
 
 
 def _score_work(network: PreTrainedModel, itemsize: int, batch: int, tokens: int, classes: int) -> int:
-    """Bytes of a batch: what every layer gives, as much again in the graph, and K - 1 class gradients of it.
-
-    While the gradients are stacked, each is there twice.
-    """
+    """Bytes of a batch: what each layer gives, as much again in the graph, and K - 1 of its gradients."""
     head = network.get_output_embeddings()
     width = sum(_width(module) for module in network.modules() if module is not head)
     vocabulary = network.config.get_text_config().vocab_size
-    return 2 * classes * batch * (tokens * width * itemsize + vocabulary * SCORE)
+    return (classes + 1) * batch * (tokens * width * itemsize + vocabulary * SCORE)
 
 
 def _width(module: nn.Module) -> int:

@@ -11,7 +11,7 @@ from fihelpers.answers import Top, letters
 from fihelpers.influence import EXACT, Damped, SaturationWarning, ceiling, fi
 from fihelpers.models import LanguageModel
 from fihelpers.perturb.sparsify import linear_names
-from fihelpers.scores import Scores, score_weights, weights
+from fihelpers.scores import Scores, classgrads, score_weights
 from fihelpers.scores.channels import (
     channel_scores,
     displacement_scores,
@@ -48,7 +48,7 @@ def joint_fi(
 def test_joint_fi_of_channels_equals_autograd(axis, block, monkeypatch) -> None:
     model, examples = tiny_model("qwen2"), tiny_examples(5)
     names = [*NAMES, "model.embed_tokens.weight"]
-    monkeypatch.setattr(weights, "BLOCK", block)
+    monkeypatch.setattr(classgrads, "BLOCK", block)
     ours = score_channels(model, examples, Damped(1e-2), axis=axis, only=names, batch_size=2)
     classes, prompts = letters(model.tokenizer), [e.prompt for e in examples]
     truth = joint_fi(model, names, prompts, axis, Damped(1e-2), classes)

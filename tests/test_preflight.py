@@ -29,7 +29,7 @@ from fihelpers.perturb.quantize import (
 )
 from fihelpers.perturb.sparsify import linear_names
 from fihelpers.preflight import Estimate, Part, estimate_merge, estimate_quantization, estimate_scores
-from fihelpers.scores.weights import ALWAYS
+from fihelpers.scores.weights import DISPLACED
 
 FACTOR = 1.3  # between the memory foreseen and that measured
 QWEN2_7B = {
@@ -90,7 +90,7 @@ def test_some_layers_and_several_sets_are_counted() -> None:
     assert some.memory_bytes < whole.memory_bytes and whole.disk_bytes == 0
     network = open_model().network
     weights = sum(network.get_parameter(n).numel() for n in linear_names(network) if "o_proj" in n)
-    measures = len({*MEASURES, *(m.name for m in ALWAYS)})
+    measures = len({*MEASURES, *(m.name for m in DISPLACED)})
     assert some.disk_bytes == 3 * measures * 4 * weights
     with pytest.raises(ValueError, match=r"no linear layers \['v'\]; known: q_proj, k_proj"):
         estimate_quantization("mini-lm", Scheme(4), layers=["v"])

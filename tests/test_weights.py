@@ -13,7 +13,7 @@ from fihelpers.answers import groups, letters
 from fihelpers.influence import EXACT, Damped, SaturationWarning, fi
 from fihelpers.measures import MEASURES, RANDOM
 from fihelpers.models import LanguageModel
-from fihelpers.scores import Scores, score_weights, weights
+from fihelpers.scores import Scores, classgrads, score_weights
 from fihelpers.scores.weights import class_grads_of_weights, score_contexts
 
 KINDS = ["qwen2", "llama", "gpt_neox", "gpt2"]
@@ -59,7 +59,14 @@ def test_every_measure_equals_autograd(kind: str) -> None:
         live = sums["Jacobian norm", name] > 1e-12
         if key != "random":
             ours = scores[key][name]
-            torch.testing.assert_close(ours[live], truth[live], rtol=1e-5, atol=1e-12, msg=f"{key} of {name}")
+            # the norms of some models compute in float32, whatever the weights are
+            torch.testing.assert_close(
+                ours[live],
+                truth[live],
+                rtol=1e-5,
+                atol=1e-12 + 2e-6 * float(truth.max()),
+                msg=f"{key} of {name}",
+            )
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "llama", "gpt_neox"])
@@ -77,21 +84,64 @@ def test_float32_fi_equals_float64_norm_wise(kind: str) -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
-@pytest.mark.parametrize("block", [1, 64, 2**19])
-def test_batches_and_blocks_do_not_change_scores(batch_size, block, monkeypatch) -> None:
+@pytest.mark.parametrize(("block", "rows"), [(1, 1), (64, 64), (700, 4), (2**19, 64)])
+def test_batches_and_blocks_do_not_change_scores(batch_size, block, rows, monkeypatch) -> None:
     model, examples = tiny_model("qwen2"), tiny_examples(7)
     whole = score_weights(model, examples, batch_size=7)
-    monkeypatch.setattr(weights, "BLOCK", block)
+    monkeypatch.setattr(classgrads, "BLOCK", block)
+    monkeypatch.setattr(classgrads, "ROWS", rows)
     parts = score_weights(model, examples, batch_size=batch_size)
     for key in whole:
         for name in whole[key].values:
             torch.testing.assert_close(parts[key][name], whole[key][name], rtol=1e-8, atol=1e-12)
 
 
-def test_the_model_is_left_as_it_was() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("missed", [False, True])
+def test_saving_memory_does_not_change_scores(kind, missed) -> None:
+    model, examples = tiny_model(kind), tiny_examples(5)
+    if missed:  # a weight in a block that the hooks do not see
+        block = classgrads.transformer_blocks(model.network)[0]
+        name = next(n for n, m in block.named_children() if "norm" in type(m).__name__.lower())
+        setattr(block, name, Scaled(getattr(block, name), 12))
+    usual = score_weights(model, examples, batch_size=3)
+    saving = score_weights(model, examples, batch_size=3, save_memory=True)
+    for key, scores in usual.items():
+        for name, value in scores.values.items():
+            torch.testing.assert_close(saving[key][name], value, rtol=1e-9, atol=1e-12)
+        assert saving[key].metadata == scores.metadata
+    assert not any("forward" in m.__dict__ for m in model.network.modules())
+
+
+def test_saving_memory_takes_part_of_the_weights() -> None:
+    model, examples = tiny_model("llama"), tiny_examples(3)
+    only = ["model.layers.1.mlp.up_proj.weight"]
+    usual = score_weights(model, examples, ["FI"], only=only)["FI exact"][only[0]]
+    saving = score_weights(model, examples, ["FI"], only=only, save_memory=True)["FI exact"][only[0]]
+    assert saving.equal(usual) and usual.max() > 0
+
+
+def test_no_memory_is_saved_without_blocks() -> None:
+    with pytest.raises(ValueError, match="Linear has no list of transformer blocks"):
+        classgrads.transformer_blocks(nn.Linear(2, 2))
+
+
+def test_bfloat16_weights_are_scored_in_float32() -> None:
+    examples = tiny_examples(4)
+    rough = score_weights(tiny_model("llama", torch.bfloat16), examples, ["Jacobian norm"])["Jacobian norm"]
+    model = tiny_model("llama", torch.bfloat16)
+    model.network.float()  # the same weights
+    fine = score_weights(model, examples, ["Jacobian norm"])["Jacobian norm"]
+    for name, value in fine.values.items():
+        assert rough[name].dtype == torch.float32
+        assert (rough[name] - value).norm() < 0.05 * value.norm()
+
+
+@pytest.mark.parametrize("save_memory", [False, True])
+def test_the_model_is_left_as_it_was(save_memory) -> None:
     model = tiny_model("qwen2")
     before = {n: p.clone() for n, p in model.network.named_parameters()}
-    score_weights(model, tiny_examples(2), ["FI"])
+    score_weights(model, tiny_examples(2), ["FI"], save_memory=save_memory)
     for name, p in model.network.named_parameters():
         assert p.equal(before[name]) and p.requires_grad and p.grad is None
     assert not any(m._forward_hooks for m in model.network.modules())
@@ -160,6 +210,7 @@ def test_displacement_aware_values_follow_from_the_stored_means() -> None:
     model, examples = tiny_model("llama"), tiny_examples(3)
     scores = score_weights(model, examples, ["SNIP"])
     assert set(scores) == {"SNIP", "squared score", "Fisher diagonal"}
+    assert set(score_weights(model, examples, ["SNIP"], displaced=False)) == {"SNIP"}
     name = "model.layers.0.mlp.up_proj.weight"
     delta = 0.1 * torch.ones_like(scores["SNIP"][name])
     change = torch.zeros_like(delta)

@@ -27,9 +27,9 @@ from fihelpers.influence import (
 )
 from fihelpers.measures import FISHER, INFORMATION_LENGTH, SQUARED_SCORE
 from fihelpers.models import Batch, LanguageModel
+from fihelpers.scores.classgrads import Block, class_grad_blocks, frozen, missed_by_hooks, named_parameters
 from fihelpers.scores.pruning import Layers, linear_layers, of_tokens, watching
 from fihelpers.scores.store import Scores, provenance
-from fihelpers.scores.weights import Block, class_grad_blocks, frozen, missed_by_hooks, named_parameters
 from fihelpers.tasks import Example
 
 Axis = Literal["rows", "columns"]

@@ -31,9 +31,10 @@ from fihelpers.generate import Response, prompt_ids, sample
 from fihelpers.influence import EXACT, Spectral
 from fihelpers.measures import MEASURES, Influence, Measure, find_measure
 from fihelpers.models import Batch, LanguageModel, left_padded
+from fihelpers.scores.classgrads import named_parameters
 from fihelpers.scores.inputs import FI_SUMMED, InputGrads, class_grads_of_inputs, gathered
 from fihelpers.scores.store import Scores
-from fihelpers.scores.weights import named_parameters, score_contexts
+from fihelpers.scores.weights import score_contexts
 from fihelpers.tasks import Example
 
 USUAL = Top(8)

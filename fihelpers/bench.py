@@ -1,0 +1,409 @@
+"""``python -m fihelpers bench``: what FI costs, beside simpler ways of computing the same, in one run.
+
+Every row of the table sets a piece of work beside a peer that ran in turn with it, round by round, so that a
+busy machine slows both; the ratio is the median over the rounds, with the smallest and the largest. The
+floors count the multiplications of matrices alone (2 operations for each weight and token, 1 of them an
+addition): a forward pass is one unit, and so is pulling a gradient back to the inputs or to the weights.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jacrev, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
+
+from fihelpers.answers import Groups
+from fihelpers.files import write_atomically
+from fihelpers.influence import Damped
+from fihelpers.models import Batch, LanguageModel, left_padded
+from fihelpers.perturb.sparsify import linear_names
+from fihelpers.scores.classgrads import frozen
+from fihelpers.scores.weights import score_contexts
+from fihelpers.tasks import Example
+
+FILTER = Damped(1e-4)
+CLASSES = Groups(tuple("ABCD"), ((1,), (2,), (3,), (4,)))
+FI_UNITS = 2 * len(CLASSES.names) - 1  # one forward pass, K - 1 back to the inputs, K - 1 to the weights
+JACOBIAN_UNITS = 3
+BACKWARD_UNITS = 2 * len(CLASSES.names) + 1
+
+Work = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Size:
+    """A random Qwen2: by default one of 25 million weights in linear layers."""
+
+    hidden: int = 512
+    inner: int = 1536
+    layers: int = 8
+    heads: int = 8
+    vocabulary: int = 1000
+
+    def model(self) -> LanguageModel:
+        torch.manual_seed(0)
+        config = Qwen2Config(
+            vocab_size=self.vocabulary,
+            hidden_size=self.hidden,
+            intermediate_size=self.inner,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.heads // 2,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+        )
+        network = Qwen2ForCausalLM(config).eval()
+        return LanguageModel(network, cast(PreTrainedTokenizerBase, None), "random Qwen2", None, "0" * 64)
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Random prompts of one length, as batches of one and as batches of several."""
+
+    model: LanguageModel
+    ids: list[list[int]]
+
+    @classmethod
+    def draw(cls, model: LanguageModel, length: int, count: int) -> Questions:
+        vocabulary = int(model.network.config.vocab_size)
+        generator = torch.Generator().manual_seed(0)
+        return cls(model, torch.randint(5, vocabulary, (count, length), generator=generator).tolist())
+
+    def batches(self, size: int) -> list[Batch]:
+        places = [range(i, min(i + size, len(self.ids))) for i in range(0, len(self.ids), size)]
+        return [left_padded(p, [self.ids[i] for i in p], 0, self.model.device) for p in places]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: how the seconds of a piece of work, one sample, compare with a peer's.
+
+    ratio is work / peer, or peer / work where `faster`; low and high are its extremes over the rounds. A row
+    of memory holds bytes: what is needed at the least, and the peak as a ratio of it.
+    """
+
+    work: str
+    peer: str
+    seconds: float
+    peer_seconds: float
+    ratio: float
+    low: float
+    high: float
+    goal: float | None
+    floor: float | None
+    faster: bool = False
+    peak_bytes: int | None = None
+
+    @property
+    def met(self) -> bool | None:
+        if self.goal is None:
+            return None
+        return self.ratio >= self.goal if self.faster else self.ratio <= self.goal
+
+
+def fi_of_weights(questions: Questions, batch_size: int, save_memory: bool = False) -> dict[str, Tensor]:
+    """Mean FI (damped) of every weight of a linear layer, by `score_weights`' engine."""
+    model = questions.model
+    contexts = [(b, torch.ones(len(b.index))) for b in questions.batches(batch_size)]
+    examples = [Example(str(i), "random", "", tuple("ABCD"), None, "") for i in range(len(questions.ids))]
+    scores = score_contexts(
+        model,
+        contexts,
+        examples,
+        ["FI"],
+        FILTER,
+        CLASSES,
+        linear_names(model.network),
+        displaced=False,
+        save_memory=save_memory,
+    )
+    return dict(scores[f"FI {FILTER}"].values)
+
+
+def jacobian_norm(questions: Questions) -> dict[str, Tensor]:
+    """Mean absolute gradient of log P(y_hat), by plain autograd: one backward pass a sample, with `.grad`."""
+    weights = _weights(questions.model)
+    totals = {name: torch.zeros_like(w) for name, w in weights.items()}
+    with _asking(questions.model, weights):
+        for batch in questions.batches(1):
+            CLASSES.log_probs(questions.model.last_logits(batch))[0].max().backward()
+            for name, w in weights.items():
+                totals[name] += _taken(w).abs()
+    return {name: total / len(questions.ids) for name, total in totals.items()}
+
+
+def fi_by_stored_gradients(questions: Questions) -> dict[str, Tensor]:
+    """Mean FI by plain autograd: K backward passes a sample, of which every `.grad` is kept (method 1)."""
+    weights = _weights(questions.model)
+    totals = {name: torch.zeros_like(w) for name, w in weights.items()}
+    with _asking(questions.model, weights):
+        for batch in questions.batches(1):
+            log_p = CLASSES.log_probs(questions.model.last_logits(batch))[0]
+            kept: list[dict[str, Tensor]] = []
+            for k, one in enumerate(log_p):
+                one.backward(retain_graph=k < len(log_p) - 1)
+                kept.append({name: _taken(w) for name, w in weights.items()})
+            for name, total in totals.items():
+                total += _fi(torch.stack([grads[name] for grads in kept]), log_p.detach().exp())
+    return {name: total / len(questions.ids) for name, total in totals.items()}
+
+
+def fi_by_vmap(questions: Questions) -> dict[str, Tensor]:
+    """Mean FI with torch.func: `jacrev` over the classes, `vmap` over the samples of one batch."""
+    model, weights = questions.model, {n: w.detach() for n, w in _weights(questions.model).items()}
+    ids = torch.tensor(questions.ids)
+    bare = Batch(torch.zeros(1), ids[:1], torch.ones_like(ids[:1]), torch.arange(ids.shape[1])[None])
+
+    def log_probs(chosen: Mapping[str, Tensor], prompt: Tensor) -> Tensor:
+        logits = functional_call(
+            model.network,
+            dict(chosen),
+            kwargs={"input_ids": prompt[None], "position_ids": bare.position_ids, "use_cache": False},
+        ).logits[:, -1]
+        return torch.stack([logits[0, list(t)].logsumexp(0) for t in CLASSES.tokens]).log_softmax(0)
+
+    # the usual attention kernels have no rule for vmap
+    with frozen(model.network), sdpa_kernel(SDPBackend.MATH):
+        grads = vmap(jacrev(log_probs), (None, 0))(weights, ids)
+        probs = vmap(log_probs, (None, 0))(weights, ids).exp()
+    return {
+        name: torch.stack([_fi(one, p) for one, p in zip(g, probs, strict=True)]).mean(0)
+        for name, g in grads.items()
+    }
+
+
+def _fi(grads: Tensor, probs: Tensor) -> Tensor:
+    metric = (probs[:, None, None] * grads * grads).sum(0)
+    return grads[probs.argmax()].square() / (metric + FILTER.lam)
+
+
+def _weights(model: LanguageModel) -> dict[str, nn.Parameter]:
+    named = dict(model.network.named_parameters())
+    return {name: named[name] for name in linear_names(model.network)}
+
+
+@contextmanager
+def _asking(model: LanguageModel, weights: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """These weights alone ask for gradients."""
+    with frozen(model.network):
+        for weight in weights.values():
+            weight.requires_grad_(True)
+        yield
+
+
+def _taken(weight: nn.Parameter) -> Tensor:
+    grad, weight.grad = weight.grad, None
+    return cast(Tensor, grad)
+
+
+def in_turn(works: Mapping[str, Work], samples: Mapping[str, int], rounds: int) -> dict[str, list[float]]:
+    """Seconds a sample of each piece of work, all of them once in every round, after a round to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for number in range(rounds + 1):
+        for name, work in works.items():
+            start = time.perf_counter()
+            work()
+            if number:
+                seconds[name].append((time.perf_counter() - start) / samples[name])
+    return seconds
+
+
+def row(
+    work: str,
+    seconds: Mapping[str, Sequence[float]],
+    ours: str,
+    peer: str,
+    goal: float | None,
+    floor: float | None,
+    faster: bool = False,
+) -> Row:
+    """The row of two pieces of work that `in_turn` has timed."""
+    pairs = list(zip(seconds[ours], seconds[peer], strict=True))
+    ratios = [b / a if faster else a / b for a, b in pairs]
+    mine, its = (statistics.median(seconds[name]) for name in (ours, peer))
+    middle = statistics.median(ratios)
+    return Row(work, peer, mine, its, middle, min(ratios), max(ratios), goal, floor, faster)
+
+
+def long_prompts(size: Size, rounds: int, length: int = 128, count: int = 4) -> list[Row]:
+    """FI of every linear weight, one prompt at a time, beside a Jacobian norm and stored gradients."""
+    questions = Questions.draw(size.model(), length, count)
+    works: dict[str, Work] = {
+        "FI": lambda: fi_of_weights(questions, 1),
+        "Jacobian norm": lambda: jacobian_norm(questions),
+        "K backward passes, .grad kept": lambda: fi_by_stored_gradients(questions),
+    }
+    seconds = in_turn(works, dict.fromkeys(works, count), rounds)
+    work, stored = f"FI of weights, {length} tokens, batch 1", "K backward passes, .grad kept"
+    return [
+        row(work, seconds, "FI", "Jacobian norm", 2.6, FI_UNITS / JACOBIAN_UNITS),
+        row(work, seconds, "FI", stored, 1.4, BACKWARD_UNITS / FI_UNITS, faster=True),
+    ]
+
+
+def short_prompts(size: Size, rounds: int, length: int = 24, count: int = 16) -> list[Row]:
+    """FI of every linear weight in batches of 16, beside stored gradients one prompt at a time, and vmap."""
+    model = size.model()
+    questions, few, pair = (Questions.draw(model, length, n) for n in (count, max(1, count // 4), 2))
+    works: dict[str, Work] = {
+        "FI": lambda: fi_of_weights(questions, 16),
+        "K backward passes, .grad kept": lambda: fi_by_stored_gradients(few),
+        "torch.func vmap": lambda: fi_by_vmap(pair),  # it holds K gradients of every sample at once
+    }
+    samples = dict(zip(works, (count, len(few.ids), len(pair.ids)), strict=True))
+    seconds = in_turn(works, samples, rounds)
+    work = f"FI of weights, {length} tokens, batches of 16"
+    return [
+        row(
+            work, seconds, "FI", "K backward passes, .grad kept", 4.0, BACKWARD_UNITS / FI_UNITS, faster=True
+        ),
+        row(work, seconds, "FI", "torch.func vmap", None, None, faster=True),
+    ]
+
+
+def memory(size: Size, rounds: int, length: int = 128, count: int = 2) -> list[Row]:
+    """Peak memory of weight scores beyond what Python and its libraries take, each in a fresh process."""
+    questions = Questions.draw(size.model(), length, count)
+    least = 2 * sum(w.numel() * w.element_size() for w in _weights(questions.model).values())
+    least += sum(p.numel() * p.element_size() for p in questions.model.network.parameters()) - least // 2
+    rows = []
+    for save_memory, goal in ((True, 1.15), (False, None)):
+        peaks = [_peak_of_child(size, length, count, save_memory) for _ in range(min(rounds, 3))]
+        name = f"memory of FI of weights, {length} tokens, {'block by block' if save_memory else 'at once'}"
+        ratios = [peak / least for _, peak in peaks]
+        middle, taken = statistics.median(ratios), statistics.median(seconds for seconds, _ in peaks)
+        peak = int(statistics.median(peak for _, peak in peaks))
+        what = "weights + result"
+        rows.append(Row(name, what, taken, 0.0, middle, min(ratios), max(ratios), goal, 1.0, peak_bytes=peak))
+    return rows
+
+
+def peak(size: Size, length: int, count: int, save_memory: bool) -> tuple[float, int]:
+    """Seconds a sample and peak bytes of this process, beyond what it held before it made the model.
+
+    Raises RuntimeError where the system does not tell the peak.
+    """
+    fi_of_weights(Questions.draw(Size(32, 64, 2, 2).model(), 8, 1), 1, save_memory)  # loads the libraries
+    before = _resident("VmRSS")
+    questions = Questions.draw(size.model(), length, count)
+    start = time.perf_counter()
+    fi_of_weights(questions, 1, save_memory)
+    return (time.perf_counter() - start) / count, _resident("VmHWM") - before
+
+
+def _peak_of_child(size: Size, length: int, count: int, save_memory: bool) -> tuple[float, int]:
+    """`peak` in a fresh process, whose allocator gives back what is freed at once."""
+    code = (
+        "import json, torch; from fihelpers.bench import Size, peak; "
+        f"torch.set_num_threads({torch.get_num_threads()}); "
+        f"print(json.dumps(peak({size!r}, {length}, {count}, {save_memory})))"
+    )
+    root = str(Path(__file__).resolve().parent.parent)
+    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    settings = {**os.environ, "PYTHONPATH": path, "MALLOC_MMAP_THRESHOLD_": str(2**16)}
+    done = subprocess.run([sys.executable, "-c", code], env=settings, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the memory could not be measured: {done.stderr.strip().splitlines()[-1]}")
+    seconds, bytes_ = json.loads(done.stdout.splitlines()[-1])
+    return float(seconds), int(bytes_)
+
+
+def _resident(what: str) -> int:
+    """Bytes of this process in memory: VmRSS now, VmHWM at most so far."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    except OSError as error:
+        raise RuntimeError("this system does not tell a process's peak memory; use Linux.") from error
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what))
+
+
+# What can be measured, by the name to ask for it. Pixels have their place here.
+ROWS: dict[str, Callable[[Size, int], list[Row]]] = {
+    "long": long_prompts,
+    "short": short_prompts,
+    "memory": memory,
+}
+
+
+def bench(only: Sequence[str] = (), rounds: int = 5, size: Size | None = None) -> list[Row]:
+    """Measure the rows of these names, all by default. Raises ValueError for an unknown name or no round."""
+    unknown = sorted(set(only) - set(ROWS))
+    if unknown:
+        raise ValueError(f"unknown row {unknown[0]!r}; known: {', '.join(ROWS)}.")
+    if rounds < 1:
+        raise ValueError(f"at least one round is needed, not {rounds}.")
+    return [made for name in only or ROWS for made in ROWS[name](size or Size(), rounds)]
+
+
+def machine() -> dict[str, str | int | float]:
+    """What the numbers were measured on, and how busy it was."""
+    cpu = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+        "load": round(load, 2),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as text: seconds a sample, ratio with its extremes, goal, floor and peak memory."""
+    head = ("work", "beside", "seconds", "its seconds", "ratio", "goal", "floor", "peak MB", "met")
+    lines = [head, *(_cells(r) for r in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return "\n".join(
+        "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
+def _cells(r: Row) -> tuple[str, ...]:
+    sign = ">=" if r.faster else "<="
+    return (
+        r.work,
+        r.peer,
+        f"{r.seconds:.3f}",
+        f"{r.peer_seconds:.3f}" if r.peer_seconds else "",
+        f"{r.ratio:.2f} ({r.low:.2f} to {r.high:.2f})",
+        "" if r.goal is None else f"{sign} {r.goal:g}",
+        "" if r.floor is None else f"{r.floor:.2f}",
+        "" if r.peak_bytes is None else f"{r.peak_bytes / 2**20:.0f}",
+        {True: "yes", False: "no", None: ""}[r.met],
+    )
+
+
+def main(only: Sequence[str], rounds: int, out: Path | None) -> None:
+    """Print the table and the machine, and write both as JSON."""
+    before = machine()
+    rows = bench(only, rounds)
+    print(table(rows))
+    print(", ".join(f"{name} {value}" for name, value in before.items()))
+    if out is not None:
+        made = {
+            "machine": before,
+            "load after": machine()["load"],
+            "rows": [asdict(r) | {"met": r.met} for r in rows],
+        }
+        write_atomically(out, (json.dumps(made, indent=1) + "\n").encode())
