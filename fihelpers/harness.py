@@ -34,7 +34,7 @@ from tqdm import tqdm
 from fihelpers.data import data_folder
 from fihelpers.evaluate import wilson
 from fihelpers.models import LanguageModel, brief
-from fihelpers.tasks import mcq
+from fihelpers.tasks import BUNDLED, mcq
 
 log = logging.getLogger(__name__)
 
@@ -85,8 +85,9 @@ def evaluate_with_harness(
 
     tasks: names of the harness's tasks and groups ("mmlu", "gsm8k", "mgsm_direct", "hendrycks_math") or
         "cmath". With a task_folder only its tasks are known, and nothing is asked of the hub for questions.
-    task_folder: "bundled" or a folder in the MMLU CSV layout, whose subjects are the tasks and "all" is the
-        group of them, asked in the harness's own MMLU prompt; or a folder of the harness's .yaml task files.
+    task_folder: "bundled", "bundled-experts" or a folder in the MMLU CSV layout, whose subjects are the
+        tasks and "all" is the group of them, asked in the harness's own MMLU prompt; or a folder of the
+        harness's .yaml task files.
     n: a seeded draw of that many questions of each task, the same that `load_task` draws of one subject; all
         by default and of a task that has fewer. shots: solved questions before each; by default what
         the task says. A task that says 0 keeps it.
@@ -187,11 +188,12 @@ def _unknown(name: str, known: set[str]) -> ValueError:
 
 def _question_folder(name: str) -> tuple[Path, bool] | None:
     """The folder of questions in the MMLU CSV layout and whether it is the bundled one; None for another."""
-    if name == "bundled":
-        return data_folder() / "mcq", True
+    if name in BUNDLED:
+        return data_folder() / BUNDLED[name], True
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        raise FileNotFoundError(f"no task folder {name!r}; give 'bundled' or an existing folder.")
+        known = " or ".join(map(repr, BUNDLED))
+        raise FileNotFoundError(f"no task folder {name!r}; give {known}, or an existing folder.")
     return (folder, False) if any((folder / "test").glob("*_test.csv")) else None
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
@@ -130,13 +131,16 @@ def estimate_scores(
     layers: Collection[str] | None = None,
     device: str = "cpu",
     out: str | PathLike[str] | None = None,
-    saved: int = 1,
+    files: int | None = None,
+    at_a_time: int | None = None,
 ) -> Estimate:
     """What `score_weights` needs for the weights of linear layers, and for saving the scores below `out`.
 
     model_name: bundled name, folder or hub id. dtype: of the weights in memory; scores are float32 at least.
     measures: as for `score_weights`. tokens: of the longest prompt. classes: K. layers: names of linear
-    layers such as "o_proj"; all by default. saved: how many calibration sets' scores are saved.
+    layers such as "o_proj"; all by default. files: how many scores of all weights are saved; one a measure by
+    default. at_a_time: bytes of scores to which groups of tensors are limited that are scored one after the
+    other; each measure is then put together in the machine's memory.
 
     Raises ValueError for an unknown dtype, measure or architecture, FileNotFoundError for an unknown name,
     and ConnectionError where the hub does not give the configuration.
@@ -152,11 +156,11 @@ def estimate_scores(
         work = _score_work(source.network, _itemsize(dtype), batch_size, tokens, classes)
         return {
             "weights": source.parameters * _itemsize(dtype),
-            f"scores of {len(chosen)} measures": len(chosen) * sum(sizes) * itemsize,
+            "scores at work": min(len(chosen) * sum(sizes) * itemsize, at_a_time or sys.maxsize),
             "gradients of a batch": work + 3 * max(sizes) * itemsize,
         }
 
-    on_disk = saved * len(chosen) * SCORE * sum(source.network.get_parameter(n).numel() for n in names)
+    whole = SCORE * sum(source.network.get_parameter(name).numel() for name in names)
     half = {f"dtype={other!r}": sum(memory(other, batch_size).values()) for other in _narrower(dtype)}
     single = {} if batch_size == 1 else {"batch_size=1": sum(memory(dtype, 1).values())}
     both = {
@@ -168,10 +172,11 @@ def estimate_scores(
         f"scoring the weights of {source.label} in {dtype}",
         [source],
         memory(dtype, batch_size),
-        {"scores, saved": on_disk},
+        {"scores, saved": whole * (len(chosen) if files is None else files)},
         device,
         out,
         {**single, **half, **both},
+        {} if at_a_time is None else {"one measure of all weights": whole},
     )
 
 
@@ -390,12 +395,16 @@ def _estimate(
     device: str,
     out: str | PathLike[str] | None,
     alternatives: Mapping[str, int],
+    host: Mapping[str, int] | None = None,
 ) -> Estimate:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     place, free = _memory_free(device)
     frees = {place: free}
     parts = [Part(name, size, place) for name, size in memory.items()]
+    if host:
+        frees.setdefault("memory", psutil.virtual_memory().available)
+        parts += [Part(name, size, "memory") for name, size in host.items()]
     downloads = {f"download of {source.label}": source.download for source in sources if source.download}
     for sizes, folder in ((downloads, HF_HUB_CACHE), (disk, out)):
         if sizes and folder is not None:

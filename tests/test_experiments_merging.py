@@ -238,7 +238,7 @@ def test_a_written_merge_is_the_one_in_memory(bench: lab.Bench) -> None:
 
 def test_the_plan_of_a_chapter() -> None:
     settings = {
-        "TASK": lab.TASK, "DOMAINS": {"math": ["math"], "health": ["health"]}, "SHARES": [0.1],
+        "TASK": "bundled-experts", "DOMAINS": {"math": ["math"], "health": ["health"]}, "SHARES": [0.1],
         "TASK_WEIGHTS": [0.5], "SEEDS": 1, "N_CALIBRATION": 2, "N_TEST": 3, "SEED": 4,
         "OPTIONS": {"densities": [0.5], "wide": [], "compared": 0.1},
     }  # fmt: skip

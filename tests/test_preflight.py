@@ -16,7 +16,6 @@ from transformers import AutoConfig, Qwen2Config, Qwen2ForCausalLM, T5Config
 
 from fihelpers import preflight
 from fihelpers.data import data_folder
-from fihelpers.measures import MEASURES
 from fihelpers.models import WEIGHTS, open_model
 from fihelpers.perturb.merge import merge_models
 from fihelpers.perturb.quantize import (
@@ -29,7 +28,6 @@ from fihelpers.perturb.quantize import (
 )
 from fihelpers.perturb.sparsify import linear_names
 from fihelpers.preflight import Estimate, Part, estimate_merge, estimate_quantization, estimate_scores
-from fihelpers.scores.weights import DISPLACED
 
 FACTOR = 1.3  # between the memory foreseen and that measured
 QWEN2_7B = {
@@ -86,12 +84,15 @@ def test_parameters_are_counted_exactly_without_weights() -> None:
 
 
 def test_some_layers_and_several_sets_are_counted() -> None:
-    whole, some = estimate_scores("mini-lm"), estimate_scores("mini-lm", layers=["o_proj"], out=".", saved=3)
+    whole, some = estimate_scores("mini-lm"), estimate_scores("mini-lm", layers=["o_proj"], out=".", files=3)
     assert some.memory_bytes < whole.memory_bytes and whole.disk_bytes == 0
     network = open_model().network
     weights = sum(network.get_parameter(n).numel() for n in linear_names(network) if "o_proj" in n)
-    measures = len({*MEASURES, *(m.name for m in DISPLACED)})
-    assert some.disk_bytes == 3 * measures * 4 * weights
+    assert some.disk_bytes == 3 * 4 * weights
+    in_groups = estimate_scores("mini-lm", at_a_time=10**6)
+    assert _part(in_groups, "scores at work") == 10**6
+    linear = sum(network.get_parameter(n).numel() for n in linear_names(network))
+    assert _part(in_groups, "one measure of all weights") == 4 * linear
     with pytest.raises(ValueError, match=r"no linear layers \['v'\]; known: q_proj, k_proj"):
         estimate_quantization("mini-lm", Scheme(4), layers=["v"])
 

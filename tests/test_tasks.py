@@ -241,7 +241,7 @@ def test_what_cannot_be_given_is_refused(mmlu: Path, options: dict, message: str
 
 
 def test_an_unknown_task_and_a_folder_of_another_layout_are_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no task 'nowhere': give 'bundled', 'cais/mmlu'"):
+    with pytest.raises(FileNotFoundError, match="no task 'nowhere': give 'bundled', 'bundled-experts'"):
         load_task("nowhere")
     with pytest.raises(FileNotFoundError, match=r"has no test/\*_test\.csv"):
         load_task(tmp_path)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +22,6 @@ import torch
 from tqdm import tqdm
 
 from fihelpers.answers import usual_answers
-from fihelpers.data import data_folder
 from fihelpers.evaluate import Evaluator, crossed_difference
 from fihelpers.experiments.tables import verdict
 from fihelpers.files import write_atomically
@@ -45,11 +44,11 @@ from fihelpers.perturb.merge import (
 from fihelpers.perturb.merge_methods import AnyScores, Elect, Scope, Stages, check_choice, check_share
 from fihelpers.perturb.sparsify import linear_names
 from fihelpers.perturb.topshare import TopShare
+from fihelpers.preflight import Estimate, estimate_merge, estimate_scores
 from fihelpers.scores import Scores, score_weights
 from fihelpers.scores.store import provenance
 from fihelpers.tasks import Example, load_task
 
-TASK = "bundled-experts"  # the questions in data/experts
 IN_MEMORY = 2**30  # bytes of a model up to which its tensors are held rather than read again for each merge
 GROUP_BYTES = 2**34  # of scores that are computed at a time
 
@@ -70,6 +69,7 @@ CHOICES: dict[str, tuple[str, bool]] = {
     STEP: (STEP, False),
     RANDOM: (RANDOM, False),
 }
+SCORED = {**MEASURES, SQUARED_SCORE.name: SQUARED_SCORE}
 NO_QUESTION = (WEIGHT, STEP)  # these look at no calibration question
 RESAMPLES = 2000
 # rows of Table 3: what each protects, and the merge without protection that it is compared with
@@ -170,6 +170,17 @@ def plan_of(p: SimpleNamespace) -> Plan:
         elsewhere=given.get("elsewhere", ELSEWHERE),
         seed=p.SEED,
     )
+
+
+def needs(
+    plan: Plan, base: str, a: str, b: str, cache: Path, device: str = "cpu", dtype: str = "float32"
+) -> tuple[Estimate, ...]:
+    """What a run needs of memory and disk: to merge, and to score both experts on every calibration set."""
+    merge = estimate_merge(base, a, b, method="TIES", protected=False, out=tempfile.gettempdir())
+    own, other = (len(_wanted(plan, place)) for place in (OWN, OTHER))
+    files = plan.seeds * (2 * own + (1 + len(plan.elsewhere)) * other)
+    settings = {"dtype": dtype, "device": device, "out": cache, "at_a_time": GROUP_BYTES}
+    return (merge, *(estimate_scores(expert, files=files // 2, **settings) for expert in (a, b)))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -279,29 +290,30 @@ class Bench:
         """Scores of one expert's linear weights, on calibration set number k; a large model's as files."""
         key = (which, k, calibrated_on)
         if key not in self._scores:
-            found = self._scored(which, k, calibrated_on)
             self._scores[key] = {
-                n: self._kept(s, f"{which}.{k}.{calibrated_on}.{n}") for n, s in found.items()
+                n: self._kept(s, f"{which}.{k}.{calibrated_on}.{n}")
+                for n, s in self._scored(which, k, calibrated_on)
             }
         return self._scores[key]
 
-    def _scored(self, which: Which, k: int, calibrated_on: str) -> dict[str, Scores]:
+    def _scored(self, which: Which, k: int, calibrated_on: str) -> Iterator[tuple[str, Scores]]:
+        """Scores by their names: of a small model all at once, of a large one in turn."""
         weights, base = self.weights[which], self.weights["base"]
         self.put(Alone(which), 0)
         model = LanguageModel(
             self.model.network, self.model.tokenizer, weights.label, weights.revision, weights.sha256
         )
         examples = self._calibration(which, k, calibrated_on)
-        wanted = self.plan.scored if calibrated_on == OWN else tuple(FILTERS.values())
-        names = [CHOICES[choice][0] for choice in wanted]
+        wanted = _wanted(self.plan, calibrated_on)
+        if STEP in wanted:
+            steps = {name: (weights.read(name) - base.read(name)).abs() for name in self.linear}
+            yield STEP, Scores(steps, provenance(model, examples) | {"measure": STEP})
         # with one seed for both experts they would draw the same weights, and none would be protected alone
         seed = 2 * (self.plan.seed + k) + "ab".index(which)
-        found = _in_groups(model, examples, [n for n in names if n != STEP], self.linear, seed)
-        if STEP in names:
-            steps = {name: (weights.read(name) - base.read(name)).abs() for name in self.linear}
-            found[STEP] = Scores(steps, provenance(model, examples) | {"measure": STEP})
-        needed = {*names, FISHER.name} if calibrated_on == OWN else set(names)
-        return {name: scores for name, scores in found.items() if name in needed}
+        names = [name for name in wanted if name != STEP]
+        large = 4 * sum(weights.layouts[name].numel for name in self.linear) > IN_MEMORY
+        for part in [[name] for name in names] if large else [names]:
+            yield from _in_groups(model, examples, part, self.linear, seed).items()
 
     def _kept(self, scores: Scores, name: str) -> AnyScores:
         if 4 * scores.numel() <= IN_MEMORY:
@@ -768,6 +780,13 @@ def _other(key: str) -> str:
     return next(name for name in FILTERS if name != key)
 
 
+def _wanted(plan: Plan, calibrated_on: str) -> list[str]:
+    """The scores that are made of an expert; for other questions than its own domain's only FI."""
+    choices = plan.scored if calibrated_on == OWN else tuple(FILTERS.values())
+    own = [FISHER.name] if calibrated_on == OWN else []
+    return list(dict.fromkeys([*(CHOICES[choice][0] for choice in choices), *own]))
+
+
 def _in_groups(
     model: LanguageModel, examples: Sequence[Example], names: Sequence[str], linear: Sequence[str], seed: int
 ) -> dict[str, Scores]:
@@ -776,7 +795,7 @@ def _in_groups(
     groups: list[list[str]] = [[]]
     filled = 0
     for name in linear:
-        needed = 4 * sizes[name] * (len(names) + 2)
+        needed = 4 * sizes[name] * len(names)
         if groups[-1] and filled + needed > GROUP_BYTES:
             groups.append([])
             filled = 0
@@ -786,8 +805,8 @@ def _in_groups(
     metadata = {}
     for number, group in enumerate(groups):
         random = Random(seed + 1000 * number)
-        measures = [random if name == RANDOM else MEASURES[name] for name in names if name in MEASURES]
-        for name, scores in score_weights(model, examples, measures, only=group).items():
+        measures = [random if name == RANDOM else SCORED[name] for name in names]
+        for name, scores in score_weights(model, examples, measures, only=group, displaced=False).items():
             values.setdefault(name, {}).update({key: value.cpu() for key, value in scores.values.items()})
             metadata[name] = scores.metadata
     return {name: Scores(tensors, metadata[name]) for name, tensors in values.items()}
@@ -812,11 +831,6 @@ def _held(weights: ModelWeights) -> ModelWeights:
     return replace(weights, parts=(TensorDict({name: weights.read(name) for name in weights.layouts}),))
 
 
-def _load(task: str, subject: str, split: str) -> Sequence[Example]:
-    name = str(data_folder() / "experts") if task == TASK else task
-    return load_task(name, subject, split).examples
-
-
 def _shuffled(plan: Plan, domain: str, split: str) -> list[Example]:
     """All questions of a domain's subjects in one split, in a seeded order."""
     return _in_random_order(plan.task, plan.domains[domain], split, plan.seed)
@@ -833,7 +847,7 @@ def _elsewhere(plan: Plan, name: str, k: int) -> list[Example]:
 
 
 def _in_random_order(task: str, subjects: Sequence[str], split: str, seed: int) -> list[Example]:
-    found = [e for subject in subjects for e in _load(task, subject, split)]
+    found = [e for subject in subjects for e in load_task(task, subject, split).examples]
     return [found[i] for i in np.random.default_rng(seed).permutation(len(found))]
 
 

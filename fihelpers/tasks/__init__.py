@@ -13,6 +13,7 @@ from fihelpers.tasks.images import image_prompt, with_instruction
 __all__ = ["Example", "Task", "image_prompt", "load_task", "with_instruction"]
 
 ALL = "all"
+BUNDLED = {"bundled": "mcq", "bundled-experts": "experts"}  # questions as text, by their folder in data/
 JSON = ".json"
 HUB_IMAGES = {images.SCIENCEQA: images.read_scienceqa_hub, images.PUZZLEVQA: images.read_puzzlevqa_hub}
 
@@ -27,11 +28,11 @@ def load_task(
 ) -> Task:
     """Load questions as text, questions about images, instructions, or contexts to continue.
 
-    As text: "bundled", "cais/mmlu" or a folder in the MMLU CSV layout. About images: "bundled-images", a
-    .tsv file in the layout of MMBench, a folder of ScienceQA or PuzzleVQA, "derek-thomas/ScienceQA" or
-    "declare-lab/PuzzleVQA". Instructions: "bundled-instructions", a .json file in the layout of AlpacaEval or
-    "tatsu-lab/alpaca_eval"; every other one is of split val, the others of test. Contexts: a .txt file with
-    one a line.
+    As text: "bundled", "bundled-experts", "cais/mmlu" or a folder in the MMLU CSV layout. About images:
+    "bundled-images", a .tsv file in the layout of MMBench, a folder of ScienceQA or PuzzleVQA,
+    "derek-thomas/ScienceQA" or "declare-lab/PuzzleVQA". Instructions: "bundled-instructions", a .json file in
+    the layout of AlpacaEval or "tatsu-lab/alpaca_eval"; every other one is of split val, the others of test.
+    Contexts: a .txt file with one a line.
 
     ``subject`` None takes all subjects, one after the other; ``n`` draws a seeded subset; ``shots`` puts
     that many solved questions of the dev split before each question, for questions as text only. A text
@@ -62,12 +63,13 @@ def load_task(
 def _reader(name: str) -> partial[mcq.Rows]:
     if name == mcq.HUB:
         return partial(mcq.read_hub)
-    if name == "bundled":
-        return partial(mcq.read_folder, data_folder() / "mcq", bundled=True)
+    if name in BUNDLED:
+        return partial(mcq.read_folder, data_folder() / BUNDLED[name], bundled=True)
     if Path(name).expanduser().is_dir():
         return partial(mcq.read_folder, Path(name).expanduser(), bundled=False)
     raise FileNotFoundError(
-        f"no task {name!r}: give 'bundled', {mcq.HUB!r}, a folder in the MMLU CSV layout or a .txt file; "
+        f"no task {name!r}: give {', '.join(map(repr, BUNDLED))}, {mcq.HUB!r}, a folder in the MMLU CSV "
+        "layout or a .txt file; "
         f"for images {images.BUNDLED!r}, a .tsv file in the layout of MMBench, a folder of ScienceQA or "
         f"PuzzleVQA, {' or '.join(map(repr, HUB_IMAGES))}; for instructions {instructions.BUNDLED!r}, "
         f"{instructions.ALPACA!r} or a .json file in its layout."
@@ -75,7 +77,7 @@ def _reader(name: str) -> partial[mcq.Rows]:
 
 
 def _label(name: str) -> str:
-    known = ("bundled", mcq.HUB, images.BUNDLED, *HUB_IMAGES, instructions.BUNDLED, instructions.ALPACA)
+    known = (*BUNDLED, mcq.HUB, images.BUNDLED, *HUB_IMAGES, instructions.BUNDLED, instructions.ALPACA)
     if name in known:
         return name
     return Path(name).expanduser().resolve().name.removesuffix(".tsv").removesuffix(JSON)
