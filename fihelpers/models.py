@@ -5,7 +5,8 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -21,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import logging as transformers_logging
 
 from fihelpers.data import check_folder, data_folder, file_sha256
 
@@ -375,14 +377,15 @@ def open_network(
     Raises ValueError, naming the model, for damaged or absent weights and an unknown architecture.
     """
     try:
-        opened: Any = kind.from_pretrained(
-            folder,
-            use_safetensors=True,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            device_map=device_map,
-        )
+        with _without_bar():
+            opened: Any = kind.from_pretrained(
+                folder,
+                use_safetensors=True,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                device_map=device_map,
+            )
     except Exception as error:  # a cut-off file, an unknown architecture, refused remote code
         raise ValueError(f"the weights of model {label!r} cannot be opened: {brief(error)}") from error
     network, info = opened
@@ -391,6 +394,19 @@ def open_network(
         missing = sorted(info["missing_keys"])
         raise ValueError(f"model {label!r} lacks {len(missing)} weights, {missing[0]} first; fetch it again.")
     return network
+
+
+@contextmanager
+def _without_bar() -> Iterator[None]:
+    """Without transformers' bar over the tensors, which flashes by and stays in a notebook's page."""
+    if not transformers_logging.is_progress_bar_enabled():
+        yield
+        return
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.enable_progress_bar()
 
 
 def brief(error: Exception) -> str:
