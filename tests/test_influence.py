@@ -301,6 +301,19 @@ def test_what_a_factor_settles_is_what_eigenvalues_say(k: int, p: int, spectral:
     assert found.max() > 0
 
 
+@pytest.mark.parametrize("k", [2, 3, 4, 6, 9])
+@pytest.mark.parametrize("p", [1, 2, 3, 5, 40])
+@pytest.mark.parametrize("lam", [1e-4, 1e-2, 1e3])
+def test_damping_by_factor_is_damping_by_eigenvalues(k: int, p: int, lam: float) -> None:
+    grads, probs = case(k, p, 200, seed=k * 100 + p)
+    grads *= torch.logspace(-6, 2, 200, dtype=grads.dtype)[:, None]  # from almost nothing to beyond any lam
+    expected = by_eigenvalues(grads, probs, Damped(lam), dtype=torch.float64)
+    found = quiet_fi(grads, probs, over=1, spectral=Damped(lam))
+    assert (found >= 0).all()
+    assert (found <= ceiling(probs) * (1 + 1e-9)).all()
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-10)
+
+
 @pytest.mark.parametrize(("k", "p"), [(2, 1), (3, 3), (4, 3), (6, 3), (4, 40)])
 @pytest.mark.parametrize("spectral", FILTERS, ids=str)
 def test_clear_groups_need_no_eigenvalues(
