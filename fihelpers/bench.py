@@ -315,7 +315,7 @@ def _peak_of_child(size: Size, length: int, count: int, save_memory: bool) -> tu
     )
     root = str(Path(__file__).resolve().parent.parent)
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    settings = {**os.environ, "PYTHONPATH": path, "MALLOC_MMAP_THRESHOLD_": str(2**16)}
+    settings = {**os.environ, "PYTHONPATH": path, "MALLOC_MMAP_THRESHOLD_": str(2**17)}
     done = subprocess.run([sys.executable, "-c", code], env=settings, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"the memory could not be measured: {done.stderr.strip().splitlines()[-1]}")
