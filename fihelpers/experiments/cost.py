@@ -1,0 +1,748 @@
+"""Chapter 10: what FI costs. Operations counted by hand, seconds and bytes measured, larger models reckoned.
+
+One multiplication with the addition that follows it counts as 2 operations. N is the number of weights in
+linear layers, T the tokens of a prompt, K the number of classes (method 4.7).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from fihelpers.answers import Groups
+from fihelpers.bench import (
+    FILTER,
+    Questions,
+    Size,
+    Work,
+    fi_by_stored_gradients,
+    fi_by_vmap,
+    fi_of_weights,
+    in_turn,
+    jacobian_norm,
+)
+from fihelpers.bench_pixels import FILTERS, captum_saliency, plain_jacobian
+from fihelpers.evaluate import mean_interval
+from fihelpers.influence import SaturationWarning, fi
+from fihelpers.models import LanguageModel
+from fihelpers.perturb.sparsify import linear_names
+from fihelpers.perturb.topshare import CHUNK, TopShare
+from fihelpers.preflight import estimate_scores
+from fihelpers.scores import classgrads
+from fihelpers.scores.inputs import class_grads_of_inputs
+from fihelpers.scores.pixels import image_of, option_letters, score_pixels
+from fihelpers.scores.weights import frozen, score_contexts
+from fihelpers.tasks import Example
+from fihelpers.vision import VisionModel
+
+FORWARD, JACOBIAN, FI, STORED = "forward pass", "Jacobian norm", "FI", "K backward passes, .grad kept"
+WORKS = (FORWARD, JACOBIAN, FI, STORED)
+PRODUCT, WHOLE, ONE_BY_ONE, VMAP = "matrix product", "FI, whole matrices", "FI, one by one", "torch.func vmap"
+PIXEL_JACOBIAN, SALIENCY, GRADIENTS = "Jacobian norm", "Captum saliency", "class gradients alone"
+SCORE_BYTES = 4  # of a score and of a class gradient, float32
+PAPER_RATIO = 0.3828 / 0.1939  # FI and Jacobian norm of one image in the paper's Table 4
+PAPER_THEORY = 9  # times, in the paper's Appendix A.2
+ABOUT_TWICE = (1.5, 2.5)
+SAME_ORDER = (0.0, 10.0)
+CLOSE = 1e-2  # relative difference up to which two values of FI count as the same
+
+
+# --- counting by hand
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a network of the Llama or Qwen2 family that decide what it costs.
+
+    Biases and norms are left out: they are less than a thousandth of the weights.
+    """
+
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    tied: bool = True
+
+    @classmethod
+    def of(cls, model: LanguageModel) -> Shape:
+        c = model.network.config
+        return cls(
+            c.hidden_size,
+            c.intermediate_size,
+            c.num_hidden_layers,
+            c.num_attention_heads,
+            c.num_key_value_heads,
+            c.vocab_size,
+            c.tie_word_embeddings,
+        )
+
+    @property
+    def block(self) -> dict[str, int]:
+        """The weights of each linear layer of one transformer block."""
+        keys = self.hidden * (self.hidden * self.kv_heads // self.heads)
+        square, wide = self.hidden**2, self.hidden * self.inner
+        return {"q": square, "k": keys, "v": keys, "o": square, "gate": wide, "up": wide, "down": wide}
+
+    @property
+    def linear(self) -> int:
+        return self.layers * sum(self.block.values())
+
+    @property
+    def parameters(self) -> int:
+        return self.linear + (1 if self.tied else 2) * self.vocabulary * self.hidden
+
+
+def passes(work: str, classes: int = 4) -> tuple[int, int]:
+    """How often a work pulls gradients back to the inputs of the layers, and to their weights."""
+    times = {FORWARD: 0, JACOBIAN: 1, FI: classes - 1, STORED: classes}[work]
+    return times, times
+
+
+def units(work: str, classes: int = 4) -> int:
+    """The work in units of 2NT, one forward pass through the linear layers: 1, 3, 2K - 1 or 2K + 1."""
+    return 1 + sum(passes(work, classes))
+
+
+def operations(shape: Shape, tokens: int, work: str, classes: int = 4) -> dict[str, int]:
+    """All operations in matrix products that one prompt costs, by part.
+
+    Nothing is pulled back to the input of the first block's q, k and v. FI forms no products of positions
+    without a gradient: in the last block only the last position has one, but for k and v, and elsewhere the
+    first position's query has none, since it attends to itself alone.
+    """
+    back, formed = passes(work, classes)
+    b, unit = shape.block, 2 * shape.linear * tokens
+    begin = 2 * tokens * (b["q"] + b["k"] + b["v"])
+    late = 2 * (tokens - 1) * (sum(b.values()) - b["k"] - b["v"])
+    spared = late + 2 * (shape.layers - 1) * b["q"] if work == FI else 0
+    return {
+        "forward": unit,
+        "back to the inputs": back * (unit - begin),
+        "back to the weights": formed * (unit - spared),
+        "attention": (1 + 2 * back) * 4 * tokens**2 * shape.hidden * shape.layers,
+        "output head": (1 + back) * 2 * shape.hidden * shape.vocabulary,
+    }
+
+
+def combination(classes: int = 4) -> int:
+    """Operations a weight and prompt that turn K - 1 class gradients into damped FI and add it up.
+
+    The metric takes 1 + 2 (K - 2), the score 1, its square, the damping and the ratio 3, the sums 3.
+    """
+    return 1 + 2 * (classes - 2) + 1 + 3 + 3
+
+
+def written_out(shape: Shape, classes: int = 4) -> int:
+    """Bytes of the class gradients of all linear weights, were they all written out: (K - 1) 4 N."""
+    return (classes - 1) * SCORE_BYTES * shape.linear
+
+
+def count_table(shape: Shape, tokens: int, classes: int = 4) -> pd.DataFrame:
+    """The parts of every work in units of one forward pass (2NT), with their sum and the leading term."""
+    unit = 2 * shape.linear * tokens
+    lines = {w: {k: v / unit for k, v in operations(shape, tokens, w, classes).items()} for w in WORKS}
+    table = pd.DataFrame(lines).T.rename_axis("work")
+    return table.assign(together=table.sum(axis=1), leading=[units(w, classes) for w in table.index])
+
+
+def counted_by_torch(work: Work) -> int:
+    """Operations of the matrix products that really run, attention's two among them."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        work()
+    return int(counter.get_total_flops())
+
+
+def check_count(model: LanguageModel, tokens: int) -> pd.DataFrame:
+    """The count by hand beside torch's own counter, one prompt of random tokens, K = 4.
+
+    FI first compares its hooks with autograd on a short prompt, once; what a second prompt adds is counted.
+    """
+    shape = Shape.of(model)
+    one, two = (Questions.draw(model, tokens, n) for n in (1, 2))
+    runs: dict[str, int] = {
+        FORWARD: counted_by_torch(lambda: _forward(one)),
+        JACOBIAN: counted_by_torch(lambda: jacobian_norm(one)),
+        FI: counted_by_torch(lambda: fi_of_weights(two, 1)) - counted_by_torch(lambda: fi_of_weights(one, 1)),
+        STORED: counted_by_torch(lambda: fi_by_stored_gradients(one)),
+    }
+    lines = [(w, sum(operations(shape, tokens, w).values()), runs[w]) for w in WORKS]
+    table = pd.DataFrame(lines, columns=["work", "by hand", "by torch"]).set_index("work")
+    return table.assign(ratio=table["by torch"] / table["by hand"])
+
+
+def _forward(questions: Questions) -> None:
+    with torch.no_grad():
+        for batch in questions.batches(1):
+            questions.model.last_logits(batch)
+
+
+# --- seconds of weight scores
+
+
+def fi_of(questions: Questions, batch_size: int, classes: int = 4, displaced: bool = False) -> None:
+    """Mean damped FI of every linear weight, for any number of classes."""
+    names, tokens = [str(k) for k in range(classes)], [(k + 1,) for k in range(classes)]
+    model = questions.model
+    contexts = [(b, torch.ones(len(b.index))) for b in questions.batches(batch_size)]
+    examples = [Example(str(i), "random", "", tuple(names), None, "") for i in range(len(questions.ids))]
+    answers, linear = Groups(tuple(names), tuple(tokens)), linear_names(model.network)
+    score_contexts(model, contexts, examples, ["FI"], FILTER, answers, linear, displaced=displaced)
+
+
+@contextmanager
+def whole_matrices() -> Iterator[None]:
+    """Class gradients are formed a matrix at a time, not in blocks that stay in cache."""
+    before, classgrads.BLOCK = classgrads.BLOCK, 2**40
+    try:
+        yield
+    finally:
+        classgrads.BLOCK = before
+
+
+def long_prompts(size: Size, tokens: int, prompts: int, rounds: int) -> pd.DataFrame:
+    """Seconds a prompt of FI one prompt at a time, of the works beside it, and of bare matrix products.
+
+    The products are those of one forward pass, with weights of their own in memory: their time for 2NT
+    operations is what this machine needs at the least in such shapes. Columns work, round, seconds.
+    """
+    model = size.model()
+    questions = Questions.draw(model, tokens, prompts)
+    pairs = [(torch.randn(tokens, w.shape[1]), w.detach()) for w in _matrices(model)]
+
+    def whole() -> None:
+        with whole_matrices():
+            fi_of_weights(questions, 1)
+
+    works: dict[str, Work] = {
+        PRODUCT: lambda: [x @ w.T for _ in range(prompts) for x, w in pairs],
+        FORWARD: lambda: _forward(questions),
+        JACOBIAN: lambda: jacobian_norm(questions),
+        FI: lambda: fi_of_weights(questions, 1),
+        WHOLE: whole,
+        STORED: lambda: fi_by_stored_gradients(questions),
+    }
+    return _frame(in_turn(works, dict.fromkeys(works, prompts), rounds))
+
+
+def short_prompts(size: Size, tokens: int, prompts: int, rounds: int) -> pd.DataFrame:
+    """Seconds a prompt of FI in one batch, and of simpler ways that take prompts one by one, or by vmap."""
+    model = size.model()
+    questions, few, pair = (Questions.draw(model, tokens, n) for n in (prompts, max(1, prompts // 4), 2))
+    works: dict[str, Work] = {
+        JACOBIAN: lambda: jacobian_norm(few),
+        FI: lambda: fi_of_weights(questions, prompts),
+        ONE_BY_ONE: lambda: fi_of_weights(few, 1),
+        STORED: lambda: fi_by_stored_gradients(few),
+        VMAP: lambda: fi_by_vmap(pair),  # it holds K gradients of each sample at once
+    }
+    counts = dict.fromkeys(works, len(few.ids)) | {FI: prompts, VMAP: 2}
+    return _frame(in_turn(works, counts, rounds))
+
+
+def _matrices(model: LanguageModel) -> list[Tensor]:
+    return [model.network.get_parameter(name) for name in linear_names(model.network)]
+
+
+def _frame(seconds: Mapping[str, Sequence[float]]) -> pd.DataFrame:
+    lines = [(work, i, s) for work, found in seconds.items() for i, s in enumerate(found)]
+    return pd.DataFrame(lines, columns=["work", "round", "seconds"])
+
+
+def ratios(timings: pd.DataFrame, of: str, to: str) -> tuple[float, float, float]:
+    """Seconds of one work over those of another: the median over the rounds, the smallest and the largest."""
+    wide = timings.pivot(index="round", columns="work", values="seconds")
+    found = (wide[of] / wide[to]).tolist()
+    return statistics.median(found), min(found), max(found)
+
+
+def ratio_table(timings: pd.DataFrame, to: str) -> pd.DataFrame:
+    """Median seconds of every work, and `ratios` to one of them; n is the number of rounds."""
+    lines = []
+    for work, part in timings.groupby("work", sort=False):
+        lines.append((work, part.seconds.median(), *ratios(timings, str(work), to), len(part)))
+    columns = ["work", "seconds", "ratio", "low", "high", "n"]
+    return pd.DataFrame(lines, columns=columns).set_index("work")
+
+
+def over_floor(timings: pd.DataFrame, shape: Shape, tokens: int) -> pd.DataFrame:
+    """Every work's time over its floor: its operations at the rate of the matrix products of its round."""
+    unit = 2 * shape.linear * tokens
+    table = ratio_table(timings, PRODUCT).drop(index=PRODUCT)
+    works = [FI if work == WHOLE else str(work) for work in table.index]
+    floor = [sum(operations(shape, tokens, work).values()) / unit for work in works]
+    return table[["ratio", "low", "high"]].div(floor, axis=0).assign(floor=floor, n=table.n)
+
+
+# --- how seconds grow
+
+
+def sweep(works: Mapping[tuple[str, int], tuple[Work, int]], of: str, rounds: int) -> pd.DataFrame:
+    """Seconds a prompt of works at several values of one setting, all of them in turn in every round.
+
+    works: {(work, value): (what to call, prompts)}. Columns of, work, value, round, seconds.
+    """
+    named = {f"{work}|{value}": call for (work, value), (call, _) in works.items()}
+    counts = {f"{work}|{value}": n for (work, value), (_, n) in works.items()}
+    frame = _frame(in_turn(named, counts, rounds))
+    split = frame.work.str.split("|", expand=True)
+    return frame.assign(of=of, work=split[0], value=split[1].astype(int))
+
+
+def sweep_classes(size: Size, classes: Sequence[int], tokens: int, prompts: int, rounds: int) -> pd.DataFrame:
+    questions = Questions.draw(size.model(), tokens, prompts)
+    works: dict[tuple[str, int], tuple[Work, int]] = {
+        (FI, k): (partial(fi_of, questions, 1, k), prompts) for k in classes
+    }
+    return sweep(works, "classes K", rounds)
+
+
+def sweep_tokens(size: Size, lengths: Sequence[int], prompts: int, rounds: int) -> pd.DataFrame:
+    model = size.model()
+    works: dict[tuple[str, int], tuple[Work, int]] = {}
+    for length in lengths:
+        questions = Questions.draw(model, length, prompts)
+        works[FI, length] = (partial(fi_of_weights, questions, 1), prompts)
+        works[JACOBIAN, length] = (partial(jacobian_norm, questions), prompts)
+    return sweep(works, "tokens T", rounds)
+
+
+def sweep_prompts(size: Size, counts: Sequence[int], tokens: int, rounds: int) -> pd.DataFrame:
+    """Seconds of the whole set, not of a prompt."""
+    model = size.model()
+    works: dict[tuple[str, int], tuple[Work, int]] = {}
+    for count in counts:
+        questions = Questions.draw(model, tokens, count)
+        works[FI, count] = (partial(fi_of_weights, questions, 1), 1)
+        works[JACOBIAN, count] = (partial(jacobian_norm, questions), 1)
+    return sweep(works, "prompts n", rounds)
+
+
+def sweep_batches(size: Size, batches: Sequence[int], tokens: int, rounds: int) -> pd.DataFrame:
+    """The same prompts, as many as the largest batch holds, in batches of several sizes."""
+    prompts = max(batches)
+    questions = Questions.draw(size.model(), tokens, prompts)
+    works: dict[tuple[str, int], tuple[Work, int]] = {
+        (FI, b): (partial(fi_of_weights, questions, b), prompts) for b in batches
+    }
+    return sweep(works, "prompts in a batch", rounds)
+
+
+def sweep_sizes(sizes: Sequence[Sequence[int]], tokens: int, prompts: int, rounds: int) -> pd.DataFrame:
+    """sizes: (hidden size, layers) of models with 64 dimensions a head (at least 2 heads); the value is N."""
+    works: dict[tuple[str, int], tuple[Work, int]] = {}
+    for hidden, layers in sizes:
+        model = Size(hidden, 3 * hidden, layers, max(2, hidden // 64)).model()
+        questions = Questions.draw(model, tokens, prompts)
+        n = Shape.of(model).linear
+        works[FI, n] = (partial(fi_of_weights, questions, 1), prompts)
+        works[JACOBIAN, n] = (partial(jacobian_norm, questions), prompts)
+    return sweep(works, "linear weights N", rounds)
+
+
+def exponent(swept: pd.DataFrame, work: str) -> tuple[float, float, float]:
+    """The slope of log seconds over log value: mean over the rounds and its 95 % t interval.
+
+    One line is fitted to each round, so that the interval knows how the rounds differ.
+    """
+    part = swept[swept.work == work]
+    slopes = [
+        float(np.polyfit(np.log(one.value), np.log(one.seconds), 1)[0]) for _, one in part.groupby("round")
+    ]
+    return mean_interval(slopes)
+
+
+def straight(swept: pd.DataFrame, work: str = FI) -> dict[str, float]:
+    """A straight line through the medians over the value: intercept, slope and R squared."""
+    part = swept[swept.work == work].groupby("value").seconds.median()
+    at = part.index.to_numpy(dtype=float)
+    slope, intercept = np.polyfit(at, part, 1)
+    left = part - (intercept + slope * at)
+    spread = float(((part - part.mean()) ** 2).sum())
+    return {
+        "intercept": float(intercept),
+        "slope": float(slope),
+        "r2": 1 - float((left**2).sum()) / spread,
+    }
+
+
+def sweep_table(swept: pd.DataFrame) -> pd.DataFrame:
+    """Median, smallest and largest seconds, a row for each sweep, work and value; n is the rounds."""
+    keys = ["of", "work", "value"]
+    return (
+        swept.groupby(keys, sort=False)
+        .seconds.agg(seconds="median", low="min", high="max", n="size")
+        .reset_index()
+    )
+
+
+def between(swept: pd.DataFrame, first: int, last: int) -> tuple[float, float, float]:
+    """FI's seconds at one value over those at another, in the same round: median, smallest, largest."""
+    wide = swept[swept.work == FI].pivot(index="round", columns="value", values="seconds")
+    found = (wide[first] / wide[last]).tolist()
+    return statistics.median(found), min(found), max(found)
+
+
+# --- pixels
+
+
+def time_pixels(
+    model: VisionModel, examples: Sequence[Example], batches: Sequence[int], rounds: int
+) -> pd.DataFrame:
+    """Seconds a batch of FI of every pixel by each filter, and of the works beside it.
+
+    Columns batch, work, round, seconds.
+
+    Raises ValueError for fewer examples than the largest batch.
+    """
+    if len(examples) < max(batches):
+        raise ValueError(f"{max(batches)} pictures are needed for the largest batch, not {len(examples)}.")
+    parts = []
+    for batch in batches:
+        with frozen(model.network), warnings.catch_warnings():
+            warnings.simplefilter("ignore", SaturationWarning)  # exact FI of pixels is (chapter 03)
+            works = _pixel_works(model, examples[:batch])
+            parts.append(_frame(in_turn(works, dict.fromkeys(works, 1), rounds)).assign(batch=batch))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _pixel_works(model: VisionModel, examples: Sequence[Example]) -> dict[str, Work]:
+    images = torch.stack([image_of(example) for example in examples]).to(model.device)
+    prompts = [example.prompt for example in examples]
+    count = len(examples[0].options)
+    ask = _pixel_log_probs(model, prompts, count)
+    works: dict[str, Work] = {
+        PIXEL_JACOBIAN: lambda: plain_jacobian(model, images, prompts, count),
+        SALIENCY: lambda: captum_saliency(model, images, prompts, count),
+        GRADIENTS: lambda: class_grads_of_inputs(ask, images / 255),
+    }
+    for spectral in FILTERS:
+        works[f"FI {spectral}"] = partial(
+            score_pixels, model, examples, ["FI"], spectral, batch_size=len(examples)
+        )
+    return works
+
+
+def _pixel_log_probs(model: VisionModel, prompts: Sequence[str], count: int) -> Callable[[Tensor], Tensor]:
+    """From images in [0, 1] to log-probabilities of the letters; one prompt serves any number of images."""
+    answers = option_letters(model.tokenizer, count)
+
+    def log_probs(x: Tensor) -> Tensor:
+        asked = list(prompts) if len(prompts) == len(x) else [prompts[0]] * len(x)
+        return answers.log_probs(model.last_logits(x * 255, asked))
+
+    return log_probs
+
+
+def count_pixels(model: VisionModel, example: Example) -> dict[str, int]:
+    """Operations in matrix products, by torch's counter, of one image: forward, Jacobian norm and FI."""
+    images, count = image_of(example)[None], len(example.options)
+    ask = _pixel_log_probs(model, [example.prompt], count)
+    with frozen(model.network):
+        with torch.no_grad():
+            forward = counted_by_torch(lambda: ask(images / 255))
+        return {
+            FORWARD: forward,
+            JACOBIAN: counted_by_torch(lambda: plain_jacobian(model, images, [example.prompt], count)),
+            FI: counted_by_torch(lambda: class_grads_of_inputs(ask, images / 255)),
+        }
+
+
+def by_differences(model: VisionModel, example: Example, pixels: int, levels: Sequence[int]) -> pd.DataFrame:
+    """FI of some pixels from log-probabilities alone, beside FI from gradients.
+
+    Central differences of so many grey levels: two forward passes for each channel of a pixel give the
+    derivatives of all classes. The pixels lie evenly over the ranking by FI, the highest among them.
+    Columns levels, worst (largest difference, relative to the highest FI), pixels, passes (used) and
+    passes_all (that all pixels of the image would take).
+    """
+    image = (image_of(example)[None] / 255).to(model.network.dtype)
+    ask = _pixel_log_probs(model, [example.prompt], len(example.options))
+    with frozen(model.network):
+        grads, probs, predicted = class_grads_of_inputs(ask, image)
+    probs, chosen = probs[:, 0], int(predicted[0])
+    truth = fi(grads[:, 0].flatten(2), probs, over=0, predicted=chosen, spectral=FILTER)
+    ranked = truth.argsort(descending=True)
+    places = ranked[torch.linspace(0, len(ranked) - 1, pixels).long()]
+    lines = []
+    for level in levels:
+        slopes = _slopes(ask, image, places, level / 255).to(probs)
+        made = fi(slopes, probs, over=0, predicted=chosen, spectral=FILTER)
+        worst = float((made - truth[places]).abs().max() / truth.max())
+        lines.append((level, worst, pixels, 6 * pixels, 2 * image.numel()))
+    return pd.DataFrame(lines, columns=["levels", "worst", "pixels", "passes", "passes_all"])
+
+
+@torch.no_grad()
+def _slopes(ask: Callable[[Tensor], Tensor], image: Tensor, places: Tensor, step: float) -> Tensor:
+    """Central differences (K, 3, pixels) of the log-probabilities in the channels of some pixels."""
+    moved = image.repeat(6 * len(places), 1, 1, 1).view(len(places), 3, 2, *image.shape[1:])
+    for i, place in enumerate(places.tolist()):
+        for c in range(3):
+            moved[i, c, 0, c].view(-1)[place] += step
+            moved[i, c, 1, c].view(-1)[place] -= step
+    log_p = torch.cat([ask(part) for part in moved.flatten(0, 2).split(24)]).view(len(places), 3, 2, -1)
+    slopes: Tensor = ((log_p[:, :, 0] - log_p[:, :, 1]) / (2 * step)).permute(2, 1, 0)
+    return slopes
+
+
+# --- memory
+
+
+def predicted_bytes(shape: Shape, tokens: int, save_memory: bool, classes: int = 4) -> dict[str, int]:
+    """Memory of damped FI in float32, one prompt at a time, by what has to be held.
+
+    Of every layer's output there are an activation, its copy in the graph and K - 1 gradients: of all
+    blocks, or, to save memory, of one block at a time, beside what goes from block to block. At work are
+    a few blocks of class gradients, and one matrix three times while hooks are compared with autograd.
+    """
+    b = shape.block
+    keys = shape.hidden * shape.kv_heads // shape.heads
+    width = 5 * shape.hidden + 2 * keys + 3 * shape.inner  # norms, q, o, down; k, v; gate, up, their product
+    held = (classes + 1) * tokens * width * SCORE_BYTES
+    between_blocks = shape.layers * tokens * shape.hidden * SCORE_BYTES
+    return {
+        "weights": SCORE_BYTES * shape.parameters,
+        "result": SCORE_BYTES * shape.linear,
+        "activations": held + between_blocks if save_memory else shape.layers * held,
+        "at work": 5 * SCORE_BYTES * classgrads.BLOCK + 3 * SCORE_BYTES * max(b.values()),
+    }
+
+
+@dataclass(frozen=True)
+class Peak:
+    """What a fresh process scores, to see how much memory it takes."""
+
+    size: Size
+    tokens: int
+    save_memory: bool = False
+    displaced: bool = False
+
+    def measure(self) -> int:
+        """Peak bytes of this process beyond what it held before it made the model, a small run before it."""
+        _scored(Size(64, 128, 2, 2).model(), 8, self.save_memory, self.displaced)
+        before = _resident("VmRSS")
+        _scored(self.size.model(), self.tokens, self.save_memory, self.displaced)
+        return _resident("VmHWM") - before
+
+
+def _scored(model: LanguageModel, tokens: int, save_memory: bool, displaced: bool) -> None:
+    questions = Questions.draw(model, tokens, 2)
+    if displaced:
+        fi_of(questions, 1, displaced=True)
+    else:
+        fi_of_weights(questions, 1, save_memory)
+
+
+def measured_peaks(peaks: Mapping[str, Peak]) -> dict[str, int]:
+    """Peak bytes of each, in fresh processes side by side that give back at once what is freed."""
+    root = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    settings = {**os.environ, "PYTHONPATH": path, "MALLOC_MMAP_THRESHOLD_": str(2**16)}
+    running = {}
+    for name, peak in peaks.items():
+        code = (
+            "from fihelpers.bench import Size; from fihelpers.experiments.cost import Peak; "
+            f"print({peak!r}.measure())"
+        )
+        running[name] = subprocess.Popen(
+            [sys.executable, "-c", code],
+            env=settings,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    found = {}
+    for name, process in running.items():
+        out, error = process.communicate()
+        if process.returncode:
+            last = (error.strip().splitlines() or ["it was killed"])[-1]
+            raise RuntimeError(f"the memory of {name} could not be measured: {last}")
+        found[name] = int(out.splitlines()[-1])
+    return found
+
+
+def _resident(what: str) -> int:
+    """Bytes of this process in memory: VmRSS now, VmHWM at most so far. Linux alone tells them."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    except OSError as error:
+        raise RuntimeError("this system does not tell a process's peak memory; use Linux.") from error
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what))
+
+
+def preflight_bytes(size: Size, tokens: int) -> int:
+    """What `estimate_scores` says before a run of `score_weights`, FI alone, one prompt at a time."""
+    with tempfile.TemporaryDirectory() as folder:
+        size.model().network.save_pretrained(folder)
+        estimate = estimate_scores(
+            folder, measures=["FI"], batch_size=1, tokens=tokens, classes=4, out=folder
+        )
+    return estimate.memory_bytes
+
+
+def memory_table(size: Size, tokens: int) -> pd.DataFrame:
+    """Predicted and measured peaks in MB, and measured / predicted; `least` is weights and result(s)."""
+    shape = Shape.of(size.model())
+    runs = {
+        "FI, at once": Peak(size, tokens),
+        "FI, block by block": Peak(size, tokens, save_memory=True),
+        "preflight: FI and two moments": Peak(size, tokens, displaced=True),
+    }
+    by_hand = {
+        "FI, at once": sum(predicted_bytes(shape, tokens, False).values()),
+        "FI, block by block": sum(predicted_bytes(shape, tokens, True).values()),
+        "preflight: FI and two moments": preflight_bytes(size, tokens),
+    }
+    lines = []
+    for name, peak in measured_peaks(runs).items():
+        results = 3 if runs[name].displaced else 1
+        least = SCORE_BYTES * (shape.parameters + results * shape.linear)
+        lines.append((name, least / 1e6, by_hand[name] / 1e6, peak / 1e6, peak / by_hand[name], peak / least))
+    columns = ["run", "least", "predicted", "measured", "ratio", "over_least"]
+    return pd.DataFrame(lines, columns=columns).set_index("run")
+
+
+# --- the top share
+
+
+@dataclass(frozen=True, eq=False)
+class Picked:
+    """Seconds of choosing the top share of many scores, and whether the choice was that of a full sort."""
+
+    timings: pd.DataFrame
+    exact: bool
+    chosen: int
+    tied: int
+
+
+def pick_top(count: int, share: float, rounds: int, seed: int) -> Picked:
+    """Choose the top share of `count` scores with many ties: by streaming, by `topk` and by a full sort."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(count, generator=generator).abs_().mul_(64).round_().div_(64)  # a few hundred values
+    take = max(1, round(share * count))
+    masks: list[Tensor] = []
+
+    def stream() -> None:
+        masks[:] = [TopShare(["all"], lambda name: iter(scores.split(CHUNK)), take).mask("all")]
+
+    works: dict[str, Work] = {
+        "two passes": stream,
+        "topk": lambda: scores.topk(take, sorted=False),
+        "full sort": lambda: scores.sort(descending=True),
+    }
+    timings = _frame(in_turn(works, dict.fromkeys(works, 1), rounds))
+    border = float(scores.sort(descending=True).values[take - 1])
+    mask = masks[0]
+    exact = int(mask.sum()) == take and bool(mask[scores > border].all()) and not mask[scores < border].any()
+    return Picked(timings, exact, take, int((scores == border).sum()))
+
+
+# --- what larger models would take
+
+
+LARGE = {
+    "Llama-2-7B": Shape(4096, 11008, 32, 32, 32, 32000, tied=False),
+    "Qwen2-7B": Shape(3584, 18944, 28, 28, 4, 152064, tied=False),
+    "Llama-2-13B": Shape(5120, 13824, 40, 40, 40, 32000, tied=False),
+    "Llama-2-70B": Shape(8192, 28672, 80, 64, 8, 32000, tied=False),
+}
+
+
+def large_models(
+    hardware: Mapping[str, Sequence[float]], share: float, tokens: int, classes: int = 4
+) -> pd.DataFrame:
+    """Seconds and gigabytes that FI of every linear weight would take: reckoned, not measured.
+
+    hardware: {name: [peak rate in 10^12 operations/s, GB/s of its memory, GB of its memory]};
+    share: of the peak rate that matrix products reach. bfloat16 weights (2 bytes), float32 result.
+    Columns: model, hardware, linear (10^9), operations (10^12), seconds (of the products), traffic (seconds
+    to read and write the float32 result once), gradients (seconds to write and read the class gradients,
+    were they not combined on the spot), gigabytes, over (what is missing; 0 if it fits) and devices.
+    """
+    lines = []
+    for name, shape in LARGE.items():
+        count = sum(operations(shape, tokens, FI, classes).values())
+        held = (2 * shape.parameters + SCORE_BYTES * shape.linear) / 1e9
+        for device, (tflops, gb_per_s, gigabytes) in hardware.items():
+            rate = gb_per_s * 1e9
+            lines.append(
+                {
+                    "model": name,
+                    "hardware": device,
+                    "linear": shape.linear / 1e9,
+                    "operations": count / 1e12,
+                    "seconds": count / (share * tflops * 1e12),
+                    "traffic": 2 * SCORE_BYTES * shape.linear / rate,
+                    "gradients": 2 * written_out(shape, classes) / rate,
+                    "gigabytes": held,
+                    "over": max(0.0, held - gigabytes),
+                    "devices": math.ceil(held / gigabytes),
+                }
+            )
+    return pd.DataFrame(lines)
+
+
+# --- verdicts
+
+
+def verdict(low: float, high: float, least: float, most: float) -> str:
+    """What a range says about the claim that a value lies between least and most."""
+    if least <= low and high <= most:
+        return "holds"
+    return "does not hold" if high < least or low > most else "undecided"
+
+
+def claims(
+    weights: Mapping[str, tuple[float, float, float]],
+    pixels: Mapping[str, tuple[float, float, float]],
+    counted: Mapping[str, float],
+    differences: tuple[float, int],
+    rounds: int,
+) -> pd.DataFrame:
+    """Claims 24 and 25: claim, setting, n, value, low, high, verdict.
+
+    weights, pixels: FI over Jacobian norm by setting, median and range over the rounds. counted: the same of
+    operations. differences: worst relative difference of FI by differences, and the pixels it was found on.
+    """
+    lines: list[tuple[object, ...]] = []
+    for setting, found in pixels.items():
+        said = verdict(*found[1:], *ABOUT_TWICE)
+        lines.append(("24: pixels, about twice the Jacobian norm", setting, rounds, *found, said))
+    for setting, found in weights.items():
+        said = verdict(*found[1:], *SAME_ORDER)
+        lines.append(("24: weights, the same order as the Jacobian norm", setting, rounds, *found, said))
+    for setting, value in counted.items():
+        said = verdict(value, value, 0.9 * PAPER_THEORY, 1.1 * PAPER_THEORY)
+        lines.append(("24: nine times in theory", setting, 1, value, value, value, said))
+    worst, n = differences
+    said = "does not hold: log-probabilities suffice" if worst < CLOSE else "undecided"
+    name = "relative difference of FI by central differences"
+    lines.append(("25: FI needs gradients", name, n, worst, worst, worst, said))
+    columns = ["claim", "setting", "n", "value", "low", "high", "verdict"]
+    return pd.DataFrame(lines, columns=columns)
+
+
+def machine_now() -> dict[str, Any]:
+    """Cores, threads and load, without which no second means anything."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else math.nan
+    return {"cores": os.cpu_count() or 1, "threads": torch.get_num_threads(), "load": round(load, 2)}
