@@ -572,12 +572,16 @@ def measured_peaks(peaks: Mapping[str, Peak]) -> dict[str, int]:
             text=True,
         )
     found = {}
-    for name, process in running.items():
-        out, error = process.communicate()
-        if process.returncode:
-            last = (error.strip().splitlines() or ["it was killed"])[-1]
-            raise RuntimeError(f"the memory of {name} could not be measured: {last}")
-        found[name] = int(out.splitlines()[-1])
+    try:
+        for name, process in running.items():
+            out, error = process.communicate()
+            if process.returncode:
+                last = (error.strip().splitlines() or ["it was killed"])[-1]
+                raise RuntimeError(f"the memory of {name} could not be measured: {last}")
+            found[name] = int(out.splitlines()[-1])
+    finally:  # after an interruption, or where one of them failed
+        for process in running.values():
+            process.kill()
     return found
 
 
