@@ -559,6 +559,8 @@ def test_a_fault_of_the_check_itself_is_not_hidden() -> None:
     assert not broken(...).solved
 
 
-def test_a_message_is_wrapped_where_it_is_shown() -> None:
+def test_a_message_is_wrapped_on_a_terminal_and_marked_up_on_a_page() -> None:
     shown = repr(Verdict(True, "word " * 60))
     assert max(map(len, shown.splitlines())) <= 96
+    assert Verdict(False, "Not quite. See 1.5.")._repr_markdown_() == "**Not quite.** See 1.5."
+    assert Verdict(False, NOT_YET)._repr_markdown_().startswith("**Not yet:** put")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from torch import Tensor
 
 NOT_YET = "Not yet: put your answer in place of the dots, and run the cell again."
 RTOL = 0.005  # an answer typed with three digits is right
-WIDTH = 96  # characters a line of a message
+WIDTH = 96  # characters a line of a message on a terminal
 
 Arguments = ParamSpec("Arguments")
 Slips = Mapping[str, float]  # a hint, and the value that shows that it is needed
@@ -27,13 +28,16 @@ Slips = Mapping[str, float]  # a hint, and the value that shows that it is neede
 
 @dataclass(frozen=True, repr=False)
 class Verdict:
-    """Whether an answer is right, and what to say about it; a notebook shows the message."""
+    """Whether an answer is right, and what to say about it (in markdown); a notebook shows the message."""
 
     solved: bool
     message: str
 
     def __repr__(self) -> str:
         return textwrap.fill(self.message, WIDTH)
+
+    def _repr_markdown_(self) -> str:
+        return re.sub(r"^[\w ]+[.:]", r"**\g<0>**", self.message)
 
 
 class Wrong(Exception):
