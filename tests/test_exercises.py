@@ -212,303 +212,45 @@ SHARES, CURVE = [0, 0.01, 0.02, 0.05, 0.1], [-0.2, -0.5, -0.8, -1.4, -1.6]
 SIX = torch.tensor([0.3, -0.1, 0.02, -0.6, 0.05, 0.2], dtype=torch.float64)
 
 SLIPS = [  # a check, what it is given, and a word of its hint
-    (
-        ch01.probability_of_b,
-        (
-            0.54,
-            RAW,
-        ),
-        "other words",
-    ),
-    (
-        ch01.times_wider,
-        (
-            15,
-            (9, 10),
-            (135, 150),
-        ),
-        "more questions",
-    ),
-    (
-        ch01.unseen_damage,
-        (
-            [0.9, 0.1, 0.1, 0.1],
-            [0.4, 0.2, 0.2, 0.2],
-        ),
-        "sums to 1.200",
-    ),
-    (
-        ch01.unseen_damage,
-        (
-            [0.7, 0.1, 0.1, 0.1],
-            [0.3, 0.4, 0.2, 0.1],
-        ),
-        "accuracy notices",
-    ),
-    (
-        ch01.unseen_damage,
-        (
-            [0.7, 0.1, 0.1, 0.1],
-            [0.4, 0.2, 0.2, 0.2],
-        ),
-        "keeps 57%",
-    ),
-    (
-        ch02.free_gradient,
-        (
-            0.4 * 0.5 - 0.1 / 0.6,
-            P,
-            0.4,
-            -1.0,
-        ),
-        "sign",
-    ),
-    (
-        ch02.by_hand,
-        (
-            0.05**2 + 0.2**2 + 0.9**2,
-            0,
-            0,
-            P,
-            S,
-        ),
-        "probabilities out",
-    ),
-    (
-        ch02.by_hand,
-        (
-            G,
-            0.05**2,
-            0,
-            P,
-            S,
-        ),
-        "divide by the metric",
-    ),
-    (
-        ch02.by_hand,
-        (
-            G,
-            FI,
-            1.5,
-            P,
-            S,
-        ),
-        "odds *for*",
-    ),
-    (
-        ch02.half_way,
-        (
-            1e-9,
-            P,
-            S,
-        ),
-        "too small",
-    ),
-    (
-        ch02.half_way,
-        (
-            1e9,
-            P,
-            S,
-        ),
-        "too large",
-    ),
+    (ch01.probability_of_b, (0.54, RAW), "other words"),
+    (ch01.times_wider, (15, (9, 10), (135, 150)), "more questions"),
+    (ch01.unseen_damage, ([0.9, 0.1, 0.1, 0.1], [0.4, 0.2, 0.2, 0.2]), "sums to 1.200"),
+    (ch01.unseen_damage, ([0.7, 0.1, 0.1, 0.1], [0.3, 0.4, 0.2, 0.1]), "accuracy notices"),
+    (ch01.unseen_damage, ([0.7, 0.1, 0.1, 0.1], [0.4, 0.2, 0.2, 0.2]), "keeps 57%"),
+    (ch02.free_gradient, (0.4 * 0.5 - 0.1 / 0.6, P, 0.4, -1.0), "sign"),
+    (ch02.by_hand, (0.05**2 + 0.2**2 + 0.9**2, 0, 0, P, S), "probabilities out"),
+    (ch02.by_hand, (G, 0.05**2, 0, P, S), "divide by the metric"),
+    (ch02.by_hand, (G, FI, 1.5, P, S), "odds *for*"),
+    (ch02.half_way, (1e-09, P, S), "too small"),
+    (ch02.half_way, (1e9, P, S), "too large"),
     (ch02.other_units, ({"s": 100, "G": 1, "FI": 1},), "other way"),
     (ch02.other_units, ({"s": 0.01, "G": 0.01, "FI": 1},), "more than once"),
-    (
-        ch02.two_orders,
-        (
-            [[1.0, 0.01], [-0.5, 0.01]],
-            P,
-        ),
-        "should be ahead",
-    ),
-    (
-        ch02.two_orders,
-        (
-            [[1.0, 1.0], [1.0, 0.9]],
-            P,
-        ),
-        "10 times",
-    ),
-    (
-        ch03.largest_confidence,
-        (
-            2.5 / 3.5,
-            2.5,
-        ),
-        "*against*",
-    ),
-    (
-        ch03.flat_maps,
-        (
-            ["x", "y"],
-            {"x": (2, 1), "y": (4, 1)},
-        ),
-        "can rank",
-    ),
-    (
-        ch03.flat_maps,
-        (
-            ["x"],
-            {"x": (2, 1), "y": (4, 3)},
-        ),
-        "missing",
-    ),
-    (
-        ch03.filter_takes_over,
-        (
-            1e-6,
-            *ch03.many_weights(),
-        ),
-        "share 1",
-    ),
-    (
-        ch03.filter_takes_over,
-        (
-            100.0,
-            *ch03.many_weights(),
-        ),
-        "smaller",
-    ),
-    (
-        ch04.fewest_tokens,
-        (
-            5,
-            13,
-            3,
-            2,
-        ),
-        "no token",
-    ),
-    (
-        ch04.fewest_tokens,
-        (
-            4,
-            12,
-            3,
-            2,
-        ),
-        "still at the ceiling",
-    ),
-    (
-        ch04.verdicts,
-        (
-            {"a": "holds"},
-            {"a": (-0.1, 0.1)},
-        ),
-        "*whole* interval",
-    ),
-    (
-        ch04.mean_height,
-        (
-            float(np.mean(CURVE)),
-            SHARES,
-            CURVE,
-        ),
-        "evenly spaced",
-    ),
+    (ch02.two_orders, ([[1.0, 0.01], [-0.5, 0.01]], P), "should be ahead"),
+    (ch02.two_orders, ([[1.0, 1.0], [1.0, 0.9]], P), "10 times"),
+    (ch03.largest_confidence, (2.5 / 3.5, 2.5), "*against*"),
+    (ch03.flat_maps, (["x", "y"], {"x": (2, 1), "y": (4, 1)}), "can rank"),
+    (ch03.flat_maps, (["x"], {"x": (2, 1), "y": (4, 3)}), "missing"),
+    (ch03.filter_takes_over, (1e-06, *ch03.many_weights()), "share 1"),
+    (ch03.filter_takes_over, (100.0, *ch03.many_weights()), "smaller"),
+    (ch04.fewest_tokens, (5, 13, 3, 2), "no token"),
+    (ch04.fewest_tokens, (4, 12, 3, 2), "still at the ceiling"),
+    (ch04.verdicts, ({"a": "holds"}, {"a": (-0.1, 0.1)}), "*whole* interval"),
+    (ch04.mean_height, (float(np.mean(CURVE)), SHARES, CURVE), "evenly spaced"),
     (ch04.costly_pixel, (torch.full((3, 8, 8), 240.0),), "one colour"),
     (ch04.costly_pixel, (255 * torch.eye(8).expand(3, 8, 8),), "beside everything"),
-    (
-        ch05.odds_factor,
-        (
-            0.8 / 0.7,
-            0.7,
-            0.8,
-        ),
-        "odds against",
-    ),
-    (
-        ch05.bonferroni,
-        (
-            0.95 ** (1 / 20),
-            1,
-            20,
-            0.95,
-        ),
-        "Šidák",
-    ),
-    (
-        ch05.bonferroni,
-        (
-            0.99,
-            1,
-            20,
-            0.95,
-        ),
-        "too large",
-    ),
+    (ch05.odds_factor, (0.8 / 0.7, 0.7, 0.8), "odds against"),
+    (ch05.bonferroni, (0.95 ** (1 / 20), 1, 20, 0.95), "Šidák"),
+    (ch05.bonferroni, (0.99, 1, 20, 0.95), "too large"),
     (ch05.mean_of_ratios, ([2, 0.5, 1, 1],), "fall"),
     (ch05.controlled, ("any sentence does it",), "unrelated"),
-    (
-        ch06.one_token,
-        (
-            1 / 64,
-            64,
-        ),
-        "root",
-    ),
-    (
-        ch06.promise,
-        (
-            0.4 * 0.45**0.5,
-            SIX,
-            8.0,
-            0.05,
-            2,
-        ),
-        "sign",
-    ),
-    (
-        ch06.best_moves,
-        (
-            0.2 * SIX,
-            SIX,
-            SIX,
-            1.0,
-        ),
-        "raises",
-    ),
-    (
-        ch06.best_moves,
-        (
-            -0.1 * SIX.sign(),
-            SIX,
-            SIX,
-            1.0,
-        ),
-        "of what is possible",
-    ),
+    (ch06.one_token, (1 / 64, 64), "root"),
+    (ch06.promise, (0.4 * 0.45**0.5, SIX, 8.0, 0.05, 2), "sign"),
+    (ch06.best_moves, (0.2 * SIX, SIX, SIX, 1.0), "raises"),
+    (ch06.best_moves, (-0.1 * SIX.sign(), SIX, SIX, 1.0), "of what is possible"),
     (ch06.what_the_control_says, ("the model is robust",), "size of the damage"),
-    (
-        ch07.words_shared,
-        (
-            2 / 6 + 1,
-            "a b",
-            "c a",
-        ),
-        "too large",
-    ),
-    (
-        ch07.dispensable,
-        (
-            1.0,
-            [-0.5, -0.5],
-            P,
-        ),
-        "does not look at the weight",
-    ),
-    (
-        ch07.dispensable,
-        (
-            0.1,
-            [1.0, -3.0],
-            P,
-        ),
-        "half of it or more",
-    ),
+    (ch07.words_shared, (2 / 6 + 1, "a b", "c a"), "too large"),
+    (ch07.dispensable, (1.0, [-0.5, -0.5], P), "does not look at the weight"),
+    (ch07.dispensable, (0.1, [1.0, -3.0], P), "half of it or more"),
 ]
 
 

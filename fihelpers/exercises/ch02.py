@@ -99,7 +99,7 @@ def other_units(factors: Mapping[str, object]) -> str:
     equal(factors["G"], 1 / UNITS**2, slips, name="The factor of G", hint="Think of s squared.")
     equal(factors["FI"], 1.0, {}, name="The factor of FI", hint="Put the two factors into s² / G.")
     return (
-        "Gradient and metric change, FI does not. Damped FI does: λ would have to be divided by the "
+        "Gradient and metric change, FI does not. Damped FI does: λ would have to change by the "
         "same factor as G, and nothing tells it to."
     )
 

@@ -54,7 +54,7 @@ def bonferroni(level: object, by_chance: object, comparisons: int, family: float
         name="`by_chance`",
         hint="Each one misses with the same chance.",
     )
-    return "A list of plain intervals always has finds. Correct it, or say how many chance alone would bring."
+    return "Many plain intervals always bring finds. Correct them, or say how many chance would bring."
 
 
 @exercise

@@ -32,9 +32,7 @@ def competitors(
             raise Wrong(
                 f"{label} is {count}. Take the top {share:.0%} {other}, then count those in {name!r}."
             )
-    return (
-        "Competing over all weights, a matrix with large scores gives most; with a share of its own, no more."
-    )
+    return "Over all weights, a matrix with large scores gives most; with a share of its own, as much as any."
 
 
 @exercise
