@@ -3,10 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: book test lab clean
+.PHONY: book publish test lab clean
 
 book: $(INSTALLED)
 	$(BIN)/python -m fihelpers build --profile embedded
+
+publish: $(INSTALLED)
+	$(BIN)/python -m fihelpers build --profile embedded --check
 
 test: $(INSTALLED)
 	$(BIN)/ruff check .

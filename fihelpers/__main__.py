@@ -11,6 +11,7 @@ from fihelpers import runs
 from fihelpers.parameters import declared, spoken
 
 BOOKS_PROFILE = "embedded"  # the profile whose pages and numbers the project shows
+NO_BROWSER = "no Chromium or Chrome was found, so no page was opened."
 CHECKOUT = Path(__file__).resolve().parent.parent
 
 
@@ -54,13 +55,17 @@ def _parser() -> argparse.ArgumentParser:
 
     build = commands.add_parser("build", help="run every chapter that changed and build the book")
     build.add_argument("--profile", default=BOOKS_PROFILE, help="a file of notebooks/profiles (%(default)s)")
-    build.add_argument("--check", action="store_true", help="open every page in a browser")
+    build.add_argument("--check", action="store_true", help="open every page in a browser, and check sizes")
     build.add_argument("--keep-results", action="store_true", help="copy the numbers to data/results")
     build.add_argument("--jobs", type=int, default=1, help="chapters run at a time (%(default)s)")
     build.set_defaults(command=_build)
 
     _add_sweep(commands)
     _add_score(commands)
+    pdf = commands.add_parser("pdf", help="print one chapter of the built book as PDF")
+    pdf.add_argument("chapter", help="its number or name, such as 7 or 07_sparsification")
+    pdf.add_argument("--out", type=Path, help="the file to write (build/pdf/CHAPTER.pdf)")
+    pdf.set_defaults(command=_pdf)
 
     minis = commands.add_parser("train-minis", help="make the bundled models again")
     minis.add_argument("which", choices=["lm", "vlm", "experts"])
@@ -197,18 +202,31 @@ def _score(options: argparse.Namespace) -> None:
 
 def _check_pages(html: Path) -> None:
     """Open the pages in a browser; without one, say so, or fail where FIHELPERS_REQUIRE_BROWSER is set."""
-    from fihelpers import book
+    from fihelpers import browser, publish
 
-    browser = book.find_browser()
-    if browser is None:
-        message = "no Chromium or Chrome was found, so no page was opened."
-        if os.environ.get("FIHELPERS_REQUIRE_BROWSER"):
-            raise FileNotFoundError(f"{message} FIHELPERS_REQUIRE_BROWSER asks for one; install Chromium.")
-        print(f"SKIPPED: {message}", file=sys.stderr)
-        return
-    findings = book.check_pages(html, browser)
+    findings = publish.check_sizes(html)
+    chromium = browser.find_browser()
+    if chromium is not None:
+        findings += browser.check_pages(html, chromium)
+    elif os.environ.get("FIHELPERS_REQUIRE_BROWSER"):
+        raise FileNotFoundError(f"{NO_BROWSER} FIHELPERS_REQUIRE_BROWSER asks for one; install Chromium.")
+    else:
+        print(f"SKIPPED: {NO_BROWSER}", file=sys.stderr)
     if findings:
         raise ValueError("\n".join(["the pages have faults:", *findings]))
+
+
+def _pdf(options: argparse.Namespace) -> None:
+    from fihelpers import browser
+
+    folder = runs.notebooks_folder()
+    chapter = runs.find_chapter(folder, options.chapter).stem
+    chromium = browser.find_browser()
+    if chromium is None:
+        raise FileNotFoundError("no Chromium or Chrome was found to print with; install one.")
+    pages = folder.parent / "book" / "_build" / "html"
+    target = options.out or folder.parent / "build" / "pdf" / f"{chapter}.pdf"
+    print(browser.print_pdf(pages, f"chapters/{chapter}.html", target, chromium))
 
 
 def _train_minis(options: argparse.Namespace) -> None:

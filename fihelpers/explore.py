@@ -12,6 +12,8 @@ import traitlets
 from IPython.display import HTML, display
 from matplotlib.figure import Figure
 
+from fihelpers.figures.described import small_png
+
 DPI = 160  # pixels an inch of a stored frame
 CSS_DPI = 96  # pixels an inch of a page, by the definition of CSS
 INTERVAL = 1000  # milliseconds a frame stays while playing
@@ -138,7 +140,7 @@ def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     with plt.rc_context({"savefig.bbox": None}):
         figure.savefig(buffer, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
-    return buffer.getvalue()
+    return small_png(buffer.getvalue())
 
 
 def _data_uri(png: bytes) -> str:

@@ -1,8 +1,8 @@
 """Runs of chapters by papermill: a notebook and a profile in, an executed notebook and its records out.
 
 A run leaves ``{chapter}.ipynb``, ``{chapter}.json`` (records), ``{chapter}.*.csv`` (tables) and
-``{chapter}.key`` in its folder. The key is a hash of everything the run depends on; while it holds, the
-chapter is not run again.
+``{chapter}.key`` in its folder; the notebook's metadata say how many seconds it took. The key is a hash of
+everything the run depends on; while it holds, the chapter is not run again.
 """
 
 import asyncio
@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -182,6 +183,7 @@ def _papermill(
     import nbformat
     import papermill
 
+    started = time.monotonic()
     with _closed_loop():
         executed = papermill.execute_notebook(
             notebook,
@@ -196,6 +198,7 @@ def _papermill(
         )
     for part in (executed, *executed.cells):  # times and paths of this machine, which a page would publish
         part.metadata.pop("papermill", None)
+    executed.metadata["fihelpers"] = {"seconds": round(time.monotonic() - started, 1)}
     nbformat.write(executed, output)
 
 

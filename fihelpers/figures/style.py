@@ -15,6 +15,8 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from fihelpers.figures.described import DescribedFigure
+
 INK = "#262626"
 GREY = "#767676"
 SEQUENTIAL = "cividis"  # for heat maps of something that only grows; readable without colour vision
@@ -105,9 +107,12 @@ def new_figure(
 ) -> tuple[Figure, np.ndarray[Any, np.dtype[Any]]]:
     """A figure of `size` inches and its axes, always an array (rows, columns).
 
-    pyplot forgets it at once: it is shown when a cell ends with it, once, and leaves no figure open.
+    pyplot forgets it at once: it is shown when a cell ends with it, once, and leaves no figure open. What is
+    shown carries the figure's titles and labels as its alt text.
     """
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, **options)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=size, squeeze=False, FigureClass=DescribedFigure, **options
+    )
     plt.close(figure)
     return figure, axes
 
