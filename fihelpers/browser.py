@@ -182,6 +182,8 @@ async def _all_faults(chromium: "Browser", site: _Site, names: list[str]) -> lis
 
 async def _faults(page: "Page", site: _Site, name: str) -> list[str]:
     """The faults of one page in all views; one that shows in several comes as often."""
+    from playwright.async_api import TimeoutError
+
     faults: list[str] = []
     _listen(page, site.address, faults)
     await _show(page, WIDTHS[0], "light")
@@ -196,6 +198,8 @@ async def _faults(page: "Page", site: _Site, name: str) -> list[str]:
     await page.evaluate(site.axe)
     for width, scheme in zip(WIDTHS, SCHEMES, strict=True):
         await _show(page, width, scheme)
+        with suppress(TimeoutError):
+            await page.wait_for_function(_SETTLED, timeout=REACTION)
         faults += await page.evaluate(_AXE, list(AXE_NOT_ASKED))
     if (
         "/" not in name
@@ -332,6 +336,10 @@ _CHANGED = f"""async (explorer, patience) => {{
   }}
   return false;
 }}"""
+
+# True once the theme lets the keys scroll what became too wide; it looks a while after the screen changed.
+_SETTLED = """() => [...document.querySelectorAll("[tabindex='-1']")]
+  .every(part => part.scrollWidth <= part.clientWidth)"""
 
 # Serious and critical faults by axe-core. Formulas are left out, since they have many parts and MathJax's own
 # words for each; they were seen to be typeset before.

@@ -8,6 +8,7 @@ from typing import Any
 from fihelpers.publish import CARD, address
 
 CARD_ALT = "Accuracy against the share of weights set to zero, for weights chosen by four measures."
+SHORTEST = 60  # characters of a description, where a page has a paragraph that long
 LONGEST = 200  # characters of a description
 
 
@@ -53,11 +54,14 @@ def _extend_page(app: Any, name: str, template: str, context: dict[str, Any], do
 
 
 def _description(doctree: Any) -> str:
-    """The first paragraph of a page, cut at a word."""
+    """The first paragraph of a page that is more than a heading or an item of a list, cut at a word."""
     if doctree is None:
         return ""
-    paragraph = next(iter(doctree.findall(lambda node: node.tagname == "paragraph")), None)
-    text = " ".join(paragraph.astext().split()) if paragraph else ""
+    paragraphs = doctree.findall(
+        lambda node: node.tagname == "paragraph" and node.parent.tagname == "section"
+    )
+    texts = [" ".join(paragraph.astext().split()) for paragraph in paragraphs]
+    text = next((text for text in texts if len(text) >= SHORTEST), next(iter(texts), ""))
     return text if len(text) <= LONGEST else text[:LONGEST].rsplit(" ", 1)[0] + " …"
 
 

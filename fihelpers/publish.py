@@ -162,7 +162,8 @@ def _duration(seconds: float | None) -> str:
     if seconds is None:
         return "not recorded"
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    text = f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    return text.replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def _versions(rows: list[dict[str, Any]], book: Path) -> dict[str, str]:

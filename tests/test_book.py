@@ -4,8 +4,11 @@ import json
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
+import xml.etree.ElementTree as ElementTree
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +18,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from playwright.sync_api import Browser, sync_playwright
 
-from fihelpers import book
+from fihelpers import book, browser, publish
 
 CELLS = [
     new_markdown_cell(
@@ -25,9 +28,11 @@ CELLS = [
     ),
     new_code_cell("SEED = 0", metadata={"tags": ["parameters"]}),
     new_code_cell(
-        "import matplotlib.pyplot as plt\nimport seaborn as sns\nfrom myst_nb import glue\n"
-        "from fihelpers.explore import flipbook\n"
-        "glue('accuracy', 0.8125, display=False)\nsns.barplot(x=['a', 'b'], y=[1, 2]);"
+        "import matplotlib.pyplot as plt\nfrom myst_nb import glue\nfrom tqdm.notebook import tqdm\n"
+        "from fihelpers.explore import flipbook\nfrom fihelpers.figures.style import new_figure\n"
+        "glue('accuracy', 0.8125, display=False)\nlist(tqdm(range(2)))\n"
+        "figure, axes = new_figure()\naxes[0, 0].bar(['a', 'b'], [1, 2])\n"
+        "axes[0, 0].set(title='Two bars', xlabel='name', ylabel='height')\nfigure"
     ),
     new_markdown_cell(
         "Accuracy is {glue:text}`accuracy:.2f`.\n\n| n | value |\n|---|---|\n| 1 | {glue:text}`accuracy` |"
@@ -52,15 +57,17 @@ def new_book(folder: Path, chapters: list[str]) -> Path:
     source = folder / "book"
     source.mkdir()
     book.fetch_assets()
-    for name in ("_config.yml", "references.bib", "references.md", "package.json", "package-lock.json"):
-        shutil.copy(book.BOOK / name, source)
+    for path in book.BOOK.glob("*"):
+        if path.is_file() and path.name not in ("_toc.yml", "intro.md"):
+            shutil.copy(path, source)
     for name in ("web", "assets"):
         shutil.copytree(book.BOOK / name, source / name)
     files = "".join(
-        f"  - file: {name}\n" for name in [*(f"chapters/{name}" for name in chapters), "references"]
+        f"  - file: {name}\n"
+        for name in [*(f"chapters/{name}" for name in chapters), "references", "copies", "status"]
     )
     (source / "_toc.yml").write_text(f"format: jb-book\nroot: intro\nchapters:\n{files}")
-    (source / "intro.md").write_text("# Intro\n\nText.\n")
+    (source / "intro.md").write_text("# Intro\n\nA word on saturation.\n")
     return source
 
 
@@ -87,13 +94,15 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
         check=True,
         capture_output=True,
     )
-    return book.build_book(runs, folder / "out", new_book(folder, ["tiny"])).parent
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FIHELPERS_REPOSITORY", "https://github.com/Someone/a-book")
+        return book.build_book(runs, folder / "out", new_book(folder, ["tiny"])).parent
 
 
 @pytest.fixture(scope="module")
 def chrome() -> Path:
     """An installed browser; without one the test is skipped aloud, or fails where one is required."""
-    found = book.find_browser()
+    found = browser.find_browser()
     if found is None:
         text = "no Chromium or Chrome is installed: the book's pages were NOT opened in a browser"
         if os.environ.get("FIHELPERS_REQUIRE_BROWSER"):
@@ -103,25 +112,25 @@ def chrome() -> Path:
 
 
 @pytest.fixture
-def browser(chrome: Path) -> Iterator[Browser]:
+def chromium(chrome: Path) -> Iterator[Browser]:
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=chrome, args=book.BROWSER_FLAGS)
+        chromium = playwright.chromium.launch(executable_path=chrome, args=browser.BROWSER_FLAGS)
         yield chromium
         chromium.close()
 
 
 def test_pages_are_sound(tiny: Path, chrome: Path) -> None:
-    assert book.check_pages(tiny, chrome) == []
+    assert browser.check_pages(tiny, chrome) == []
 
 
 @pytest.mark.parametrize("scheme", ["http", "file"])
-def test_play_turns_the_flipbook(tiny: Path, browser: Browser, scheme: str) -> None:
+def test_play_turns_the_flipbook(tiny: Path, chromium: Browser, scheme: str) -> None:
     """Also from the disk, as a reader who double-clicks index.html sees it."""
-    page = browser.new_page()
+    page = chromium.new_page()
     errors: list[str] = []
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
-    with book._serve(tiny) as address:
+    with browser.serve(tiny) as address:
         page.goto((address if scheme == "http" else tiny.as_uri() + "/") + "chapters/tiny.html")
         picture, label = page.locator(".flipbook img"), page.locator(".flipbook-label")
         label.get_by_text("1 of 3: none").wait_for()
@@ -139,11 +148,72 @@ def test_play_turns_the_flipbook(tiny: Path, browser: Browser, scheme: str) -> N
     assert errors == []
 
 
-def test_first_frame_shows_without_scripts(tiny: Path, browser: Browser) -> None:
-    page = browser.new_context(java_script_enabled=False).new_page()
+def test_first_frame_shows_without_scripts(tiny: Path, chromium: Browser) -> None:
+    page = chromium.new_context(java_script_enabled=False).new_page()
     page.goto(f"{tiny.as_uri()}/chapters/tiny.html")
     assert page.get_by_alt_text("low").is_visible()
     assert page.locator("noscript p").inner_text() == "Bars: none"
+
+
+def test_the_offline_copy_works_from_the_disk(tiny: Path, chromium: Browser, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tiny / publish.OFFLINE) as archive:
+        archive.extractall(tmp_path)
+    (root,) = tmp_path.iterdir()
+    pages = {path: path.read_text("utf-8") for path in [*root.glob("*.html"), *root.glob("chapters/*.html")]}
+    assert len(pages) >= 6
+    for path, text in pages.items():
+        links = re.findall(r'(?:href|src)="([^":#?]+)[#?"]', re.sub(r"(?s)<script>.*?</script>", "", text))
+        assert [link for link in links if not (path.parent / link).exists()] == [], path
+    page = chromium.new_page()
+    errors: list[str] = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    page.goto(f"{root.as_uri()}/index.html")
+    page.wait_for_url("**/intro.html")
+    page.goto(f"{root.as_uri()}/search.html?q=saturation")
+    page.locator("#search-results li a").first.wait_for()
+    page.wait_for_timeout(300)  # what it would ask for the words around the hit
+    assert errors == []
+    assert "saturation" in pages[root / "intro.html"]
+    assert publish.OFFLINE in (tiny / "copies.html").read_text("utf-8")
+
+
+def test_a_page_says_what_it_is(tiny: Path) -> None:
+    text = (tiny / "chapters" / "tiny.html").read_text("utf-8")
+    tags = dict(re.findall(r'<meta property="(og:[\w:]+)" content="([^"]*)">', text))
+    assert tags["og:title"] == "Tiny" and tags["og:description"].startswith("Inline")
+    assert tags["og:url"] == "https://someone.github.io/a-book/chapters/tiny.html"
+    assert tags["og:image"] == "https://someone.github.io/a-book/_static/social-card.png"
+    assert f'<link rel="canonical" href="{tags["og:url"]}"' in text
+    assert "https://mybinder.org/v2/gh/Someone/a-book/main?labpath=notebooks%2Ftiny.ipynb" in text
+    colab = "https://colab.research.google.com/github/Someone/a-book/blob/main/notebooks/tiny.ipynb"
+    assert colab in text and colab not in (tiny / "intro.html").read_text("utf-8")
+    card = (tiny / "_static" / publish.CARD).read_bytes()
+    assert struct.unpack(">II", card[16:24]) == (1200, 630)
+
+
+def test_the_sitemap_lists_the_pages(tiny: Path) -> None:
+    places = [entry.text or "" for entry in ElementTree.parse(tiny / "sitemap.xml").iter() if entry.text]
+    names = {place.removeprefix("https://someone.github.io/a-book/") for place in places if place.strip()}
+    assert {"intro.html", "chapters/tiny.html", "status.html"} <= names
+    assert all((tiny / name).is_file() for name in names)
+
+
+def test_pictures_have_words_and_progress_bars_are_gone(tiny: Path) -> None:
+    text = (tiny / "chapters" / "tiny.html").read_text("utf-8")
+    assert 'alt="Two bars: height against name"' in text
+    assert text.count("application/vnd.jupyter.widget-view+json") == 1  # the flipbook
+
+
+def test_no_developers_file_is_published(tiny: Path) -> None:
+    assert not [path for path in tiny.rglob("*") if path.suffix == ".map" or path.name.startswith("axe")]
+
+
+def test_a_chapter_is_printed(tiny: Path, chrome: Path, tmp_path: Path) -> None:
+    printed = browser.print_pdf(tiny, "chapters/tiny.html", tmp_path / "new" / "tiny.pdf", chrome)
+    assert printed.read_bytes().startswith(b"%PDF-") and printed.stat().st_size > 10_000
+    with pytest.raises(FileNotFoundError, match=r"none\.html was not built"):
+        browser.print_pdf(tiny, "chapters/none.html", tmp_path / "none.pdf", chrome)
 
 
 def test_glued_numbers_stand_in_the_prose(tiny: Path) -> None:
@@ -165,6 +235,9 @@ def test_no_page_loads_from_another_host(tiny: Path) -> None:
     } == {}
 
 
+DOT = "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7"
+VIEW = '<script type="application/vnd.jupyter.widget-view+json">{}</script>'
+COUNTS = "onclick='this.previousSibling.textContent++' onkeydown='return false'"
 FAULTY = {
     '<img src="http://elsewhere.invalid/x.png">': "request to http://elsewhere.invalid/x.png",
     '<img src="missing.png">': "answer 404",
@@ -174,6 +247,14 @@ FAULTY = {
     '<a href="missing.html">x</a>': "link to missing.html, which does not exist",
     '<a href="sound.html#missing">x</a>': "link to sound.html#missing, which does not exist",
     '<script type="application/vnd.jupyter.widget-view+json">{}</script>': "empty widget",
+    f'<img src="{DOT}" alt="../_images/dot.png">': "no words for the image ../_images/dot.png",
+    f'<img src="{DOT}">': "image-alt",
+    "<button></button>": "button-name",
+    '<p style="color: #999; background: #fff">pale</p>': "color-contrast",
+    f"<main>{VIEW}<div class='jupyter-widgets'><button>Dead</button></div></main>": "not react to the mouse",
+    f"<main>{VIEW}<div class='jupyter-widgets'><p>0</p><button {COUNTS}>Mouse</button></div></main>": (
+        "explorer 1 does not react to the keyboard"
+    ),
     '<span class="math">x</span>': "formula not typeset: x",
     '<p style="width: 600px">wide</p>': "px wide on a screen of 380 px, for example <p> wide",
     "<script>document.documentElement.dataset.theme = 'dark'</script>": "colours are dark, not light",
@@ -181,18 +262,24 @@ FAULTY = {
 
 
 def test_checks_find_each_fault(tmp_path: Path, chrome: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(book, "PATIENCE", 200)
-    head = """<link rel="icon" href="data:,"><meta name="viewport" content="width=device-width">
+    monkeypatch.setattr(browser, "PATIENCE", 200)
+    monkeypatch.setattr(browser, "REACTION", 200)
+    head = """<title>A page</title><link rel="icon" href="data:,">
+      <meta name="viewport" content="width=device-width">
       <script>const dark = matchMedia("(prefers-color-scheme: dark)");
       const set = () => { document.documentElement.dataset.theme = dark.matches ? "dark" : "light"; };
       dark.onchange = set; set();</script>"""
     for name, body in {
         "sound": "<p>All is well</p>",
+        "search": '<ul id="search-results"></ul>',
         **{str(n): body for n, body in enumerate(FAULTY)},
     }.items():
-        (tmp_path / f"{name}.html").write_text(f"<html><head>{head}</head><body>{body}</body></html>")
-    findings = book.check_pages(tmp_path, chrome)
+        (tmp_path / f"{name}.html").write_text(
+            f"<html lang='en'><head>{head}</head><body>{body}</body></html>"
+        )
+    findings = browser.check_pages(tmp_path, chrome)
     assert not [finding for finding in findings if finding.startswith("sound.html")]
+    assert "search.html: the search does not find the word saturation" in findings
     for number, fault in enumerate(FAULTY.values()):
         mine = [finding for finding in findings if finding.startswith(f"{number}.html: ")]
         assert any(fault in finding for finding in mine), (fault, mine)
@@ -200,7 +287,7 @@ def test_checks_find_each_fault(tmp_path: Path, chrome: Path, monkeypatch: pytes
 
 def test_nothing_to_check_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="holds no pages"):
-        book.check_pages(tmp_path, tmp_path)
+        browser.check_pages(tmp_path, tmp_path)
 
 
 def executed(source: str) -> nbformat.NotebookNode:
@@ -230,7 +317,7 @@ def test_missing_or_refused_run_leaves_the_pages_alone(tmp_path: Path) -> None:
     write_notebook(runs / "other.ipynb", [new_markdown_cell("# Not in the table of contents")])
     index = book.build_book(runs, out, source)
     before = index.stat()
-    assert [path.name for path in (source / "chapters").iterdir()] == ["one.ipynb"]
+    assert sorted(path.name for path in (source / "chapters").iterdir()) == ["one.ipynb", publish.STATUS]
 
     write_notebook(runs / "one.ipynb", [new_markdown_cell("# One"), new_code_cell("1")])
     with pytest.raises(ValueError, match="has not run cell 2"):
@@ -249,6 +336,7 @@ def test_build_stands_until_a_source_changes(tmp_path: Path) -> None:
     assert book.build_book(tmp_path, out, source) == index
     assert index.stat() == before
     assert "url=intro.html" in index.read_text("utf-8")
+    assert not (out / "html" / "sitemap.xml").exists()  # it needs an address, and the project has none here
 
     (source / "intro.md").write_text("# Intro\n\nOther words.\n")
     book.build_book(tmp_path, out, source)
@@ -290,5 +378,6 @@ def test_lock_file_pins_every_package_and_names_no_host() -> None:
         assert facts.get("resolved", "https://registry.npmjs.org/").startswith(
             "https://registry.npmjs.org/"
         ), place
-    wanted = json.loads((book.BOOK / "package.json").read_text())["dependencies"]
-    assert lock["packages"][""]["dependencies"] == wanted
+    wanted = json.loads((book.BOOK / "package.json").read_text())
+    for kind in ("dependencies", "devDependencies"):
+        assert lock["packages"][""][kind] == wanted[kind]

@@ -104,19 +104,19 @@ def test_make_installs_once(tmp_path: Path) -> None:
 
 
 def test_a_missing_browser_is_said_aloud_or_fails(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    from fihelpers import book
+    from fihelpers import browser
     from fihelpers.__main__ import _check_pages
 
-    monkeypatch.setattr(book, "find_browser", lambda: None)
+    monkeypatch.setattr(browser, "find_browser", lambda: None)
     monkeypatch.delenv("FIHELPERS_REQUIRE_BROWSER", raising=False)
-    _check_pages(ROOT)
+    _check_pages(tmp_path)
     assert "SKIPPED: no Chromium or Chrome was found" in capsys.readouterr().err
     monkeypatch.setenv("FIHELPERS_REQUIRE_BROWSER", "1")
     with pytest.raises(FileNotFoundError, match="install Chromium"):
-        _check_pages(ROOT)
-    monkeypatch.setattr(book, "find_browser", lambda: Path("browser"))
-    monkeypatch.setattr(book, "check_pages", lambda html, browser: ["intro.html: console error"])
+        _check_pages(tmp_path)
+    monkeypatch.setattr(browser, "find_browser", lambda: Path("browser"))
+    monkeypatch.setattr(browser, "check_pages", lambda html, browser: ["intro.html: console error"])
     with pytest.raises(ValueError, match=r"the pages have faults:\nintro.html: console error"):
-        _check_pages(ROOT)
+        _check_pages(tmp_path)

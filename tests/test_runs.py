@@ -61,6 +61,7 @@ def test_a_chapter_runs_in_this_environment_and_is_not_run_again(
     assert sys.executable in _texts(done) and "N=2, RATES=[0.25]" in _texts(done)
     executed = nbformat.read(done, as_version=4)
     assert executed.metadata.widgets["application/vnd.jupyter.widget-state+json"]["state"]
+    assert executed.metadata.fihelpers["seconds"] > 0
     glued = [output.metadata.get("scrapbook", {}).get("name") for output in executed.cells[4].outputs]
     assert glued[:2] == ["n", "n_n"]
     assert [record.value for record in load_results(OUT).values()] == [2]

@@ -1,0 +1,45 @@
+"""Words for a figure come from the figure itself, and a stored picture is small."""
+
+import io
+
+import matplotlib.pyplot as plt
+import numpy as np
+from IPython.core.formatters import DisplayFormatter
+from PIL import Image
+
+from fihelpers.figures.described import COLOURS, describe, small_png
+from fihelpers.figures.style import new_figure
+
+
+def test_a_figure_says_titles_axes_and_legends() -> None:
+    figure, axes = new_figure(1, 2)
+    axes[0, 0].plot([0, 1], [1, 2], label="FI exact")
+    axes[0, 0].set(title="Damage", xlabel="share, $\\lambda$", ylabel="accuracy")
+    axes[0, 0].legend()
+    figure.colorbar(axes[0, 1].imshow([[1, 2]]), label="FI of a pixel")
+    said = describe(figure)
+    assert said.startswith("Damage: accuracy against share, lambda; lines and marks: FI exact")
+    assert said.endswith("Colours: FI of a pixel")
+    assert describe(new_figure()[0]) == "A picture without title or labels"
+
+
+def test_a_notebook_stores_the_picture_with_its_words() -> None:
+    figure, axes = new_figure()
+    axes[0, 0].set_title("Nothing yet")
+    data, metadata = DisplayFormatter().format(figure)
+    assert Image.open(io.BytesIO(data["image/png"])).format == "PNG"
+    assert metadata["image/png"] == {"alt": "Nothing yet"}
+    assert not plt.get_fignums()
+
+
+def test_a_small_picture_looks_the_same() -> None:
+    rows = np.linspace(0, 255, 200)
+    shades = np.stack(
+        [np.tile(rows, (100, 1)), np.full((100, 200), 90.0), np.tile(rows[::-1], (100, 1))], axis=-1
+    )
+    buffer = io.BytesIO()
+    Image.fromarray(shades.astype(np.uint8)).save(buffer, "png", dpi=(110, 110))
+    small = Image.open(io.BytesIO(small_png(buffer.getvalue())))
+    assert small.size == (200, 100) and len(small.getcolors() or []) <= COLOURS
+    assert np.abs(np.asarray(small.convert("RGB")).astype(float) - shades).mean() < 2
+    assert round(small.info["dpi"][0]) == 110
