@@ -29,7 +29,8 @@ CELLS = [
     new_code_cell("SEED = 0", metadata={"tags": ["parameters"]}),
     new_code_cell(
         "import matplotlib.pyplot as plt\nfrom myst_nb import glue\nfrom tqdm.notebook import tqdm\n"
-        "from fihelpers.explore import flipbook\nfrom fihelpers.figures.style import new_figure\n"
+        "from fihelpers.explore import flipbook\nfrom fihelpers.figures.style import new_figure, use_style\n"
+        "use_style()\n"
         "glue('accuracy', 0.8125, display=False)\nlist(tqdm(range(2)))\n"
         "figure, axes = new_figure()\naxes[0, 0].bar(['a', 'b'], [1, 2])\n"
         "axes[0, 0].set(title='Two bars', xlabel='name', ylabel='height')\nfigure"

@@ -1,12 +1,14 @@
 """Words for a figure come from the figure itself, and a stored picture is small."""
 
 import io
+from types import SimpleNamespace
 
 import numpy as np
 from IPython.core.formatters import DisplayFormatter
+from matplotlib.figure import Figure
 from PIL import Image
 
-from fihelpers.figures.described import COLOURS, describe, small_png
+from fihelpers.figures.described import COLOURS, describe, show_described, small_png
 from fihelpers.figures.style import new_figure
 
 
@@ -25,7 +27,10 @@ def test_a_figure_says_titles_axes_and_legends() -> None:
 def test_a_notebook_stores_the_picture_with_its_words() -> None:
     figure, axes = new_figure()
     axes[0, 0].set_title("Nothing yet")
-    data, metadata = DisplayFormatter().format(figure)
+    shell = SimpleNamespace(display_formatter=DisplayFormatter())
+    shell.display_formatter.formatters["image/png"].for_type(Figure, lambda _: b"matplotlib's own")
+    show_described(shell)
+    data, metadata = shell.display_formatter.format(figure)
     assert Image.open(io.BytesIO(data["image/png"])).format == "PNG"
     assert metadata["image/png"] == {"alt": "Nothing yet"}
 

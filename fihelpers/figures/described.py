@@ -16,10 +16,19 @@ COLOURS = 256  # of a stored picture; a plot has fewer, but for the edges of its
 class DescribedFigure(Figure):
     """A figure that a notebook stores as a small PNG with an `alt` text made of its own titles and labels."""
 
-    def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What IPython shows: the picture, and beside it, in the place IPython gives it, the alt text."""
-        picture = small_png(print_figure(self, fmt="png"))
-        return {"image/png": picture, "text/plain": repr(self)}, {"image/png": {"alt": describe(self)}}
+
+def show_described(shell: Any) -> None:
+    """Makes a notebook (IPython's shell, or None outside of one) show such figures with their words.
+
+    A formatter of their own type goes before the one that matplotlib sets up for all figures.
+    """
+    if shell is not None:
+        shell.display_formatter.formatters["image/png"].for_type(DescribedFigure, _shown)
+
+
+def _shown(figure: DescribedFigure) -> tuple[bytes, dict[str, str]]:
+    """The picture, and the metadata in which IPython keeps an alt text."""
+    return small_png(print_figure(figure, fmt="png")), {"alt": describe(figure)}
 
 
 def small_png(png: bytes) -> bytes:

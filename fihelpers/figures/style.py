@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
+from IPython import get_ipython
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fihelpers.figures.described import DescribedFigure
+from fihelpers.figures.described import DescribedFigure, show_described
 
 INK = "#262626"
 GREY = "#767676"
@@ -88,6 +89,7 @@ WIDTH = 7.2  # inches of the book's column; what is wider is shrunk, text and al
 def use_style() -> None:
     """Set the style of every figure drawn from now on. A chapter calls it once, after its imports."""
     sns.set_theme(context="notebook", style="whitegrid", palette="colorblind", rc=_RC)
+    show_described(get_ipython())
 
 
 def look(name: str) -> dict[str, Any]:
