@@ -83,7 +83,7 @@ class FlipbookBox(widgets.VBox):
 
     def _ipython_display_(self) -> None:
         book = self.children[0]
-        display(HTML(_fallback(book.frames[0], book.alt[0], f"{book.title}: {book.labels[0]}", book.width)))
+        display(HTML(fallback(book.frames[0], book.alt[0], f"{book.title}: {book.labels[0]}", book.width)))
         display(self._repr_mimebundle_(), raw=True)
 
 
@@ -121,6 +121,12 @@ def flipbook(
     return FlipbookBox([book, controls])
 
 
+def still_picture(figure: Figure, alt: str, caption: str) -> str:
+    """HTML of a figure for pages where JavaScript is off; the figure is drawn on white."""
+    width = round(figure.get_size_inches()[0] * CSS_DPI)
+    return fallback(_data_uri(_png(figure)), alt, caption, width)
+
+
 def _check(frames: Sequence[Figure], labels: Sequence[str], alt: Sequence[str]) -> None:
     """Raises ValueError unless there are two frames or more, of one size, each with both its texts."""
     if len(frames) < 2:
@@ -147,7 +153,7 @@ def _data_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
-def _fallback(source: str, alt: str, caption: str, width: int) -> str:
+def fallback(source: str, alt: str, caption: str, width: int) -> str:
     """What a page shows where JavaScript is off."""
     return (
         f'<noscript><img src="{source}" alt="{escape(alt)}" width="{width}">'
