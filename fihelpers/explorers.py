@@ -31,7 +31,9 @@ class Explorer(anywidget.AnyWidget):
 
     def _ipython_display_(self) -> None:
         display(HTML(still_picture(self.still, self.alt, self.title)))
-        bundle, metadata = self._repr_mimebundle_()
+        made = self._repr_mimebundle_()
+        assert made is not None  # it is for a widget without a view
+        bundle, metadata = made
         display(bundle, metadata=metadata, raw=True)
 
 
