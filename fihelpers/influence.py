@@ -298,18 +298,23 @@ def moments_of_turned(grads: Tensor, top: Tensor, others: Tensor | None = None) 
     """`moments` from the gradients (K-1, *shape) of `turned_classes`; top: the ceiling, of shape lead.
 
     others: the sum of s_y over the other classes, *shape, which does not follow from them; empty by default.
+    The moments take the place of the gradients, which are overwritten: new memory for every block of
+    weights costs more than the arithmetic.
     """
     top = _like(top, grads.dim() - 1)
-    metric = grads[0] * grads[0]
-    for g in grads[1:]:
+    first, *rest = grads
+    metric = rest.pop().square_() if rest else torch.zeros_like(first)
+    for g in (first, *rest):
         metric.addcmul_(g, g)
-    return Moments(grads[0] * top.sqrt(), metric, metric.new_empty(0) if others is None else others, top)
+    none = metric.new_empty(0)
+    return Moments(first.mul_(top.sqrt()), metric, none if others is None else others, top)
 
 
 def fi_of_moments(m: Moments, spectral: Spectral = EXACT) -> Tensor:
     """FI of single elements, h(G) s_y_hat^2 / G (method 1, p = 1). Where G = 0, FI = 0."""
     if isinstance(spectral, Damped) and spectral.lam >= LEAST_DAMPING:
-        return (m.score * m.score).div_(m.metric + spectral.lam)
+        damped = m.metric + spectral.lam
+        return torch.div(m.score, damped, out=damped).mul_(m.score)
     gain = spectral.gain(m.metric, m.metric, m.metric.dtype)
     # the score is divided by the root of the metric before it is squared: squares of tiny gradients
     # would leave the range of float32

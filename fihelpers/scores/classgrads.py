@@ -11,6 +11,7 @@ start from any combination of the classes' log-probabilities (`Directions`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,8 +24,8 @@ from torch.func import functional_call, vjp, vmap
 from fihelpers.answers import Answers
 from fihelpers.models import Batch, LanguageModel
 
-BLOCK = 2**19  # elements of class gradients formed at a time: 2 MB of float32, to stay in cache
-ROWS = 64  # fewer rows than these at a time make slow matrix products: then samples are taken in turn
+BLOCK = 2**20  # elements of class gradients formed at a time: 4 MB of float32, to stay in cache
+ROWS = 512  # one matrix product of so many rows is as fast as several of fewer: then samples come in turn
 CHECKED = 8  # tokens of the prompt on which hooks are compared with autograd
 
 Directions = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -81,7 +82,7 @@ def class_grad_blocks(
     directions: Directions | None = None,
     save_memory: bool = False,
 ) -> Iterator[Block]:
-    """All class gradients of a batch, one block of rows at a time.
+    """All class gradients of a batch, one block of rows at a time; the next takes the place of the last.
 
     parameters, missed: from `named_parameters` and `missed_by_hooks`; the model is `frozen`.
     directions: maps log P of the classes other than y_hat (B, K-1), their P (K-1, B) and P(y_hat) (B,) to
@@ -400,26 +401,27 @@ def _products(
     if not all(torch.isfinite(t.sum()) or torch.isfinite(t).all() for gs, x in factors for t in (*gs, x)):
         raise _not_finite(name)
     samples, step = _shares(len(x), len(grads) * width, len(parameter))
-    parts = [[([g[of].transpose(1, 2) for g in gs], x[of]) for gs, x in factors] for of in samples]
+    room = x.new_empty(max(of.stop - of.start for of in samples) * len(grads) * step * width)
     for start in range(0, len(parameter), step):
         rows = slice(start, min(start + step, len(parameter)))
-        for of, part in zip(samples, parts, strict=True):
-            out = x.new_empty(len(grads), of.stop - of.start, rows.stop - start, width)
-            for number, (turned, inputs) in enumerate(part):
-                for g, into in zip(turned, out, strict=True):
-                    torch.baddbmm(into, g[:, rows], inputs, beta=int(number > 0), out=into)
-            yield rows, of, out
+        for of in samples:
+            shape = (of.stop - of.start, len(grads) * (rows.stop - start), width)
+            out = room[: math.prod(shape)].view(shape)
+            for number, (gs, inputs) in enumerate(factors):
+                stacked = torch.cat([g[of, :, rows] for g in gs], -1).transpose(1, 2)
+                torch.baddbmm(out, stacked, inputs[of], beta=int(number > 0), out=out)
+            yield rows, of, out.unflatten(1, (len(grads), -1)).transpose(0, 1)
 
 
 def _shares(samples: int, per_row: int, rows: int) -> tuple[list[slice], int]:
     """Which samples to take in turn, and how many rows, for blocks of about BLOCK elements.
 
-    per_row: the elements of a row of one sample. Matrix products want whole ROWS.
+    per_row: the elements of a row of one sample. Samples come in turn where ROWS of all would not fit.
     """
     turns = -(-samples // max(1, BLOCK // (per_row * min(ROWS, rows))))
     together = -(-samples // turns)
     step = max(1, BLOCK // (per_row * together))
-    step = step // ROWS * ROWS or step
+    step = min(step // 64 * 64 or step, rows)
     return [slice(i, min(i + together, samples)) for i in range(0, samples, together)], step
 
 

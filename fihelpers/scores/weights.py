@@ -142,7 +142,7 @@ def class_grads_of_weights(
         for batch in batches:
             for block in class_grad_blocks(model, batch, classes, parameters, missed):
                 i = int(batch.index[0])
-                found[block.name].setdefault(i, []).append(block.grads[:, 0])
+                found[block.name].setdefault(i, []).append(block.grads[:, 0].clone())
                 shares[i] = block.others[:, 0]
     n = range(len(examples))
     grads = {name: torch.stack([torch.cat(v[i], 1) for i in n], 1) for name, v in found.items()}
@@ -200,7 +200,11 @@ class Totals:
             if isinstance(measure, DataFree):
                 continue
             values = measure.of_moments(m, measure.given(value)).flatten(1)
-            self.sums[name][block.name][block.rows].view(-1).addmv_(values.T, shares)
+            total = self.sums[name][block.name][block.rows].view(-1)
+            if len(values) == 1:
+                total.add_(values[0], alpha=float(shares))
+            else:
+                total.addmv_(values.T, shares)
             of_each = (values.sum(1) * shares).double().cpu()
             self.per_example[name].index_add_(0, block.index, of_each)
 
