@@ -39,8 +39,10 @@ def test_agreement_is_that_of_the_scores(small: str) -> None:
         e for subject, n in (("law", 3), ("culture", 2)) for e in load_task("bundled", subject, "val", n, 3)
     ]
     found = {}
-    for dtype in ("bfloat16", "float32"):
-        model = open_model(small, dtype=dtype)
+    for dtype in ("bfloat16", "rounded", "float32"):
+        model = open_model(small, dtype="float32" if dtype == "rounded" else dtype)
+        if dtype == "rounded":
+            model.network.to(torch.bfloat16).to(torch.float32)
         scores = score_weights(model, examples, ["FI"], DAMPED, only=linear_names(model.network))
         found[dtype] = scores["FI damped 0.0001"]
     assert [f"{name}.weight" for name in table.layer] == linear_names(model.network)
@@ -53,14 +55,19 @@ def test_agreement_is_that_of_the_scores(small: str) -> None:
         assert line.overlap == pytest.approx(len(common) / k)
         assert line.spearman == pytest.approx(spearmanr(a, b).statistic)
         assert 0.3 < line.overlap <= 1 and 0.9 < line.spearman < 1
+        rounded = found["rounded"][f"{line.layer}.weight"].flatten()
+        assert line.spearman_rounded == pytest.approx(spearmanr(rounded, b).statistic)
+        common = set(rounded.topk(k).indices.tolist()) & set(b.topk(k).indices.tolist())
+        assert line.overlap_rounded == pytest.approx(len(common) / k)
 
 
 def test_the_same_scores_agree_and_opposite_ones_do_not(small: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = torch.arange(1000.0).view(50, 20)
     made = {"float32": Scores({"a.weight": ranks, "b.weight": ranks, "c.weight": ranks * 0})}
     made["bfloat16"] = Scores({"a.weight": 3 * ranks, "b.weight": -ranks, "c.weight": ranks})
-    monkeypatch.setattr(precision, "_scores", lambda name, revision, dtype, *others: made[dtype])
+    made[precision.ROUNDED] = made["float32"]
+    monkeypatch.setattr(precision, "_scores", lambda name, revision, how, *others: made[how])
     table = precision_agreement(small, None, "bundled", ["law"], 1, 0, DAMPED).set_index("layer")
-    assert table.loc["a"].tolist() == pytest.approx([1000, 1, 1])
+    assert table.loc["a"].tolist() == pytest.approx([1000, 1, 1, 1, 1])
     assert table.loc["b", "overlap"] == 0 and table.loc["b", "spearman"] == pytest.approx(-1)
     assert table.loc["c", ["spearman"]].isna().all()

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 
 import pandas as pd
+from torch import Tensor
 
 from fihelpers.experiments.limits import draw, overlap, ranks_of, spearman, top
 from fihelpers.influence import SaturationWarning, Spectral
@@ -15,6 +16,7 @@ from fihelpers.scores import Scores, score_weights
 from fihelpers.tasks import Example
 
 SHARE = 0.01  # of a layer's weights, the top of each ranking
+ROUNDED = "bfloat16, computed in float32"
 
 
 def precision_agreement(
@@ -26,36 +28,47 @@ def precision_agreement(
     seed: int,
     spectral: Spectral,
 ) -> pd.DataFrame:
-    """FI of every linear weight with bfloat16 weights beside that with float32 weights.
+    """FI of every linear weight of a model held in bfloat16 beside that in float32.
 
     Products of class gradients and the sums over samples are float32 in both; what bfloat16 rounds are the
-    weights, the activations and the gradients of the layers' outputs. n: calibration questions, divided
-    among the subjects. Of tied weights at the border of the top, each side draws its own (method 1b.5).
+    weights, the activations and the gradients of the layers' outputs. To tell the first of these from the
+    others, the rounded weights are also scored with all arithmetic in float32. n: calibration questions,
+    divided among the subjects. Of tied weights at the border of the top, each side draws its own
+    (method 1b.5).
 
     Returns a row a linear layer: layer, weights, overlap (share of its top 1 % in common) and spearman (rank
-    correlation over all its weights; NaN where one side is constant).
+    correlation over all its weights; NaN where one side is constant), of bfloat16 with float32, and
+    overlap_rounded and spearman_rounded, of rounded weights alone with float32.
     """
     examples = draw(task, subjects, "val", n, seed)
-    rough, fine = (
-        _scores(model_name, revision, dtype, examples, spectral) for dtype in ("bfloat16", "float32")
+    fine, rough, rounded = (
+        _scores(model_name, revision, how, examples, spectral) for how in ("float32", "bfloat16", ROUNDED)
     )
     lines = [
         (
             name.removesuffix(".weight"),
             truth.numel(),
-            overlap(top({name: rough[name]}, SHARE, seed), top({name: truth}, SHARE, seed)),
-            spearman(ranks_of(rough[name]), ranks_of(truth)),
+            *_agreement(name, rough[name], truth, seed),
+            *_agreement(name, rounded[name], truth, seed),
         )
         for name, truth in fine.values.items()
     ]
-    return pd.DataFrame(lines, columns=["layer", "weights", "overlap", "spearman"])
+    pairs = ["overlap", "spearman", "overlap_rounded", "spearman_rounded"]
+    return pd.DataFrame(lines, columns=["layer", "weights", *pairs])
+
+
+def _agreement(name: str, a: Tensor, b: Tensor, seed: int) -> tuple[float, float]:
+    common = overlap(top({name: a}, SHARE, seed), top({name: b}, SHARE, seed))
+    return common, spearman(ranks_of(a), ranks_of(b))
 
 
 def _scores(
-    name: str, revision: str | None, dtype: str, examples: Sequence[Example], spectral: Spectral
+    name: str, revision: str | None, how: str, examples: Sequence[Example], spectral: Spectral
 ) -> Scores:
     """The model is opened for this alone, so that no more than one is in memory."""
-    model = open_model(name, revision, dtype=dtype)
+    model = open_model(name, revision, dtype="bfloat16" if how == ROUNDED else how)
+    if how == ROUNDED:
+        model.network.float()
     names = linear_names(model.network)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SaturationWarning)  # no one reads these maps
