@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"the package {error.name} is missing; run pip install -e '.[book,test]'.")
     except KeyError as error:
         return _fail(error.args[0] if error.args else error)
-    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
+    except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:
         return _fail(error)
     return 0
 
@@ -117,6 +117,11 @@ def _add_score(commands: Any) -> None:
     score.add_argument("--dtype", default="float32", help="of the weights (%(default)s)")
     score.add_argument("--device", default="cpu", help="cuda gives each process its own GPU (%(default)s)")
     score.add_argument("--device-map", help="auto spreads a model that is too large over all GPUs")
+    score.add_argument(
+        "--save-memory",
+        action="store_true",
+        help="go through the model block by block, with one more forward pass (where only that fits)",
+    )
     score.add_argument("--batch-size", type=int, default=16, help="examples at a time, at most (%(default)s)")
     score.add_argument(
         "--checkpoint-every",
@@ -183,6 +188,22 @@ def _score(options: argparse.Namespace) -> None:
     device = scoring.own_device(options.device, options.device_map)
     task = load_task(options.task, options.subject, options.split, options.n, options.seed, options.shots)
     with scoring.processes(find_device(device), len(task)) as team:
+        foreseen = scoring.foresee(
+            options.model,
+            task,
+            options.out,
+            options.measures,
+            spectral,
+            revision=options.revision,
+            device=device,
+            device_map=options.device_map,
+            dtype=options.dtype,
+            batch_size=options.batch_size,
+            save_memory=options.save_memory,
+            team=team,
+        )
+        if team.first:
+            print(foreseen, file=sys.stderr)
         model = open_model(
             options.model, options.revision, device, options.dtype, device_map=options.device_map
         )
@@ -193,6 +214,7 @@ def _score(options: argparse.Namespace) -> None:
             options.measures,
             spectral,
             batch_size=options.batch_size,
+            save_memory=foreseen.save_memory,
             checkpoint_every=options.checkpoint_every,
             team=team,
         )

@@ -2,9 +2,11 @@
 
     estimate_quantization("Qwen/Qwen2-7B", Scheme(4), dtype="bfloat16").check()
     print(estimate_merge("mini-lm", "mini-math", "mini-health"))
+    print(plan_scores("mini-lm", lengths=[60] * 32).check())
 
 Parameters are counted exactly, on a network without storage; bytes follow from what the code keeps. Memory is
-of tensors: Python and its libraries add about half a gigabyte.
+of tensors: Python and its libraries add about half a gigabyte. Seconds follow from a short calibration on
+this machine (`fihelpers.rates`) and the operations of the run.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import os
 import shutil
 import sys
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ import pandas as pd
 import psutil
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from fihelpers.measures import MEASURES, Measure, find_measure
 from fihelpers.models import (
@@ -34,12 +36,15 @@ from fihelpers.models import (
     bundled_models,
     find_device,
     locate,
+    open_tokenizer,
     weight_files,
 )
 from fihelpers.perturb.merge_methods import Dare, Method, Ties, find_method
 from fihelpers.perturb.quantize import Scheme
 from fihelpers.perturb.sparsify import linear_names
 from fihelpers.perturb.topshare import CHUNK
+from fihelpers.rates import Rate, Work, matrices_of, measure_rate, shapes_of
+from fihelpers.scores.classgrads import transformer_blocks
 from fihelpers.scores.weights import DISPLACED
 
 SCORE = 4  # bytes of a score, float32
@@ -62,7 +67,8 @@ class Estimate:
     """What a run needs, and what is free.
 
     parameters: of the model, or of all models. free: bytes by place, when the estimate was made.
-    alternatives: bytes of memory under other settings.
+    alternatives: bytes of memory under other settings. path: the way that is taken, where there are several.
+    seconds: that the run takes once the model is open, None where they were not asked for.
     """
 
     what: str
@@ -70,6 +76,9 @@ class Estimate:
     parts: tuple[Part, ...]
     free: Mapping[str, int]
     alternatives: Mapping[str, int] = field(default_factory=dict)
+    path: str = ""
+    save_memory: bool = False
+    seconds: float | None = None
 
     @property
     def memory_bytes(self) -> int:
@@ -89,14 +98,20 @@ class Estimate:
         return pd.DataFrame(sorted(rows, key=lambda row: order.index(str(row["place"]))))
 
     def __str__(self) -> str:
-        lines = [f"{self.what}: {self.parameters:,} parameters"]
+        lines = [", ".join(filter(None, [f"{self.what}: {self.parameters:,} parameters", self.path]))]
+        if self.seconds is not None:
+            lines.append(f"  time: about {_time(self.seconds)}")
         for place, free in self.free.items():
             lines.append(f"  {place}: {_size(self._needed(place))} of {_size(free)} free")
             lines += [f"    {_size(p.bytes):>9}  {p.what}" for p in self.parts if p.place == place]
         return "\n".join(lines)
 
-    def check(self) -> None:
-        """Raise MemoryError or OSError, in one sentence, where the run does not fit."""
+    @property
+    def fits(self) -> bool:
+        return all(self._needed(place) <= free for place, free in self.free.items())
+
+    def check(self) -> Estimate:
+        """Return the estimate; raise MemoryError or OSError, in one sentence, where the run does not fit."""
         for place, free in self.free.items():
             needed = self._needed(place)
             if needed <= free:
@@ -108,6 +123,7 @@ class Estimate:
             if _is_disk(place):
                 raise OSError(errno.ENOSPC, problem + "make room, or choose a folder on another disk")
             raise MemoryError(problem + self._remedy(free))
+        return self
 
     def _needed(self, place: str) -> int:
         return sum(part.bytes for part in self.parts if part.place == place)
@@ -116,7 +132,11 @@ class Estimate:
         for settings, needed in self.alternatives.items():
             if needed <= free:
                 return f"with {settings} it needs {_size(needed)} and fits."
-        return "choose a smaller model or a larger machine."
+        remedy = "choose a smaller model or a larger machine."
+        if not self.alternatives:
+            return remedy
+        least = min(self.alternatives, key=lambda settings: self.alternatives[settings])
+        return f"even with {least} it needs {_size(self.alternatives[least])}: {remedy}"
 
 
 def estimate_scores(
@@ -127,9 +147,15 @@ def estimate_scores(
     revision: str | None = None,
     batch_size: int = 16,
     tokens: int = TOKENS,
+    lengths: Sequence[int] | None = None,
     classes: int = 4,
     layers: Collection[str] | None = None,
+    every: bool = False,
+    displaced: bool = True,
+    save_memory: bool = False,
     device: str = "cpu",
+    device_map: str | None = None,
+    processes: int = 1,
     out: str | PathLike[str] | None = None,
     files: int | None = None,
     at_a_time: int | None = None,
@@ -137,47 +163,204 @@ def estimate_scores(
     """What `score_weights` needs for the weights of linear layers, and for saving the scores below `out`.
 
     model_name: bundled name, folder or hub id. dtype: of the weights in memory; scores are float32 at least.
-    measures: as for `score_weights`. tokens: of the longest prompt. classes: K. layers: names of linear
-    layers such as "o_proj"; all by default. files: how many scores of all weights are saved; one a measure by
-    default. at_a_time: bytes of scores to which groups of tensors are limited that are scored one after the
-    other; each measure is then put together in the machine's memory.
+    measures, displaced, save_memory: as for `score_weights`. tokens: of the longest prompt. lengths: of all
+    prompts, in tokens; with them the seconds are predicted, from a calibration of a few seconds. classes: K.
+    layers: names of linear layers such as "o_proj"; all by default. every: all parameters are scored, not
+    only linear weights. device_map: "auto" spreads the model over all GPUs. processes: that share the prompts
+    and, on a CPU, its memory. files: how many scores of all weights are saved; one a measure by default.
+    at_a_time: bytes of scores to which groups of tensors are limited that are scored one after the other;
+    each measure is then put together in the machine's memory.
 
     Raises ValueError for an unknown dtype, measure or architecture, FileNotFoundError for an unknown name,
     and ConnectionError where the hub does not give the configuration.
     """
     source = _source(model_name, revision)
-    chosen = {m.name: m for m in (*map(find_measure, measures or MEASURES), *DISPLACED)}
-    names = _linear(source, layers)
-
-    def memory(dtype: str, batch_size: int) -> dict[str, int]:
-        itemsize = max(_itemsize(dtype), SCORE)
-        sizes = [source.network.get_parameter(name).numel() for name in names]
-        # One matrix's gradient is there three times: twice by hooks, once by autograd.
-        work = _score_work(source.network, _itemsize(dtype), batch_size, tokens, classes)
-        return {
-            "weights": source.parameters * _itemsize(dtype),
-            "scores at work": min(len(chosen) * sum(sizes) * itemsize, at_a_time or sys.maxsize),
-            "gradients of a batch": work + 3 * max(sizes) * itemsize,
-        }
-
-    whole = SCORE * sum(source.network.get_parameter(name).numel() for name in names)
-    half = {f"dtype={other!r}": sum(memory(other, batch_size).values()) for other in _narrower(dtype)}
-    single = {} if batch_size == 1 else {"batch_size=1": sum(memory(dtype, 1).values())}
-    both = {
-        f"dtype={other!r} and batch_size=1": sum(memory(other, 1).values())
-        for other in _narrower(dtype)
-        if batch_size > 1
+    chosen = {
+        m.name: m for m in (*map(find_measure, measures or MEASURES), *(DISPLACED if displaced else ()))
     }
-    return _estimate(
+    run = _Scoring(
+        source,
+        tuple(_all(source) if every else _linear(source, layers)),
+        chosen,
+        dtype,
+        batch_size,
+        tuple(lengths or ()),
+        max(lengths or [tokens]),
+        classes,
+        save_memory,
+        device,
+        device_map,
+        processes,
+        at_a_time,
+    )
+    whole = SCORE * run.weights
+    found = _estimate(
         f"scoring the weights of {source.label} in {dtype}",
         [source],
-        memory(dtype, batch_size),
+        run.memory(),
         {"scores, saved": whole * (len(chosen) if files is None else files)},
         device,
         out,
-        {**single, **half, **both},
+        run.alternatives(),
         {} if at_a_time is None else {"one measure of all weights": whole},
+        device_map,
     )
+    return replace(found, path=run.path, save_memory=save_memory, seconds=run.seconds() if lengths else None)
+
+
+def plan_scores(
+    model_name: str | PathLike[str], *, save_memory: bool = False, lengths: Sequence[int], **settings: Any
+) -> Estimate:
+    """`estimate_scores` of the way to take: at once, or block by block where only that fits, or if asked to.
+
+    The seconds are measured for what fits; of what does not, the estimate says how much is missing.
+    """
+    saving, fitting = save_memory, None
+    for saving in (True,) if save_memory else (False, True):
+        found = estimate_scores(
+            model_name, save_memory=saving, tokens=max(lengths), **settings
+        )  # without lengths: nothing is timed yet
+        fitting = fitting or found
+        if found.fits:
+            return estimate_scores(model_name, save_memory=saving, lengths=lengths, **settings)
+    assert fitting is not None
+    return fitting
+
+
+def prompt_lengths(
+    model_name: str | PathLike[str], prompts: Sequence[str], revision: str | None = None
+) -> list[int]:
+    """How many tokens each prompt has; of a model on the hub the tokenizer alone is fetched."""
+    name = str(model_name)
+    if _is_here(name):
+        folder, label, _ = locate(name, revision, False)
+        tokenizer = open_tokenizer(folder, label, False)
+    else:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                name, revision=revision or "main", trust_remote_code=False
+            )
+        except (OSError, ValueError) as error:
+            raise ConnectionError(
+                f"the hub did not give the tokenizer of {name!r} ({type(error).__name__}); check the name, "
+                "the revision and the network."
+            ) from error
+    return [len(ids) for ids in tokenizer(list(prompts), verbose=False)["input_ids"]]
+
+
+@dataclass(frozen=True, eq=False)
+class _Scoring:
+    """A run of `score_weights`; names: of the parameters that are scored."""
+
+    source: _Source
+    names: tuple[str, ...]
+    measures: Mapping[str, Measure]
+    dtype: str
+    batch_size: int
+    lengths: tuple[int, ...]
+    tokens: int
+    classes: int
+    save_memory: bool
+    device: str
+    device_map: str | None
+    processes: int
+    at_a_time: int | None
+
+    @property
+    def network(self) -> PreTrainedModel:
+        return self.source.network
+
+    @property
+    def sizes(self) -> list[int]:
+        return [self.network.get_parameter(name).numel() for name in self.names]
+
+    @property
+    def weights(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def path(self) -> str:
+        way = f"block by block ({_blocks(self.network)} blocks)" if self.save_memory else "at once"
+        if self.device_map:
+            return f"{way}, over all GPUs (device map {self.device_map})"
+        return way if self.processes == 1 else f"{way}, in {self.processes} processes"
+
+    def memory(self) -> dict[str, int]:
+        """Bytes by part, of all processes that share a CPU's memory."""
+        itemsize = max(_itemsize(self.dtype), SCORE)
+        # One matrix's gradient is there three times: twice by hooks, once by autograd.
+        parts = {
+            "weights": self.source.parameters * _itemsize(self.dtype),
+            "scores at work": min(
+                len(self.measures) * self.weights * itemsize, self.at_a_time or sys.maxsize
+            ),
+            "gradients of a batch": self._activations() + 3 * max(self.sizes) * itemsize,
+        }
+        copies = self.processes if find_device(self.device).type == "cpu" else 1
+        return {name: copies * size for name, size in parts.items()}
+
+    def _activations(self) -> int:
+        """Bytes of a batch: what each layer gives, as much again in the graph, and K - 1 of its gradients.
+
+        Block by block they are of one block, beside what goes from each to the next.
+        """
+        network, itemsize = self.network, _itemsize(self.dtype)
+        text, head = network.config.get_text_config(), network.get_output_embeddings()
+        places, ends = self.batch_size * self.tokens * itemsize, self.batch_size * text.vocab_size * SCORE
+        if not self.save_memory:
+            width = sum(_width(module) for module in network.modules() if module is not head)
+            return (self.classes + 1) * (places * width + ends)
+        width = max(sum(map(_width, block.modules())) for block in transformer_blocks(network))
+        return (self.classes + 1) * (places * width + ends) + _blocks(network) * places * text.hidden_size
+
+    def alternatives(self) -> dict[str, int]:
+        """Bytes of memory under other settings, those that cost least first."""
+        ways = [{"batch_size": 1}] if self.batch_size > 1 else []
+        narrower: list[dict[str, Any]] = [{"dtype": other} for other in _narrower(self.dtype)]
+        ways += [*narrower, *({**dtype, "batch_size": 1} for dtype in narrower if self.batch_size > 1)]
+        if not self.save_memory and _blocks(self.network):
+            ways += [{**way, "save_memory": True} for way in [{}, *ways]]
+        needed = {
+            " and ".join(f"{key}={value!r}" for key, value in way.items()): sum(
+                replace(self, **way).memory().values()
+            )
+            for way in ways
+        }
+        gpus = torch.cuda.device_count() if find_device(self.device).type == "cuda" else 0
+        if gpus > 1 and not self.device_map:  # each then holds its part
+            needed[f"device_map='auto' over {gpus} GPUs"] = sum(self.memory().values()) // gpus
+        return needed
+
+    def seconds(self) -> float | None:
+        """Seconds of the process that has most to do; None for a network without a list of blocks."""
+        if not _blocks(self.network):
+            return None
+        shapes = shapes_of(self.lengths, self.batch_size)[-1 :: -self.processes]
+        rate: Rate = measure_rate(
+            self.network.config,
+            self.measures,
+            batch_size=min(self.batch_size, len(self.lengths)),
+            tokens=self.tokens,
+            classes=self.classes,
+            device=self.device,
+            dtype=self.dtype,
+            save_memory=self.save_memory,
+        )
+        return rate.seconds(self._work(), shapes)
+
+    def _work(self) -> Work:
+        named = {p: name for name, p in self.network.named_parameters()}
+        matrices, scored = matrices_of(self.network), set(self.names)
+        ends = [
+            named.get(module.weight)
+            for module in (self.network.get_input_embeddings(), self.network.get_output_embeddings())
+        ]
+        embedding, head = (
+            self.network.get_parameter(name).numel() if name in scored else 0 for name in map(str, ends)
+        )
+        depth = self.network.config.get_text_config().num_hidden_layers
+        asked = sum(size for name, size in matrices.items() if name in scored)
+        return Work(sum(matrices.values()), asked, depth, embedding, head)
 
 
 def estimate_quantization(
@@ -279,8 +462,7 @@ class _Source:
 
 def _source(name: str | PathLike[str], revision: str | None) -> _Source:
     name = str(name)
-    local = name in bundled_models() or Path(name).expanduser().is_dir()
-    if local or not HUB_ID.fullmatch(name):
+    if _is_here(name):
         folder, label, _ = locate(name, revision, False)
         weight_files(folder, label)
         network = _without_storage(_config(str(folder), None, label), label)
@@ -290,6 +472,16 @@ def _source(name: str | PathLike[str], revision: str | None) -> _Source:
     download = _to_download(name, revision)
     parameters = sum(p.numel() for p in network.parameters())
     return _Source(name, network, itemsize, parameters * itemsize if download is None else download)
+
+
+def _is_here(name: str) -> bool:
+    """Whether a name is no hub id: what is neither bundled nor a folder either is then said to be unknown."""
+    local = name in bundled_models() or Path(name).expanduser().is_dir()
+    return local or not HUB_ID.fullmatch(name)
+
+
+def _all(source: _Source) -> list[str]:
+    return [name for name, _ in source.network.named_parameters()]
 
 
 def _linear(source: _Source, layers: Collection[str] | None) -> list[str]:
@@ -346,12 +538,12 @@ def _to_download(name: str, revision: str | None) -> int | None:
     return sum(file.file_size or 0 for file in files if file.will_download)
 
 
-def _score_work(network: PreTrainedModel, itemsize: int, batch: int, tokens: int, classes: int) -> int:
-    """Bytes of a batch: what each layer gives, as much again in the graph, and K - 1 of its gradients."""
-    head = network.get_output_embeddings()
-    width = sum(_width(module) for module in network.modules() if module is not head)
-    vocabulary = network.config.get_text_config().vocab_size
-    return (classes + 1) * batch * (tokens * width * itemsize + vocabulary * SCORE)
+def _blocks(network: PreTrainedModel) -> int:
+    """How many transformer blocks there are to go through one by one; 0 for a network without a list."""
+    try:
+        return len(transformer_blocks(network))
+    except ValueError:
+        return 0
 
 
 def _width(module: nn.Module) -> int:
@@ -396,10 +588,11 @@ def _estimate(
     out: str | PathLike[str] | None,
     alternatives: Mapping[str, int],
     host: Mapping[str, int] | None = None,
+    device_map: str | None = None,
 ) -> Estimate:
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    place, free = _memory_free(device)
+    place, free = _memory_free(device, device_map)
     frees = {place: free}
     parts = [Part(name, size, place) for name, size in memory.items()]
     if host:
@@ -414,8 +607,11 @@ def _estimate(
     return Estimate(what, sum(s.parameters for s in sources), tuple(parts), frees, alternatives)
 
 
-def _memory_free(device: str) -> tuple[str, int]:
+def _memory_free(device: str, device_map: str | None = None) -> tuple[str, int]:
     place = find_device(device)
+    gpus = torch.cuda.device_count() if device_map else 0
+    if gpus:
+        return f"memory of {gpus} GPUs", sum(torch.cuda.mem_get_info(i)[0] for i in range(gpus))
     if place.type == "cuda":
         return f"memory of {device}", torch.cuda.mem_get_info(place)[0]
     return "memory", psutil.virtual_memory().available
@@ -431,6 +627,13 @@ def _mount(folder: Path) -> Path:
 
 def _is_disk(place: str) -> bool:
     return place.startswith("disk")
+
+
+def _time(seconds: float) -> str:
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.1f} seconds"
 
 
 def _size(count: int) -> str:

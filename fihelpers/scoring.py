@@ -5,7 +5,7 @@
 
 The batches of the calibration set are dealt out to the processes, each sums its own, and the sums are added
 up. A checkpoint is the state of one process between two batches, so a run that is taken up again adds the
-same numbers in the same order as one that never stopped.
+same numbers in the same order as one that never stopped (block by block or at once, they differ by rounding).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -37,12 +37,14 @@ from fihelpers.files import package_sha256
 from fihelpers.influence import EXACT, Spectral
 from fihelpers.measures import DataFree, Measure, find_measure
 from fihelpers.models import Batch, LanguageModel
+from fihelpers.preflight import Estimate, plan_scores, prompt_lengths
 from fihelpers.scores.classgrads import named_parameters
 from fihelpers.scores.store import provenance, save_tensors
 from fihelpers.scores.weights import DISPLACED, Totals, accumulate
 from fihelpers.tasks import Task
 
 CHECKPOINT_EVERY = 300.0  # seconds
+LETTERS, LIKELIEST = 4, 9  # classes that `usual_answers` makes of lettered questions and of plain text
 PATIENCE = timedelta(
     days=1
 )  # how long a process that is done waits for the others; a dead one is seen at once
@@ -104,6 +106,55 @@ def _count() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def foresee(
+    model_name: str,
+    task: Task,
+    out: Path,
+    measures: Sequence[str] = ("FI",),
+    spectral: Spectral = EXACT,
+    *,
+    revision: str | None = None,
+    device: str = "cpu",
+    device_map: str | None = None,
+    dtype: str = "float32",
+    batch_size: int = 16,
+    save_memory: bool = False,
+    team: Processes = ALONE,
+) -> Estimate:
+    """What `score_task` will need and which way it is to take, before the model is opened or downloaded.
+
+    The first process estimates for all. Raises MemoryError or OSError where the run does not fit, with how
+    much is missing and what would fit, and what `estimate_scores` raises.
+    """
+    found: list[Estimate | Exception] = [RuntimeError("process 0 made no estimate.")]
+    if team.first:
+        try:
+            lengths = prompt_lengths(model_name, [example.prompt for example in task], revision)
+            found[0] = plan_scores(
+                model_name,
+                measures=[_measure(name, spectral) for name in measures],
+                revision=revision,
+                device=device,
+                device_map=device_map,
+                dtype=dtype,
+                batch_size=_even(len(task), team.count, batch_size),
+                save_memory=save_memory,
+                lengths=lengths,
+                classes=LETTERS if task.examples[0].options else LIKELIEST,
+                every=True,
+                displaced=False,
+                processes=team.count,
+                out=out.parent,
+            ).check()
+        except Exception as error:  # the others wait, and end with the same words
+            found[0] = error
+    if team.count > 1:
+        dist.broadcast_object_list(found, src=0, device=torch.device("cpu"))
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return found[0]
+
+
 def score_task(
     model: LanguageModel,
     task: Task,
@@ -112,6 +163,7 @@ def score_task(
     spectral: Spectral = EXACT,
     *,
     batch_size: int = 16,
+    save_memory: bool = False,
     checkpoint_every: float = CHECKPOINT_EVERY,
     team: Processes = ALONE,
 ) -> list[Path]:
@@ -119,6 +171,7 @@ def score_task(
 
     measures: names of the registry, "FI" with the filter `spectral`, or "squared score". One is written to
     `out`, of several each to its own file beside it: scores.safetensors becomes scores.SNIP.safetensors.
+    save_memory: go through the model block by block; the scores are the same but for rounding.
     checkpoint_every: seconds between checkpoints (0: one after every batch) in the folder `out`.checkpoint,
     from which the same call goes on; they go once the scores are written.
 
@@ -134,7 +187,7 @@ def score_task(
     with _told_of_losses(kept):
         _agree(kept.settings, team)
     totals = Totals(chosen, named_parameters(model.network, None), len(task))
-    _add_up(model, _own_contexts(model, task, size, team), totals, classes, kept)
+    _add_up(model, _own_contexts(model, task, size, team), totals, classes, kept, save_memory)
     paths = _paths(out, list(chosen))
     with _told_of_losses(kept):
         _sum_over_processes(totals, team)
@@ -283,13 +336,16 @@ def _add_up(
     totals: Totals,
     classes: Answers,
     kept: Checkpoint,
+    save_memory: bool,
 ) -> None:
     """Add what is not yet in the totals, with checkpoints on the way.
 
     Where processes wait for each other there is one at the end too, as another may be lost meanwhile.
     """
     start = kept.load(totals)
-    steps = accumulate(model, contexts, totals, classes, start) if contexts and _gradients(totals) else ()
+    steps: Iterable[int] = ()
+    if contexts and _gradients(totals):
+        steps = accumulate(model, contexts, totals, classes, start, save_memory=save_memory)
     if start and kept.team.first:
         print(f"fihelpers: going on after {start} of {len(contexts)} batches", file=sys.stderr)
     several = kept.team.count > 1

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,10 +21,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny_examples, tiny_model
 
-from fihelpers import scoring
+from fihelpers import preflight, scoring
 from fihelpers.__main__ import main
 from fihelpers.influence import Cut, Damped, Exact, spectral_of
 from fihelpers.models import LanguageModel, check_placed, open_model
+from fihelpers.preflight import plan_scores
 from fihelpers.scores import Scores, score_weights
 from fihelpers.scoring import Processes, score_task
 from fihelpers.tasks import Task, load_task
@@ -130,8 +133,8 @@ def stop_after(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever adds up batches breaks off after this many."""
     real = scoring.accumulate
 
-    def breaking(*arguments: Any) -> Iterator[int]:
-        for done in real(*arguments):
+    def breaking(*arguments: Any, **options: Any) -> Iterator[int]:
+        for done in real(*arguments, **options):
             yield done
             if done == number:
                 raise InterruptedError("broken off")
@@ -215,8 +218,8 @@ def test_a_run_told_to_stop_ends_its_batch_first(tmp_path: Path, monkeypatch: py
     model, task, out = tiny_model("llama"), tiny_task(), tmp_path / "scores.safetensors"
     real, before = scoring.accumulate, signal.getsignal(signal.SIGTERM)
 
-    def told(*arguments: Any) -> Iterator[int]:
-        for done in real(*arguments):
+    def told(*arguments: Any, **options: Any) -> Iterator[int]:
+        for done in real(*arguments, **options):
             if done == 4:
                 os.kill(os.getpid(), signal.SIGTERM)
             yield done
@@ -346,6 +349,86 @@ def test_a_model_behind_a_device_map_gives_the_same_scores(saved: Path, tmp_path
     arguments = [str(saved / "model"), str(saved / "contexts.txt"), "--out", str(out), "--dtype", "float64"]
     assert main(["score", *arguments, "--device-map", "auto"]) == 0
     assert equal(Scores.load(out), truth)
+
+
+def with_free_memory(size: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight.psutil, "virtual_memory", lambda: SimpleNamespace(available=int(size)))
+
+
+def test_what_is_foreseen_is_printed_and_decides_the_way(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ways: list[bool] = []
+    real = scoring.accumulate
+
+    def noted(*arguments: Any, **options: Any) -> Iterator[int]:
+        ways.append(options["save_memory"])
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(scoring, "accumulate", noted)
+    places = ["score", str(saved / "model"), str(saved / "contexts.txt"), "--dtype", "float64", "--out"]
+    plans = [
+        plan_scores(saved / "model", lengths=[6] * N, batch_size=N, measures=["FI"], classes=9, dtype="float64",
+                    every=True, displaced=False, save_memory=save)
+        for save in (False, True)
+    ]  # fmt: skip
+    between = sum(plan.memory_bytes for plan in plans) / 2
+    for name, free, flags, way in (
+        ("whole", 1e12, [], "at once"),
+        ("asked", 1e12, ["--save-memory"], "block by block (2 blocks)"),
+        ("forced", between, [], "block by block (2 blocks)"),
+    ):
+        with_free_memory(free, monkeypatch)
+        assert main([*places, str(tmp_path / name), *flags]) == 0
+        told = capsys.readouterr()
+        assert f"parameters, {way}\n  time: about " in told.err and told.out == f"{tmp_path / name}\n"
+    assert ways == [False, True, True]
+    assert farthest(Scores.load(tmp_path / "whole"), Scores.load(tmp_path / "forced")) < 1e-10
+
+
+def test_a_run_that_does_not_fit_is_refused_before_the_model_is_opened(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = [str(saved / "model"), str(saved / "contexts.txt"), "--out", str(tmp_path / "out.safetensors")]
+    monkeypatch.setattr("fihelpers.models.open_network", None)  # opening would fail
+    settings = {"measures": ["FI"], "classes": 9, "every": True, "displaced": False}
+    whole = plan_scores(saved / "model", lengths=[6] * N, save_memory=True, **settings).memory_bytes
+    single = plan_scores(saved / "model", lengths=[6] * N, save_memory=True, batch_size=1, **settings)
+    for free, remedy in (
+        (single.memory_bytes + 1, r"with batch_size=1 and save_memory=True it needs .* and fits\."),
+        (10, r"even with .*bfloat16.* it needs .* MB: choose a smaller model or a larger machine\."),
+    ):
+        assert free < whole
+        with_free_memory(free, monkeypatch)
+        assert main(["score", *places]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert re.search(r"needs .* MB of memory, .* MB more than the .* MB that are free; " + remedy, line)
+    assert not list(tmp_path.iterdir())
+
+
+def test_all_processes_take_the_way_of_the_first(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = load_task(saved / "contexts.txt", n=N)
+    sent: list[Any] = []
+
+    def broadcast(found: list[Any], **others: Any) -> None:
+        sent.append(found[0])
+        if not isinstance(sent[0], RuntimeError):
+            found[0] = sent[0]
+
+    monkeypatch.setattr(scoring.dist, "broadcast_object_list", broadcast)
+    out = tmp_path / "out"
+    first = scoring.foresee(str(saved / "model"), task, out, team=Processes(0, 2))
+    assert scoring.foresee(str(saved / "model"), task, out, team=Processes(1, 2)) is first
+    assert first.path == "at once, in 2 processes"
+    alone = scoring.foresee(str(saved / "model"), task, out)
+    assert first.memory_bytes == pytest.approx(2 * alone.memory_bytes, rel=0.2)  # each holds the model
+    sent.clear()
+    with_free_memory(10, monkeypatch)
+    for rank in (0, 1):
+        with pytest.raises(MemoryError, match="choose a smaller model"):
+            scoring.foresee(str(saved / "model"), task, out, team=Processes(rank, 2))
 
 
 def test_a_model_that_does_not_fit_is_refused(saved: Path) -> None:
