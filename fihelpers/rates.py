@@ -23,8 +23,9 @@ from fihelpers.models import DTYPES, Batch, LanguageModel, find_device, left_pad
 from fihelpers.scores.classgrads import CHECKED, named_parameters, transformer_blocks
 from fihelpers.scores.weights import Totals, accumulate
 
-ROUNDS = 3  # of both batches; the fastest counts, as others can only slow a run down
-MOST = {"cpu": 1e11, "cuda": 1e13}  # operations of the larger batch: a second or two
+ROUNDS = 2  # of both batches; the faster counts, as others can only slow a run down
+MOST = {"cpu": 1e10, "cuda": 1e13}  # operations of the larger batch, a fraction of a second
+LEAST = 16  # tokens of it, where prompts have as many
 VOCABULARY = 1000  # of the two blocks, as embedding and head are not timed
 
 
@@ -77,7 +78,7 @@ def measure_rate(
 ) -> Rate:
     """Time the engine of `score_weights` on two blocks of a network of this configuration.
 
-    tokens: of the longest prompt. Where a batch of so many samples and tokens would take seconds, a smaller
+    tokens: of the longest prompt. Where a batch of so many samples and tokens would take long, a smaller
     one is timed. Raises ValueError for a network without a list of blocks.
     """
     model = _two_blocks(config, device, dtype)
@@ -128,7 +129,7 @@ def _spared(classes: int) -> float:
 
 def _affordable(weights: int, batch_size: int, tokens: int, classes: int, kind: str) -> tuple[int, int]:
     positions = MOST.get(kind, MOST["cuda"]) / (2 * (2 * classes - 1) * weights)
-    many = max(1, min(tokens, int(positions)))
+    many = min(tokens, max(LEAST, int(positions)))
     return max(1, min(batch_size, int(positions / many))), many
 
 

@@ -367,11 +367,11 @@ def test_what_is_foreseen_is_printed_and_decides_the_way(
 
     monkeypatch.setattr(scoring, "accumulate", noted)
     places = ["score", str(saved / "model"), str(saved / "contexts.txt"), "--dtype", "float64", "--out"]
+    settings = {"measures": ["FI"], "classes": 9, "dtype": "float64", "every": True, "displaced": False}
     plans = [
-        plan_scores(saved / "model", lengths=[6] * N, batch_size=N, measures=["FI"], classes=9, dtype="float64",
-                    every=True, displaced=False, save_memory=save)
+        plan_scores(saved / "model", lengths=[6] * N, batch_size=N, save_memory=save, **settings)
         for save in (False, True)
-    ]  # fmt: skip
+    ]
     between = sum(plan.memory_bytes for plan in plans) / 2
     for name, free, flags, way in (
         ("whole", 1e12, [], "at once"),
