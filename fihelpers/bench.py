@@ -15,23 +15,35 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
+from torch.profiler import ProfilerActivity, profile
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedTokenizerBase,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
-from fihelpers.answers import Groups
+from fihelpers import models
+from fihelpers.answers import Groups, letters
+from fihelpers.evaluate import Evaluator
 from fihelpers.files import write_atomically
 from fihelpers.influence import Damped
-from fihelpers.models import Batch, LanguageModel, left_padded
-from fihelpers.perturb.sparsify import linear_names
+from fihelpers.models import Batch, LanguageModel, left_padded, open_model
+from fihelpers.perturb.sparsify import linear_names, select, zeroed
+from fihelpers.perturb.topshare import CHUNK, TopShare
 from fihelpers.scores.classgrads import frozen
 from fihelpers.scores.weights import score_contexts
 from fihelpers.tasks import Example
@@ -90,11 +102,20 @@ class Questions:
 
 
 @dataclass(frozen=True)
+class Missing:
+    """A piece of work that this machine cannot measure, and why."""
+
+    work: str
+    why: str
+
+
+@dataclass(frozen=True)
 class Row:
     """A line of the table: how the seconds of a piece of work, one sample, compare with a peer's.
 
     ratio is work / peer, or peer / work where `faster`; low and high are its extremes over the rounds. A row
-    of memory holds bytes: what is needed at the least, and the peak as a ratio of it.
+    of memory holds bytes: what is needed at the least, and the peak as a ratio of it. note: what else was
+    counted.
     """
 
     work: str
@@ -108,6 +129,7 @@ class Row:
     floor: float | None
     faster: bool = False
     peak_bytes: int | None = None
+    note: str = ""
 
     @property
     def met(self) -> bool | None:
@@ -212,15 +234,25 @@ def _taken(weight: nn.Parameter) -> Tensor:
 
 
 def in_turn(works: Mapping[str, Work], samples: Mapping[str, int], rounds: int) -> dict[str, list[float]]:
-    """Seconds a sample of each piece of work, all of them once in every round, after a round to warm up."""
+    """Seconds a sample of each piece of work, all of them once in every round, after a round to warm up.
+
+    A GPU is waited for before and after.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for number in range(rounds + 1):
         for name, work in works.items():
+            _wait()
             start = time.perf_counter()
             work()
+            _wait()
             if number:
                 seconds[name].append((time.perf_counter() - start) / samples[name])
     return seconds
+
+
+def _wait() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def row(
@@ -332,15 +364,227 @@ def _resident(what: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what))
 
 
-# What can be measured, by the name to ask for it. Pixels have their place here.
-ROWS: dict[str, Callable[[Size, int], list[Row]]] = {
+def pixels(size: Size, rounds: int) -> list[Row]:
+    """FI of every pixel of the bundled pictures by each filter, beside one gradient of the prediction."""
+    from fihelpers.bench_pixels import bundled_rows
+
+    return bundled_rows(rounds)
+
+
+def topshare(size: Size, rounds: int, count: int = 10**7, share: float = 0.01) -> list[Row]:
+    """The exact top share of many scores with ties, beside a full sort; bytes beyond the scores themselves.
+
+    The bytes are a mask of the tensor at hand and the pieces at work, however many tensors there are.
+    """
+    scores = torch.randn(count, generator=torch.Generator().manual_seed(0)).abs_()
+    scores = scores.mul_(2**16).round_().div_(2**16)  # with ties
+    take = max(1, round(share * count))
+    works: dict[str, Work] = {
+        "ours": lambda: TopShare(["all"], lambda _: iter(scores.split(CHUNK)), take).mask("all"),
+        "full sort": lambda: scores.sort(descending=True),
+    }
+    seconds = in_turn(works, dict.fromkeys(works, 1), rounds)
+    work = f"exact top share of {count:g} scores"
+    extra = extra_bytes(works["ours"])
+    pieces = max(0, extra - count)
+    largest = max(int(n) for n in LLAMA_MATRICES)
+    bound = (
+        f"of {LLAMA_WEIGHTS:.2g} weights in matrices of at most {largest:.2g}: "
+        f"{(largest + pieces) / 1e9:.2f} GB, were they as many at a time"
+    )
+    return [
+        row(work, seconds, "ours", "full sort", None, None, faster=True),
+        Row(
+            f"memory of the {work}",
+            "2 GB",
+            statistics.median(seconds["ours"]),
+            0.0,
+            extra / 2e9,
+            extra / 2e9,
+            extra / 2e9,
+            1.0,
+            None,
+            peak_bytes=extra,
+            note=bound,
+        ),
+    ]
+
+
+def extra_bytes(work: Work) -> int:
+    """The most bytes of tensors that a piece of work holds at a time beyond those that were there before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        work()
+    held = most = 0
+    for event in found.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most
+
+
+def evaluation(size: Size, rounds: int, rates: int = 4, measures: int = 3, questions: int = 32) -> list[Row]:
+    """Accuracy at R rates of M rankings: one model, its weights changed in place, prompts tokenised once.
+
+    Beside it, a model opened and prompts tokenised for each of them. Raises RuntimeError where the first
+    opens a model or tokenises more than once.
+    """
+    from fihelpers.tasks import load_task
+
+    examples = load_task("bundled", n=questions).examples
+    count = rates * measures
+    names = linear_names(open_model().network)
+
+    def sweep_of(ask: Evaluator, each: Sequence[int]) -> None:
+        for number in each:
+            scores = {n: torch.rand(p.shape) for n, p in ask.model.network.named_parameters() if n in names}
+            with zeroed(ask.model.network, select(scores, 0.01 * (1 + number % rates), seed=number)):
+                ask()
+
+    def asking() -> Evaluator:
+        model = open_model()
+        return Evaluator(model, examples, letters(model.tokenizer))
+
+    def once() -> None:
+        with counted() as calls:
+            sweep_of(asking(), range(count))
+        if calls["opened"] != 1 or calls["tokenised"] != len(examples):
+            raise RuntimeError(f"one model and {len(examples)} prompts were asked for, not {dict(calls)}.")
+
+    def anew() -> None:
+        for number in range(count):
+            sweep_of(asking(), [number])
+
+    works: dict[str, Work] = {"ours": once, "opened and tokenised for each": anew}
+    seconds = in_turn(works, dict.fromkeys(works, count), rounds)
+    made = row(
+        f"evaluation, {rates} rates x {measures} measures, {len(examples)} questions",
+        seconds,
+        "ours",
+        "opened and tokenised for each",
+        None,
+        None,
+        faster=True,
+    )
+    return [replace(made, note=f"1 model opened, {len(examples)} prompts tokenised for {count} evaluations")]
+
+
+@contextmanager
+def counted() -> Iterator[Counter[str]]:
+    """Count the models opened ("opened") and the prompts tokenised for evaluation ("tokenised")."""
+    calls: Counter[str] = Counter()
+    network, tokens = models.open_network, LanguageModel._token_ids
+
+    def opening(*arguments: Any, **options: Any) -> Any:
+        calls["opened"] += 1
+        return network(*arguments, **options)
+
+    def tokenising(model: LanguageModel, prompts: Sequence[str]) -> list[list[int]]:
+        calls["tokenised"] += len(prompts)
+        return tokens(model, prompts)
+
+    with (
+        mock.patch.object(models, "open_network", opening),
+        mock.patch.object(LanguageModel, "_token_ids", tokenising),
+    ):
+        yield calls
+
+
+LLAMA = LlamaConfig(
+    vocab_size=32000,
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=32,
+    max_position_embeddings=4096,
+    tie_word_embeddings=False,
+)
+LLAMA_MATRICES = {4096 * 4096: 4 * 32, 4096 * 11008: 3 * 32}
+LLAMA_WEIGHTS = sum(size * count for size, count in LLAMA_MATRICES.items())
+H100_SECONDS = 0.12  # asked for of a sample
+
+
+def gpu(size: Size, rounds: int) -> list[Row | Missing]:
+    """FI of every linear weight of a network of Llama-2-7B's shape, random bfloat16 weights, on a GPU."""
+    if not torch.cuda.is_available():
+        return [Missing("FI of weights, Llama-2-7B's shape, 200 tokens, on a GPU", "no GPU")]
+    return [*large_network(LLAMA, rounds, "cuda")]
+
+
+def large_network(
+    config: LlamaConfig, rounds: int, device: str, length: int = 200, count: int = 4
+) -> list[Row]:
+    """Seconds a sample at once and block by block, beside the goal and beside its matrix products alone.
+
+    The rate of matrix products is measured in the same rounds, on the largest matrix of the network; the
+    second ratio, turned over, is the share of this rate that is reached. Peaks are of the device.
+    """
+    model = _random_network(config, device)
+    questions = Questions.draw(model, length, count)
+    weights = _weights(model)
+    result = 4 * sum(w.numel() for w in weights.values())
+    least = result + sum(p.numel() * p.element_size() for p in model.network.parameters())
+    operations = FI_UNITS * 2 * length * sum(w.numel() for w in weights.values())
+    matrix = max(weights.values(), key=torch.numel).detach()
+    x = torch.randn(1024, matrix.shape[1], device=matrix.device, dtype=matrix.dtype)
+    works: dict[str, Work] = {
+        "at once": lambda: fi_of_weights(questions, 1),
+        "block by block": lambda: fi_of_weights(questions, 1, save_memory=True),
+        "products": lambda: [x @ matrix.T for _ in range(32)],
+    }
+    samples = {"at once": count, "block by block": count, "products": 32}
+    seconds = in_turn(works, samples, rounds)
+    rate = [2 * len(x) * matrix.numel() / s for s in seconds["products"]]
+    seconds["its products at the measured rate"] = [operations / r for r in rate]
+    seconds[f"{H100_SECONDS} s a sample (asked of an H100)"] = [H100_SECONDS] * rounds
+    rows = []
+    for way in ("at once", "block by block"):
+        shape = f"{config.num_hidden_layers} blocks of {config.hidden_size}"
+        work = f"FI of weights, {shape}, {length} tokens, {way}"
+        note = f"{statistics.median(rate) / 1e12:.0f} TFLOPS measured in products"
+        rows += [
+            replace(row(work, seconds, way, "its products at the measured rate", None, 1.0), note=note),
+            row(work, seconds, way, f"{H100_SECONDS} s a sample (asked of an H100)", 1.0, None),
+        ]
+        peak = _device_peak(works[way], device)
+        ratio, goal = peak / least, 1.1 if way == "block by block" else None
+        taken = statistics.median(seconds[way])
+        name = f"memory of {work}"
+        rows.append(
+            Row(name, "weights + result", taken, 0.0, ratio, ratio, ratio, goal, 1.0, peak_bytes=peak)
+        )
+    return rows
+
+
+def _random_network(config: LlamaConfig, device: str) -> LanguageModel:
+    torch.manual_seed(0)
+    with torch.device(device):
+        network = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    return LanguageModel(network, cast(PreTrainedTokenizerBase, None), "random Llama", None, "0" * 64)
+
+
+def _device_peak(work: Work, device: str) -> int:
+    """Peak bytes on a GPU while a piece of work runs."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    work()
+    torch.cuda.synchronize(device)
+    return int(torch.cuda.max_memory_allocated(device))
+
+
+# What can be measured, by the name to ask for it.
+ROWS: dict[str, Callable[[Size, int], Sequence[Row | Missing]]] = {
     "long": long_prompts,
     "short": short_prompts,
     "memory": memory,
+    "pixels": pixels,
+    "topshare": topshare,
+    "evaluation": evaluation,
+    "gpu": gpu,
 }
 
 
-def bench(only: Sequence[str] = (), rounds: int = 5, size: Size | None = None) -> list[Row]:
+def bench(only: Sequence[str] = (), rounds: int = 5, size: Size | None = None) -> list[Row | Missing]:
     """Measure the rows of these names, all by default. Raises ValueError for an unknown name or no round."""
     unknown = sorted(set(only) - set(ROWS))
     if unknown:
@@ -364,19 +608,21 @@ def machine() -> dict[str, str | int | float]:
         "cores": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
         "load": round(load, 2),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[Row | Missing]) -> str:
     """The rows as text: seconds a sample, ratio with its extremes, goal, floor and peak memory."""
-    head = ("work", "beside", "seconds", "its seconds", "ratio", "goal", "floor", "peak MB", "met")
-    lines = [head, *(_cells(r) for r in rows)]
+    head = ("work", "beside", "seconds", "its seconds", "ratio", "goal", "floor", "peak MB", "goal met")
+    lines = [head, *(_cells(r) for r in rows if isinstance(r, Row))]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    return "\n".join(
-        "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
+    text = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines]
+    text += [f"{r.work}: {r.note}" for r in rows if isinstance(r, Row) and r.note]
+    text += [f"{r.work}: not measured: {r.why}" for r in rows if isinstance(r, Missing)]
+    return "\n".join(text)
 
 
 def _cells(r: Row) -> tuple[str, ...]:
@@ -404,6 +650,7 @@ def main(only: Sequence[str], rounds: int, out: Path | None) -> None:
         made = {
             "machine": before,
             "load after": machine()["load"],
-            "rows": [asdict(r) | {"met": r.met} for r in rows],
+            "rows": [asdict(r) | {"met": r.met} for r in rows if isinstance(r, Row)],
+            "not measured": {r.work: r.why for r in rows if isinstance(r, Missing)},
         }
         write_atomically(out, (json.dumps(made, indent=1) + "\n").encode())

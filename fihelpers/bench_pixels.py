@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fihelpers.bench import Row, Work, in_turn, row
 from fihelpers.influence import Cut, Damped, Exact, SaturationWarning, Spectral
 from fihelpers.scores.classgrads import frozen
 from fihelpers.scores.pixels import image_of, option_letters, score_pixels
-from fihelpers.tasks import Example
-from fihelpers.vision import VisionModel
+from fihelpers.tasks import Example, load_task
+from fihelpers.vision import VisionModel, open_vision_model
 
 FILTERS: tuple[Spectral, ...] = (Exact(), Cut(1e-3), Damped(1e-4))
 GOALS = {1: 2.1, 32: 2.6}  # times the Jacobian norm, by batch size; of other sizes nothing is asked
@@ -25,48 +23,39 @@ JACOBIAN = "Jacobian norm, plain autograd"
 SALIENCY = "saliency, Captum"
 
 
-@dataclass(frozen=True)
-class PixelRow:
-    """One row of the table: medians over the repeats, in seconds a batch, and their ratio.
-
-    `peers` are the seconds of the others; `ratio` is to plain autograd, and `low` and `high` the quartiles of
-    the ratios within one repeat. `goal` is the largest ratio asked for, None where none is.
-    """
-
-    work: str
-    seconds: float
-    peers: Mapping[str, float]
-    ratio: float
-    low: float
-    high: float
-    goal: float | None
-
-    @property
-    def met(self) -> bool | None:
-        return None if self.goal is None else self.ratio <= self.goal
+def bundled_rows(rounds: int) -> list[Row]:
+    """`pixel_rows` of the bundled model and pictures, on a GPU where there is one."""
+    model = open_vision_model("mini-vlm", device="cuda" if torch.cuda.is_available() else "cpu")
+    examples = load_task("bundled-images", n=max(GOALS)).examples
+    return pixel_rows(model, examples, tuple(GOALS), rounds)
 
 
 def pixel_rows(
-    model: VisionModel, examples: Sequence[Example], batch_sizes: Sequence[int] = (1, 32), repeats: int = 7
-) -> list[PixelRow]:
+    model: VisionModel, examples: Sequence[Example], batch_sizes: Sequence[int], rounds: int
+) -> list[Row]:
     """Time FI of every pixel, K classes and RGB, by each filter and batch size, with the model frozen.
 
     examples: at least as many as the largest batch, with images of one size. Ours is :func:`score_pixels`
-    with all that it does, from decoding the image on; the peers start from decoded images. All take turns
-    within each of the `repeats`. Raises ValueError for too few examples or repeats.
+    with all that it does, from decoding the image on; the peers start from decoded images. The floor counts
+    a forward pass and one back to the pixels for each class but one, of which the Jacobian norm has one.
+    Raises ValueError for too few examples.
     """
-    if len(examples) < max(batch_sizes) or repeats < 2:
-        raise ValueError(
-            f"give at least {max(batch_sizes)} examples and 2 repeats, not {len(examples)} and {repeats}."
-        )
+    if len(examples) < max(batch_sizes):
+        raise ValueError(f"give at least {max(batch_sizes)} examples, not {len(examples)}.")
+    floor = len(examples[0].options) / 2
     rows = []
     for size in tqdm(batch_sizes, desc="pixel FI", unit="batch size", delay=3, leave=False):
         chosen = examples[:size]
-        works = {str(f): _ours(model, chosen, f) for f in FILTERS}
+        ours = {f"FI {f}": _ours(model, chosen, f) for f in FILTERS}
+        works: dict[str, Work] = {**ours, **_peers(model, chosen)}
         with frozen(model.network), warnings.catch_warnings():
             warnings.simplefilter("ignore", SaturationWarning)  # exact FI of pixels is, and takes as long
-            seconds = interleaved({**works, **_peers(model, chosen)}, repeats, model.device)
-        rows += [_row(name, size, seconds, model.device) for name in works]
+            seconds = in_turn(works, dict.fromkeys(works, size), rounds)
+        goal = ON_GPU if size == 1 and model.device.type == "cuda" else GOALS.get(size)
+        for name in ours:
+            work = f"pixel {name}, batch {size}"
+            rows.append(row(work, seconds, name, JACOBIAN, goal, floor))
+            rows.append(row(work, seconds, name, SALIENCY, None, None))
     return rows
 
 
@@ -95,23 +84,6 @@ def captum_saliency(model: VisionModel, images: Tensor, prompts: Sequence[str], 
     return made.norm(dim=1)
 
 
-def interleaved(
-    works: Mapping[str, Callable[[], object]], repeats: int, device: torch.device
-) -> dict[str, list[float]]:
-    """Seconds of every work in every repeat, in turns, after one call of each that does not count."""
-    for work in works.values():
-        work()
-    seconds: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(repeats):
-        for name, work in works.items():
-            _wait(device)
-            start = time.perf_counter()
-            work()
-            _wait(device)
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
 def _ours(model: VisionModel, examples: Sequence[Example], spectral: Spectral) -> Callable[[], object]:
     return lambda: score_pixels(model, examples, ["FI"], spectral, batch_size=len(examples))
 
@@ -124,18 +96,3 @@ def _peers(model: VisionModel, examples: Sequence[Example]) -> dict[str, Callabl
         JACOBIAN: lambda: plain_jacobian(model, images, prompts, options),
         SALIENCY: lambda: captum_saliency(model, images, prompts, options),
     }
-
-
-def _row(name: str, size: int, seconds: Mapping[str, list[float]], device: torch.device) -> PixelRow:
-    pairs = [ours / plain for ours, plain in zip(seconds[name], seconds[JACOBIAN], strict=True)]
-    low, _, high = statistics.quantiles(pairs, n=4)
-    peers = {peer: statistics.median(seconds[peer]) for peer in (JACOBIAN, SALIENCY)}
-    ours = statistics.median(seconds[name])
-    goal = ON_GPU if size == 1 and device.type == "cuda" else GOALS.get(size)
-    work = f"pixel FI {name}, batch {size}"
-    return PixelRow(work, ours, peers, ours / peers[JACOBIAN], low, high, goal)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -24,7 +24,7 @@ from fihelpers.scores.classgrads import CHECKED, named_parameters, transformer_b
 from fihelpers.scores.weights import Totals, accumulate
 
 ROUNDS = 2  # of both batches; the faster counts, as others can only slow a run down
-MOST = {"cpu": 1e10, "cuda": 1e13}  # operations of the larger batch, a fraction of a second
+MOST = {"cpu": 1e10, "cuda": 1e13, "mps": 1e11}  # operations of the larger batch, a fraction of a second
 LEAST = 16  # tokens of it, where prompts have as many
 VOCABULARY = 1000  # of the two blocks, as embedding and head are not timed
 
@@ -128,7 +128,7 @@ def _spared(classes: int) -> float:
 
 
 def _affordable(weights: int, batch_size: int, tokens: int, classes: int, kind: str) -> tuple[int, int]:
-    positions = MOST.get(kind, MOST["cuda"]) / (2 * (2 * classes - 1) * weights)
+    positions = MOST[kind] / (2 * (2 * classes - 1) * weights)
     many = min(tokens, max(LEAST, int(positions)))
     return max(1, min(batch_size, int(positions / many))), many
 

@@ -4,9 +4,13 @@ import json
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fihelpers import bench
 from fihelpers.__main__ import main
+from fihelpers.experiments import sparsification
+from fihelpers.models import open_model
+from fihelpers.perturb.sparsify import linear_names
 
 SMALL = bench.Size(hidden=32, inner=48, layers=2, heads=2, vocabulary=40)
 
@@ -61,7 +65,8 @@ def test_a_row_pairs_the_rounds() -> None:
 def test_the_table_and_its_file(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(bench, "Size", lambda: SMALL)
     out = tmp_path / "bench.json"
-    assert main(["bench", "long", "short", "--rounds", "1", "--out", str(out)]) == 0
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["bench", "long", "short", "gpu", "--rounds", "1", "--out", str(out)]) == 0
     shown, kept = capsys.readouterr().out, json.loads(out.read_text())
     assert [r["peer"] for r in kept["rows"]] == [
         "Jacobian norm",
@@ -72,6 +77,8 @@ def test_the_table_and_its_file(tmp_path, monkeypatch, capsys) -> None:
     assert all(r["seconds"] > 0 and r["low"] <= r["ratio"] <= r["high"] for r in kept["rows"])
     assert kept["machine"]["threads"] >= 1 and ">= 4" in shown
     assert kept["rows"][0]["floor"] == pytest.approx(14 / 6)
+    assert list(kept["not measured"].values()) == ["no GPU"] and "on a GPU: not measured: no GPU" in shown
+    assert set(kept["machine"]) == {"cpu", "cores", "threads", "load", "gpu", "torch", "python"}  # no name
 
 
 def test_memory_is_measured_in_a_process_of_its_own() -> None:
@@ -85,3 +92,74 @@ def test_bad_requests_are_named(capsys) -> None:
     assert "unknown row 'nope'; known: long, short" in capsys.readouterr().err
     with pytest.raises(ValueError, match="at least one round"):
         bench.bench(["long"], 0)
+
+
+def test_the_top_share_takes_little_memory_and_says_so() -> None:
+    time, memory = bench.topshare(SMALL, 1, count=10**6)
+    assert time.peer == "full sort" and time.faster and time.seconds > 0
+    assert memory.met and memory.goal == 1.0 and "6.5e+09 weights" in memory.note
+    assert memory.peak_bytes is not None and 10**6 <= memory.peak_bytes < 10**8
+
+
+def test_bytes_are_counted_at_their_peak() -> None:
+    def work() -> None:
+        first = torch.zeros(1000, dtype=torch.float64)
+        del first
+        second = torch.zeros(3000, dtype=torch.float64)
+        third = second + 1
+        del second, third
+
+    assert bench.extra_bytes(work) == pytest.approx(48_000, abs=500)
+
+
+def test_an_evaluation_opens_and_tokenises_once(monkeypatch) -> None:
+    """Of R rates and M measures, whatever they are."""
+    (row,) = bench.evaluation(SMALL, 1, rates=2, measures=3, questions=4)
+    assert row.note == "1 model opened, 4 prompts tokenised for 6 evaluations" and row.faster
+    real = bench.Evaluator.__call__
+
+    def forgetful(ask):
+        ask.model._token_ids(["again"])
+        return real(ask)
+
+    monkeypatch.setattr(bench.Evaluator, "__call__", forgetful)
+    with pytest.raises(RuntimeError, match="one model and 4 prompts were asked for, not"):
+        bench.evaluation(SMALL, 1, rates=1, measures=2, questions=4)
+
+
+def test_the_chapters_sweeps_open_no_model_and_tokenise_each_test_question_once(tmp_path) -> None:
+    """The calibration questions are tokenised once a calibration set; the rates add nothing."""
+    found = []
+    for number, rates in enumerate([(0.01,), (0.01, 0.02, 0.05)]):
+        plan = sparsification.Plan(
+            "bundled", ("law",), rates, 1, 3, 6, measures=("SNIP", "magnitude"), low_of=()
+        )
+        model = open_model()
+        with bench.counted() as calls:
+            sparsification.run_sweep(model, plan, tmp_path / str(number))
+        found.append(dict(calls))
+    assert found == [{"tokenised": 6 + 3}] * 2
+
+
+def test_a_network_on_a_gpu_is_measured_beside_its_products(monkeypatch) -> None:
+    small = LlamaConfig(
+        vocab_size=40,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+    )
+    monkeypatch.setattr(bench, "_device_peak", lambda work, device: 10**6)
+    rows = bench.large_network(small, 2, "cpu", length=6, count=2)
+    assert len(rows) == 6 and [r.goal for r in rows] == [None, 1.0, None, None, 1.0, 1.1]
+    products = rows[0]
+    assert products.floor == 1.0 and products.ratio > 1 and "TFLOPS measured" in products.note
+    assert rows[1].peer_seconds == 0.12 and rows[1].met == (rows[1].seconds <= 0.12)
+
+
+def test_the_large_shape_has_the_weights_that_are_asked_for() -> None:
+    with torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(bench.LLAMA)
+    weights = sum(network.get_parameter(name).numel() for name in linear_names(network))
+    assert weights == bench.LLAMA_WEIGHTS == 6_476_005_376

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_vision import random_image, save_vision_model
 
+from fihelpers import bench_pixels
 from fihelpers.bench_pixels import (
     FILTERS,
     JACOBIAN,
@@ -44,17 +45,25 @@ def test_peers_are_the_jacobian_norm(model: VisionModel) -> None:
 
 
 def test_rows_are_consistent(model: VisionModel) -> None:
-    rows = pixel_rows(model, examples(2), batch_sizes=(1, 2), repeats=2)
-    assert len(rows) == 2 * len(FILTERS)
+    rows = pixel_rows(model, examples(2), batch_sizes=(1, 2), rounds=2)
+    assert [r.peer for r in rows] == [JACOBIAN, SALIENCY] * 2 * len(FILTERS)
+    assert [r.work for r in rows[::2]] == [f"pixel FI {f}, batch {size}" for size in (1, 2) for f in FILTERS]
     for row in rows:
-        assert row.ratio == pytest.approx(row.seconds / row.peers[JACOBIAN])
-        assert row.peers[SALIENCY] > 0
-        assert row.low <= row.high
+        assert row.seconds > 0 and row.peer_seconds > 0 and row.low <= row.ratio <= row.high
+    assert (rows[0].goal, rows[0].floor, rows[1].goal) == (2.1, 2.0, None)
     assert rows[0].met == (rows[0].ratio <= 2.1)
-    assert rows[-1].met is None  # nothing is asked of batches of 2
+    assert rows[-2].met is None  # nothing is asked of batches of 2
     assert all(p.requires_grad for p in model.network.parameters())  # thawed again
 
 
 def test_too_few_examples_are_refused(model: VisionModel) -> None:
-    with pytest.raises(ValueError, match="at least 2 examples and 2 repeats, not 1 and 7"):
-        pixel_rows(model, examples(1), batch_sizes=(2,))
+    with pytest.raises(ValueError, match="at least 2 examples, not 1"):
+        pixel_rows(model, examples(1), batch_sizes=(2,), rounds=1)
+
+
+def test_the_bundled_pictures_are_measured_in_both_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(bench_pixels, "pixel_rows", lambda *arguments: asked.append(arguments))
+    bench_pixels.bundled_rows(3)
+    ((model, found, sizes, rounds),) = asked
+    assert model.name == "mini-vlm" and len(found) == 32 and sizes == (1, 32) and rounds == 3
