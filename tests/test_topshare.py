@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fihelpers.perturb.topshare import TopShare
+from fihelpers.perturb.topshare import CHUNK, TopShare
 
 
 def top_share(values: dict[str, Tensor], counts: int | dict[str, int], seed: int = 0) -> TopShare:
@@ -64,3 +64,43 @@ def test_ties_are_drawn_with_the_seed_and_spread_over_the_tensors(count: int) ->
     if 11 < count < 209:
         assert not masks["a"].equal(other["a"])
         assert masks["a"][50:].any() and masks["a"][:50].any()
+
+
+@pytest.mark.parametrize("share", [0.001, 0.01, 0.3])
+def test_of_ten_million_scores_with_ties_the_largest_are_chosen(share: float) -> None:
+    """As by a full sort, in pieces, with scores of both signs, infinite ones and denormal ones."""
+    g = torch.Generator().manual_seed(1)
+    scores = torch.randn(10**7, generator=g).mul_(8).round_().div_(8)  # about a hundred values
+    scores[: 10**5] *= 1e-42  # below the smallest normal number
+    scores[10**5 : 10**5 + 50] = torch.inf
+    scores[-50:] = -torch.inf
+    count = round(share * len(scores))
+    mask = TopShare(["all"], lambda _: iter(scores.split(CHUNK)), count).mask("all")
+    ranked = scores.sort(descending=True).values
+    assert scores[mask].sort(descending=True).values.equal(ranked[:count])
+    tied = scores == ranked[count - 1]
+    assert int(tied.sum()) > 1000 and 0 < int((tied & mask).sum()) < int(tied.sum())
+
+
+def test_denormal_values_are_ranked() -> None:
+    tiny = torch.arange(1, 101, dtype=torch.float32) * 1.4e-45
+    assert chosen({"a": tiny.flip(0)}, 30)["a"].nonzero()[:, 0].tolist() == list(range(30))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bits", ["positive", "negative", "smallest"])
+def test_nan_is_refused(dtype: torch.dtype, bits: str) -> None:
+    whole = torch.int32 if dtype == torch.float32 else torch.int64
+    infinity = torch.tensor(torch.inf, dtype=dtype).view(whole)
+    nan = {
+        "positive": torch.tensor(torch.nan, dtype=dtype),
+        "negative": -torch.tensor(torch.nan, dtype=dtype),
+        "smallest": (infinity + 1).view(dtype),
+    }[bits]
+    for sign in (1, -1):
+        values = {"fine": torch.ones(3, dtype=dtype), "bad": sign * torch.arange(9, dtype=dtype)}
+        values["bad"][4] = nan
+        with pytest.raises(ValueError, match="The values of bad hold NaN"):
+            chosen(values, 3)
+        with pytest.raises(ValueError, match="The values of bad hold NaN"):
+            chosen(values, {"fine": 1, "bad": 2})

@@ -40,7 +40,7 @@ class TopShare:
     counts: how many to choose of all values together (scope "global") or of each tensor ("layer").
     dtype: float32 or float64, in which values are compared.
     Of equal values at the border, each tensor and each piece gives its share (method 1b.5), drawn at random
-    with the seed.
+    with the seed. Raises ValueError, naming the tensor, where values are NaN.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class TopShare:
     def _keys(self, names: Iterable[str]) -> Iterator[Tensor]:
         for name in names:
             for values in self.stream(name):
-                yield _ordered(values.to(self.dtype))
+                yield _ordered(values.to(self.dtype), name)
 
     def _divided(self, whole: Border) -> dict[str, Border]:
         """The border for each tensor, of which each takes its part of the tied values."""
@@ -103,11 +103,24 @@ class TopShare:
         return borders
 
 
-def _ordered(values: Tensor) -> Tensor:
-    """Whole numbers in the same order as the values, which are float32 or float64."""
+def _ordered(values: Tensor, name: str) -> Tensor:
+    """Whole numbers in the same order as the values, which are float32 or float64.
+
+    The bits of a float, read as a whole number, rise with its size; NaN lies beyond infinity.
+    """
     whole = torch.int32 if values.dtype == torch.float32 else torch.int64
-    signed = (values + 0.0).view(whole)  # -0 becomes 0
-    return torch.where(signed < 0, signed ^ torch.iinfo(whole).max, signed)
+    keys = values.contiguous().view(whole)
+    if not len(keys):
+        return keys
+    least, most = (int(end) for end in keys.aminmax())
+    if least < 0:  # with values below zero, or -0
+        keys = (values + 0.0).view(whole)  # -0 becomes 0
+        keys = torch.where(keys < 0, keys ^ torch.iinfo(whole).max, keys)
+        least = int(keys.amin())
+    infinity = int(torch.tensor(torch.inf, dtype=values.dtype).view(whole))
+    if most > infinity or least < -infinity - 1:
+        raise ValueError(f"The values of {name} hold NaN, which has no rank; leave them out.")
+    return keys
 
 
 def _border(keys: Callable[[], Iterable[Tensor]], count: int, dtype: torch.dtype) -> Border:
@@ -121,7 +134,7 @@ def _border(keys: Callable[[], Iterable[Tensor]], count: int, dtype: torch.dtype
         histogram = torch.zeros(BINS, dtype=torch.long)
         for part in keys():
             part = part if first else part[(part >> (shift + DIGIT)) == prefix]
-            digits = (part >> shift) + BINS // 2 if first else (part >> shift) & (BINS - 1)
+            digits = (part >> shift).add_(BINS // 2) if first else (part >> shift).bitwise_and_(BINS - 1)
             histogram += torch.bincount(digits, minlength=BINS)
         reached = histogram.flip(0).cumsum(0)
         place = int(torch.searchsorted(reached, count))
