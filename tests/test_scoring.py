@@ -26,7 +26,7 @@ from fihelpers.__main__ import main
 from fihelpers.influence import Cut, Damped, Exact, spectral_of
 from fihelpers.models import LanguageModel, check_placed, open_model
 from fihelpers.preflight import plan_scores
-from fihelpers.scores import Scores, score_weights
+from fihelpers.scores import Scores, classgrads, score_weights
 from fihelpers.scoring import Processes, score_task
 from fihelpers.tasks import Task, load_task
 from fihelpers.tasks.base import make_task
@@ -158,6 +158,30 @@ def test_one_process_writes_the_scores_of_the_library(tmp_path: Path) -> None:
         assert equal(scores, truth[scores.metadata["measure"]])
     assert score_task(model, task, out, ["FI"], DAMPED, batch_size=4) == [out]
     assert equal(Scores.load(out), truth["FI damped 0.0001"])
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-3)])
+def test_batches_and_blocks_do_not_change_the_scores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, tolerance: float
+) -> None:
+    """As for the number of processes, below; the scores of pieces are not those of the whole by accident."""
+    model, task = tiny_model("llama"), tiny_task()
+    model.network.to(dtype)
+    score_task(model, task, tmp_path / "whole", ["FI"], DAMPED, batch_size=N)
+    truth = Scores.load(tmp_path / "whole")
+    assert max(float(v.max()) for v in truth.values.values()) > 0.1
+    ways: list[dict[str, Any]] = [
+        {"batch_size": 1},
+        {"batch_size": 4},
+        {"batch_size": 4, "save_memory": True},
+        {"batch_size": N, "checkpoint_every": 0},
+    ]
+    for block in (classgrads.BLOCK, 64):
+        monkeypatch.setattr(classgrads, "BLOCK", block)
+        for number, way in enumerate(ways):
+            out = tmp_path / f"{block}.{number}"
+            score_task(model, task, out, ["FI"], DAMPED, **way)
+            assert farthest(truth, Scores.load(out)) < tolerance
 
 
 def test_two_processes_give_the_scores_of_one(saved: Path, tmp_path: Path) -> None:
@@ -439,9 +463,17 @@ def test_a_model_that_does_not_fit_is_refused(saved: Path) -> None:
         check_placed(model.network, "tiny")
 
 
-def test_bad_counts_of_processes_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_counts_of_processes_are_named(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("LOCAL_RANK", "2")
+    places = [str(saved / "model"), str(saved / "contexts.txt"), "--out", str(tmp_path / "out.safetensors")]
+    assert main(["score", *places, "-n", "2"]) == 1
+    assert capsys.readouterr().err == (
+        "fihelpers: 3 processes are too many for n = 2; start 2 or fewer, or raise n.\n"
+    )
+    assert not list(tmp_path.iterdir())
     with (
         pytest.raises(ValueError, match=r"3 processes are too many for n = 2; start 2 or fewer"),
         scoring.processes(torch.device("cpu"), 2),
