@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -13,7 +13,6 @@ from matplotlib.ticker import PercentFormatter
 from pandas.io.formats.style import Styler
 
 from fihelpers.figures.style import GREY, INK, PALETTE, SEQUENTIAL, legend_outside, new_figure
-from fihelpers.scores import Scores
 
 FIRST_WAY, SECOND_WAY = "#D55E00", "#08306B"
 
@@ -145,20 +144,6 @@ def _damage_panel(ax: Axes, table: pd.DataFrame, value: str, low: str, high: str
         ax.axhline(row[value], color=colour, linestyle=line, linewidth=1.3, label=name)
         if ranking not in ("intact", "FI exact"):
             ax.axhspan(row[low], row[high], color=colour, alpha=0.10, linewidth=0)
-
-
-def draw_ranking(scores: Mapping[str, Scores], ranking: str, weight: str, end: str, side: int = 96) -> Figure:
-    """The rank of each weight in the corner of one matrix, under one ranking and under another."""
-    figure, axes = new_figure(1, 2, size=(8.0, 4.0))
-    for ax, name in zip(axes[0], (ranking, end), strict=True):
-        values = scores[name][weight]
-        ranks = values.flatten().argsort().argsort().reshape(values.shape).double() / (values.numel() - 1)
-        image = ax.imshow(ranks[:side, :side], cmap=SEQUENTIAL, vmin=0, vmax=1, interpolation="nearest")
-        ax.set(xlabel="input", ylabel="output" if ax is axes[0, 0] else "")
-        ax.set_title(name)
-        ax.grid(False)
-    figure.colorbar(image, ax=axes[0, 1], label="rank, 1 = most fragile")
-    return figure
 
 
 def draw_correlations(weights: pd.DataFrame, rows: pd.DataFrame) -> Figure:

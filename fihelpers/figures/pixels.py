@@ -174,22 +174,6 @@ def noise_pictures(case: Case, pictures: Mapping[str, tuple[Tensor, Tensor]]) ->
     return figure
 
 
-def case_frames(case: Case) -> tuple[list[Figure], list[str], list[str]]:
-    """Frames of a flipbook, their labels and their descriptions: the mask grows, the answer moves."""
-    frames, labels, alt = [], [], []
-    for count in (0, *case.masks):
-        figure, axes = new_figure(1, 2, size=(6.4, 3.0), width_ratios=(1, 1.1))
-        _picture(axes[0, 0], covered(case, count), "")
-        axes[0, 0].axis("off")
-        _bars(axes[0, 1], case.probs[count], case.example, case.example.question, True)
-        best = int(case.probs[count].argmax())
-        answer = f"{case.example.options[best]} (P = {float(case.probs[count][best]):.2f})"
-        frames.append(figure)
-        labels.append(f"{count} pixels masked")
-        alt.append(f"With {count} pixels masked the model answers {answer}.")
-    return frames, labels, alt
-
-
 def _picture(ax: Axes, image: Tensor, title: str) -> None:
     ax.imshow(image.permute(1, 2, 0).clamp(0, 255).round().byte().numpy(), interpolation="nearest")
     ax.set_title(title)

@@ -1,7 +1,7 @@
-// Stored pictures, lines and bars, one set for each position of a slider; a menu chooses between sliders.
+// Stored pictures, lines and bars, one set for each position of a slider; menus choose between sliders.
 
 const SVG = "http://www.w3.org/2000/svg";
-const CHART = { width: 420, height: 240, left: 52, right: 10, top: 10, bottom: 42 };
+const CHART = { width: 420, height: 240, left: 52, right: 14, top: 10, bottom: 46 };
 const COLOURS = 6; // line-0 to line-5 in explorer.css
 
 function add(parent, name, attributes = {}, text = "") {
@@ -25,23 +25,28 @@ function ticks(low, high) {
   const step = power * [1, 2, 2.5, 5, 10].find((m) => m * power >= rough);
   const first = Math.ceil(low / step - 1e-9);
   const count = Math.floor(high / step + 1e-9) - first + 1;
-  return Array.from({ length: count }, (_, i) => Number(((first + i) * step).toPrecision(6)));
+  return Array.from({ length: count }, (_, i) => {
+    const at = Number(((first + i) * step).toPrecision(6));
+    return { at, text: String(at) };
+  });
 }
 
 function chart(parent, position, axes) {
   const svg = add(parent, "svg", { viewBox: `0 0 ${CHART.width} ${CHART.height}`, role: "img" });
-  const xs = position.lines.flatMap((line) => line.x);
+  const xs = [...position.lines.flatMap((line) => line.x), ...(axes.ticks || []).map((tick) => tick.at)];
   const [low, high] = [Math.min(...xs), Math.max(...xs)];
   const [bottom, top] = axes.limits;
   const wide = CHART.width - CHART.left - CHART.right;
   const tall = CHART.height - CHART.top - CHART.bottom;
   const x = (v) => CHART.left + (wide * (v - low)) / (high - low || 1);
-  const y = (v) => CHART.top + tall * (1 - (v - bottom) / (top - bottom));
-  for (const v of ticks(bottom, top)) {
-    add(svg, "path", { class: "grid", d: `M${CHART.left} ${y(v)}h${wide}` });
-    add(svg, "text", { x: CHART.left - 6, y: y(v) + 4, class: "end" }, String(v));
+  const y = (v) => CHART.top + tall * (1 - (Math.min(top, Math.max(bottom, v)) - bottom) / (top - bottom));
+  for (const { at, text } of ticks(bottom, top)) {
+    add(svg, "path", { class: "grid", d: `M${CHART.left} ${y(at)}h${wide}` });
+    add(svg, "text", { x: CHART.left - 6, y: y(at) + 4, class: "end" }, text);
   }
-  for (const v of ticks(low, high)) add(svg, "text", { x: x(v), y: CHART.height - 26, class: "middle" }, String(v));
+  for (const { at, text } of axes.ticks || ticks(low, high)) {
+    add(svg, "text", { x: x(at), y: CHART.height - 28, class: "middle" }, text);
+  }
   add(svg, "text", { x: CHART.left + wide / 2, y: CHART.height - 6, class: "middle" }, axes.x);
   const name = { transform: `translate(14 ${CHART.top + tall / 2}) rotate(-90)`, class: "middle" };
   add(svg, "text", name, axes.y);
@@ -58,10 +63,13 @@ function chart(parent, position, axes) {
   });
   svg.setAttribute("aria-label", `${axes.y} against ${axes.x}: ${position.note}`);
   const key = make(parent, "div", "explorer-key");
-  position.lines.forEach((line, i) => make(make(key, "span", `line-${i % COLOURS}`), "i").after(line.name));
+  position.lines.forEach((line, i) => {
+    make(make(key, "span"), "i", `stroke-${i % COLOURS} line-${i % COLOURS}`).after(line.name);
+  });
 }
 
-function bars(parent, position, largest) {
+function bars(parent, position, title, largest) {
+  if (position.bars.length) make(parent, "div", "explorer-legend", title);
   for (const bar of position.bars) {
     const row = make(parent, "div", "explorer-bar");
     make(row, "span", "", bar.name);
@@ -70,57 +78,97 @@ function bars(parent, position, largest) {
   }
 }
 
+function picture(parent, source, caption) {
+  const figure = make(parent, "figure");
+  Object.assign(figure.appendChild(document.createElement("img")), { src: source, alt: caption });
+  make(figure, "figcaption", "", caption);
+}
+
+function labelled(parent, name, control) {
+  const box = make(parent, "label");
+  make(box, "span", "", name);
+  box.append(control);
+  return box;
+}
+
+// A box that asks the kernel for a value between the stored ones; it stays hidden where no kernel answers.
+function live(parent, model, options, show) {
+  const form = make(parent, "form", "explorer-live");
+  form.hidden = true;
+  const input = document.createElement("input");
+  Object.assign(input, { type: "number", step: "any", required: true });
+  const name = labelled(form, "", input).firstChild;
+  const button = make(form, "button", "", "Compute");
+  const answer = make(form, "output");
+  form.addEventListener("submit", (event) => {
+    event.preventDefault();
+    answer.textContent = "Computing ...";
+    model.send({ options: options(), value: Number(input.value) });
+  });
+  model.on("msg:custom", (message) => {
+    if (message.live) {
+      const { label, start, low, high } = message.live;
+      name.textContent = label;
+      Object.assign(input, { value: start, min: low, max: high });
+      form.hidden = false;
+    }
+    if (message.position || message.error) answer.textContent = message.error || "";
+    if (message.position) show(message.position, message.images);
+  });
+  button.type = "submit";
+  model.send({ live: true });
+}
+
 function render({ model, el }) {
   el.classList.add("explorer");
   make(el, "div", "explorer-title", model.get("title"));
+  make(el, "p", "explorer-legend", model.get("caption"));
   const controls = make(el, "div", "explorer-controls");
   const groups = model.get("groups");
   const put = (values) => {
     for (const [name, value] of Object.entries(values)) model.set(name, value);
     model.save_changes();
   };
-  const menu = document.createElement("select");
-  if (groups.length > 1) {
-    const box = make(controls, "label");
-    make(box, "span", "", model.get("choice"));
-    box.append(menu);
-    groups.forEach((group, i) => make(menu, "option", "", group.name).setAttribute("value", i));
+  const menus = model.get("menus").map(({ name, options }) => {
+    const menu = document.createElement("select");
+    options.forEach((option, i) => make(menu, "option", "", option).setAttribute("value", i));
+    if (options.length > 1) labelled(controls, name, menu);
     menu.addEventListener("change", () => {
-      const last = groups[Number(menu.value)].positions.length - 1;
-      put({ group: Number(menu.value), position: Math.min(model.get("position"), last) });
+      const group = menus.reduce((place, one) => place * one.options.length + Number(one.value), 0);
+      put({ group, position: Math.min(model.get("position"), groups[group].length - 1) });
     });
-  }
-  const box = make(controls, "label");
-  make(box, "span", "", model.get("dial"));
-  const input = box.appendChild(document.createElement("input"));
+    return menu;
+  });
+  const input = document.createElement("input");
   Object.assign(input, { type: "range", min: 0, step: 1 });
   input.addEventListener("input", () => put({ position: Number(input.value) }));
-  const value = make(box, "output");
-  const pictures = make(el, "div", "explorer-pictures small");
-  const lines = make(el, "div");
-  const table = make(el, "div");
-  const note = make(el, "p", "explorer-legend");
+  const value = make(labelled(controls, model.get("dial"), input), "output");
+  const note = make(el, "p", "explorer-note");
   note.setAttribute("aria-live", "polite");
+  const parts = ["explorer-pictures small", "explorer-chart", ""].map((name) => make(el, "div", name));
 
+  const draw = (position, images) => {
+    for (const part of parts) part.replaceChildren();
+    for (const { image, caption } of position.pictures) picture(parts[0], images[image], caption);
+    if (position.lines.length) chart(parts[1], position, model.get("axes"));
+    bars(parts[2], position, model.get("bars"), model.get("largest"));
+    note.textContent = position.note;
+  };
   const show = () => {
-    const positions = groups[model.get("group")].positions;
+    let rest = model.get("group");
+    for (const menu of [...menus].reverse()) {
+      menu.value = rest % menu.options.length;
+      rest = Math.floor(rest / menu.options.length);
+    }
+    const positions = groups[model.get("group")];
     const position = positions[model.get("position")];
-    menu.value = model.get("group");
     input.max = positions.length - 1;
     input.value = model.get("position");
     input.setAttribute("aria-valuetext", position.label);
     value.textContent = position.label;
-    for (const part of [pictures, lines, table]) part.replaceChildren();
-    for (const shown of position.pictures) {
-      const figure = make(pictures, "figure");
-      Object.assign(figure.appendChild(document.createElement("img")), {
-        src: model.get("images")[shown.image], alt: shown.caption });
-      make(figure, "figcaption", "", shown.caption);
-    }
-    if (position.lines.length) chart(lines, position, model.get("axes"));
-    bars(table, position, model.get("largest"));
-    note.textContent = position.note;
+    draw(position, model.get("images"));
   };
+  live(el, model, () => menus.map((menu) => menu.selectedOptions[0].textContent), draw);
   model.on("change:group change:position", show);
   show();
 }
