@@ -186,8 +186,8 @@ def mask_dial(gallery: Sequence[pixels.Scored], flips: pd.DataFrame, seed: int) 
         caption=(
             f"Move the number of masked pixels (of {size}), with the mouse or the arrow keys. Pictures: the "
             "highest pixels painted black, and the measure's map. Chart: P of the right answer for each "
-            "guide, on this one picture (n = 1). Bars: P of every answer; ✓ is right. Try: by which guide does the "
-            "answer turn over first, and does that guide look where you do?"
+            "guide, on this one picture (n = 1). Bars: P of every answer; ✓ is right. Try: by which guide "
+            "does the answer turn over first, and does that guide look where you do?"
         ),
         names=("picture", "guide", "masked pixels"),
         axes=Axes("masked pixels", "P of the right answer", ticks=ticks),
@@ -282,8 +282,8 @@ def protection_dial(
         caption=(
             "Choose a merge and move k, with the mouse or the arrow keys. Bars and chart: accuracy on the "
             f"validation questions of the search, mean of {sets} calibration sets; bands from the lowest to "
-            f"the highest set. One question is worth {1 / max(counts.values()):.3f}. Try: does any k lift both "
-            "domains at once, and does protection by chance look different?"
+            f"the highest set. One question is worth {1 / max(counts.values()):.3f}. Try: does any k lift "
+            "both domains at once, and does protection by chance look different?"
         ),
         names=("merge, kept by", "protected, k"),
         axes=Axes("protected share k of the linear weights", "accuracy", ticks=_percent_ticks(shares)),

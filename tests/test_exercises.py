@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fihelpers import influence
-from fihelpers.exercises import ch01, ch02, ch03, ch04, ch05, ch06, ch07
+from fihelpers.exercises import ch01, ch02, ch03, ch04, ch05, ch06, ch07, ch08, ch09
 from fihelpers.exercises.verdicts import NOT_YET, Verdict, Wrong, equal, exercise, number
 from fihelpers.runs import chapters
 
@@ -251,6 +251,24 @@ SLIPS = [  # a check, what it is given, and a word of its hint
     (ch07.words_shared, (2 / 6 + 1, "a b", "c a"), "too large"),
     (ch07.dispensable, (1.0, [-0.5, -0.5], P), "does not look at the weight"),
     (ch07.dispensable, (0.1, [1.0, -3.0], P), "half of it or more"),
+    (ch08.stored_bits, (0.9 * 2 + 1.6, 2, 112, 0.1), "scales are stored"),
+    (ch08.stored_bits, (2 + 16 / 112 + 1.6, 2, 112, 0.1), "instead of their codes"),
+    (ch08.one_bit, ([0.1, -0.1], torch.tensor([0.3, 0.1])), "old minus new"),
+    (ch08.one_bit, ([0.2, 0.2], torch.tensor([0.3, 0.1])), "rounded weights"),
+    (ch08.one_bit, ([0.0, 0.2], torch.tensor([0.3, 0.1])), "*mean* magnitude"),
+    (ch08.what_joint_says, ("the large weights",), "no weight enters"),
+    (ch08.worth_keeping, ([0, 0], torch.eye(3), torch.eye(3), 1, 2), "named twice"),
+    (ch09.same_as_average, (1.0, 0.0, 2.0, 5.0), "the sum, not the mean"),
+    (ch09.put_back, (0.2, 0.1, 0.25), "stay merged"),
+    (ch09.put_back, (0.175, 0.1, 0.25), "by neither"),
+    (ch09.ties, ([0.5, -0.2], SIX[:2], -SIX[:2].flip(0), 1), "entries are off"),
+    (ch09.ties, (SIX[[0, 3]] + SIX[[0, 1]], SIX[[0, 3]], SIX[[0, 1]], 2), "That is the sum"),
+    (ch09.which_control, ("the base model",), "what merging brings"),
+    (
+        ch09.fair_to_both,
+        ([1], torch.ones(2), torch.tensor([4.0, 9.0]), torch.tensor([0.1, 5.0]), 1),
+        "for both",
+    ),
 ]
 
 
