@@ -109,11 +109,12 @@ def filter_dial(
         measure = Influence(Damped(10**decade))
         found = score_weights(model, calibration, [measure], only=names)
         own = filter_curves(model, found, test, names, seed)
-        return position(measure.name, options[0], found[measure.name].values, own, ".")
+        return position(measure.name, named[options[0]], found[measure.name].values, own, ".")
 
     n = int(curves.n.iloc[0])
+    named = {f"block {limits.layer_of(m)}, {limits.matrix_of(m)}": m for m in matrices}
     return dial(
-        {(matrix,): [stored(ranking, matrix) for ranking in FILTERS] for matrix in matrices},
+        {(name,): [stored(ranking, matrix) for ranking in FILTERS] for name, matrix in named.items()},
         title="From exact FI to the squared Jacobian norm",
         caption=(
             "Move the filter, with the mouse or the arrow keys. Pictures: ranks of the weights in a corner "

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 SHARED = ("chapter", "profile", "versions")  # what all records of one file have in common
 ROUNDING = 1e-6  # relative; the same machine may sum in another order
+RAW = ".raw.csv"  # how the names of tables end that are not kept
 NO_INTERVAL = 1e-2  # relative; for a number without interval on another machine
 
 
@@ -119,11 +120,15 @@ class Chapter:
         _glue(record)
         return record
 
-    def table(self, name: str, frame: "pd.DataFrame") -> None:
-        """Write a whole table as ``{chapter}.{name}.csv`` beside the records, its index too if named."""
+    def table(self, name: str, frame: "pd.DataFrame", *, raw: bool = False) -> None:
+        """Write a whole table as ``{chapter}.{name}.csv`` beside the records, its index too if named.
+
+        A raw table (a row for every answer, say) is ``{chapter}.{name}.raw.csv``: it stays with the run and
+        is not among the results that are kept.
+        """
         named = any(level is not None for level in frame.index.names)
         text = frame.to_csv(index=named, lineterminator="\n")
-        write_atomically(self._folder / f"{self.name}.{_name(name)}.csv", text.encode())
+        write_atomically(self._folder / f"{self.name}.{_name(name)}{RAW if raw else '.csv'}", text.encode())
 
     def _save(self) -> None:
         records = [asdict(record) for record in self._records.values()]

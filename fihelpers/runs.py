@@ -22,6 +22,7 @@ from typing import Any
 from fihelpers.data import MANIFEST, data_folder, file_sha256
 from fihelpers.files import PACKAGE, package_sha256, write_atomically
 from fihelpers.parameters import NOTEBOOKS, declared, nearest, read_profile, settle
+from fihelpers.results import RAW
 
 RECORDS = ("*.json", "*.csv")
 
@@ -111,8 +112,12 @@ def run_all(folder: Path, profile: str, out: Path, jobs: int = 1) -> list[Path]:
 
 
 def keep_results(out: Path, results: Path) -> None:
-    """Make the records and tables of a run the ones in `results`; what it holds of earlier runs goes."""
-    kept = [path for pattern in RECORDS for path in sorted(out.glob(pattern))]
+    """Make the records and tables of a run the ones in `results`; what it holds of earlier runs goes.
+
+    Raw tables stay with the run.
+    """
+    found = [path for pattern in RECORDS for path in sorted(out.glob(pattern))]
+    kept = [path for path in found if not path.name.endswith(RAW)]
     for path in kept:
         write_atomically(results / path.name, path.read_bytes())
     for pattern in RECORDS:

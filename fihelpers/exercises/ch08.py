@@ -14,7 +14,7 @@ CLOSE = 0.01  # relative: a scale is stored in 16 bits
 
 @exercise
 def stored_bits(answer: object, bits: int, row: int, kept: float) -> str:
-    """Stored bits a weight: codes, a 16-bit scale for each row of `row` weights, a share `kept` in 16 bits."""
+    """Stored bits a weight: codes, a 16-bit scale for a row of `row` weights, a share `kept` in 16 bits."""
     rounded = bits + SIXTEEN / row
     slips = {
         "The scales are stored, too: one of 16 bits for each rounded row.": (1 - kept) * bits
@@ -55,14 +55,14 @@ def what_joint_says(answer: object) -> str:
         answer,
         "nothing",
         {
-            "the sensitive rows": "Count first: how many directions have four answers, and how many has a row?",
+            "the sensitive rows": "Count first: how many directions do four answers have, how many a row?",
             "the long rows": "Two rows of different length get the same value here; it is not the length.",
             "the large weights": "FI is made of gradients alone; no weight enters it.",
         },
     )
     return (
-        "A row has more dimensions than four answers can move in, so every row stands at the ceiling. The sum "
-        "of its weights' own FI does rank; what it ranks by is another question."
+        "A row has more dimensions than four answers can move in, so every row stands at the ceiling. "
+        "The sum of its weights' own FI does rank; what it ranks by is another question."
     )
 
 

@@ -559,6 +559,30 @@ def as_text(found: Mapping[str, pd.DataFrame], rows: pd.DataFrame) -> pd.DataFra
     return pd.DataFrame.from_dict(lines, orient="index")
 
 
+def as_lines(table: pd.DataFrame, *shown: str) -> pd.DataFrame:
+    """Differences with their intervals to read, a line each; `shown` names the further columns."""
+    made = {"difference [95 %]": interval_text(table, "difference", "low", "high")}
+    made |= {name.replace("_", " "): table[name] for name in shown}
+    return pd.DataFrame(made).set_index(table["first"].rename("")).round(3)
+
+
+def interval_text(table: pd.DataFrame, value: str, low: str, high: str) -> list[str]:
+    """Each line's value with its interval, as text."""
+    ends = zip(table[value], table[low], table[high], strict=True)
+    return [f"{v:+.3f} [{a:+.3f}, {b:+.3f}]" for v, a, b in ends]
+
+
+def price_text(price: pd.DataFrame, a: str, b: str) -> pd.DataFrame:
+    """`price_of` to read: what A's domain gains, and what B's and the mean of both do, with intervals."""
+    made = {
+        a: price[a].map("{:+.3f}".format),
+        f"{b} [95 %]": interval_text(price, b, "low", "high"),
+        "mean [95 %]": interval_text(price, "mean", "mean_low", "mean_high"),
+        f"{a}, relative to random": price.relative.map("{:+.0%}".format),
+    }
+    return pd.DataFrame(made, index=price.index)
+
+
 def claims(rows: pd.DataFrame, plan: Plan, counts: Mapping[str, int], seed: int) -> pd.DataFrame:
     """The paired differences on which claims 20 to 23 rest, each with the verdict that it is above zero.
 
