@@ -12,6 +12,7 @@ import pytest
 import torch
 from tiny import tiny_model
 
+from fihelpers import dials
 from fihelpers.experiments import merging as lab
 from fihelpers.figures import merging as draw
 from fihelpers.perturb.merge import Average, FisherAverage, TaskArithmetic, Ties
@@ -272,3 +273,28 @@ def test_bad_plans_and_models_are_named_before_anything_runs(
     with pytest.raises(ValueError, match="was not fine-tuned from"):
         lab.Bench(trio[0], trio[1], stranger, plan, tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_dial_turns_through_the_curves(
+    trio: Trio, plan: lab.Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = lab.Search(lab.Bench(*trio, replace(plan, seeds=1), tmp_path / "cache"))
+    settings = {"average, random": lab.Setting(by=lab.RANDOM)}
+    curve = search.curve(settings, [0.1, 1.0])
+    dial = dials.protection_dial(search, curve, settings)
+    (positions,) = dial.groups
+    assert [position["label"] for position in positions] == ["0 %", "10 %", "100 %"]
+    plain = search.exam.row("average", lab.Setting(), 0)
+    for end in (positions[0], positions[-1]):  # with all protected by both it is the plain merge again
+        shown = {bar["name"].split(" (")[0]: bar["value"] for bar in end["bars"]}
+        assert shown == pytest.approx({domain: plain[domain] for domain in search.exam.counts}, abs=1e-4)
+    sent: list[dict[str, Any]] = []
+    monkeypatch.setattr(dial, "send", sent.append)
+    dial._answer(dial, {"options": ["average, random"], "value": 10}, [])
+    assert sent[0]["position"]["bars"] == positions[1]["bars"]
+
+
+def test_differences_are_shown_as_text() -> None:
+    table = pd.DataFrame({"first": ["a"], "minus": ["b"], "difference": [0.1], "low": [-0.25], "high": [0.4]})
+    shown = lab.as_lines(table, "minus")
+    assert shown.loc["a"].tolist() == ["+0.100 [-0.250, +0.400]", "b"]

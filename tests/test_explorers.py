@@ -64,9 +64,7 @@ def test_the_browser_computes_what_python_computes(
 def test_a_family_of_another_size_is_refused(still: Figure) -> None:
     net = manifold.make_family((0.4, 0.3, 0.2, 0.1), dims=2, seed=0)
     with pytest.raises(ValueError, match="two dimensions and three answers"):
-        explorers.simplex(
-            net.inner, net.shift, net.outer, net.bias, title="four answers", still=still, alt="nothing"
-        )
+        explorers.simplex(net, title="four answers", still=still)
 
 
 def position(k: int) -> Position:
@@ -77,38 +75,49 @@ def position(k: int) -> Position:
     )
 
 
-def test_a_dial_stores_each_picture_once(still: Figure) -> None:
-    made = explorers.dial(
-        {"average": [position(0), position(1)], "TIES": [position(1), position(2)]},
-        title="How much to protect",
-        names=("method", "protected"),
-        still=still,
-        alt="nothing",
+def turned(groups: dict[tuple[str, ...], list[Position]], names: tuple[str, ...]) -> explorers.Dial:
+    return explorers.dial(groups, title="How much to protect", caption="Try it.", names=names, start=1)
+
+
+def test_a_dial_stores_each_picture_once() -> None:
+    made = turned(
+        {("average",): [position(0), position(1)], ("TIES",): [position(1), position(2)]},
+        ("method", "protected"),
     )
     assert len(made.images) == 3
-    shown = [p["pictures"][0]["image"] for group in made.groups for p in group["positions"]]
-    assert shown == [0, 0, 0, 0]
-    assert made.largest == 1.0 and made.groups[1]["positions"][0]["marker"] == 1
+    assert [p["pictures"][0]["image"] for group in made.groups for p in group] == [0, 0, 0, 0]
+    assert made.groups[1][0]["marker"] == 1 and made.position == 1
+    assert made.menus == [{"name": "method", "options": ["average", "TIES"]}]
 
 
-def test_a_dial_needs_something_to_turn_to(still: Figure) -> None:
-    with pytest.raises(ValueError, match="'TIES' has fewer"):
-        explorers.dial(
-            {"average": [position(0), position(1)], "TIES": [position(1)]},
-            title="How much to protect",
-            names=("method", "protected"),
-            still=still,
-            alt="nothing",
-        )
+def test_the_last_menu_runs_fastest() -> None:
+    keys = [("average", "FI"), ("TIES", "random"), ("TIES", "FI"), ("average", "random")]
+    made = turned(
+        {key: [position(i), position(i + 1)] for i, key in enumerate(keys)}, ("method", "by", "protected")
+    )
+    assert [menu["options"] for menu in made.menus] == [["average", "TIES"], ["FI", "random"]]
+    assert [group[0]["label"] for group in made.groups] == ["0 %", "3 %", "2 %", "1 %"]
+
+
+def test_a_dial_needs_something_to_turn_to() -> None:
+    with pytest.raises(ValueError, match="for 'TIES' there are 1"):
+        turned({("average",): [position(0), position(1)], ("TIES",): [position(1)]}, ("method", "protected"))
+    pairs = {("average", "FI"): [position(0)] * 2, ("TIES", "random"): [position(0)] * 2}
+    with pytest.raises(ValueError, match="for 'average', 'random' there are 0"):
+        turned(pairs, ("method", "by", "protected"))
+
+
+def test_a_page_without_scripts_shows_the_first_position() -> None:
+    made = turned({("average",): [position(0), position(1)]}, ("method", "protected"))
+    assert "note 1" in made.alt
 
 
 def test_a_page_without_scripts_shows_a_picture(still: Figure, monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list = []
     monkeypatch.setattr(explorers, "display", lambda content, **_: shown.append(content))
     net = family(8)
-    made = explorers.simplex(
-        net.inner, net.shift, net.outer, net.bias, title="Three answers", still=still, alt="a triangle"
-    )
+    still.suptitle("a triangle")
+    made = explorers.simplex(net, title="Three answers", still=still)
     made._ipython_display_()
     assert 'alt="a triangle"' in shown[0].data and "<noscript>" in shown[0].data
     assert shown[1]["application/vnd.jupyter.widget-view+json"]["model_id"] == made.model_id

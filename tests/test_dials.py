@@ -1,0 +1,122 @@
+"""The dials of the chapters: they show what was computed, and compute what is asked for."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from tiny import tiny_examples, tiny_model
+from torch import Tensor
+
+from fihelpers import dials
+from fihelpers.experiments import limits, pixels
+from fihelpers.explorers import Dial
+from fihelpers.influence import Damped, Exact
+from fihelpers.models import LanguageModel
+from fihelpers.perturb.sparsify import linear_names
+from fihelpers.tasks import Example
+
+EXAMPLES = tiny_examples(4)
+
+
+def asked(dial: Dial, message: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the kernel answers to a message of the page."""
+    sent: list[dict[str, Any]] = []
+    monkeypatch.setattr(dial, "send", sent.append)
+    dial._answer(dial, message, [])
+    (answer,) = sent
+    return answer
+
+
+@pytest.fixture(scope="module")
+def model() -> LanguageModel:
+    return tiny_model("qwen2")
+
+
+@pytest.fixture(scope="module")
+def filter_dial(model: LanguageModel) -> Dial:
+    names = linear_names(model.network)
+    tried = [Exact(), *(Damped(lam) for lam in (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-2))]
+    sweep = limits.filter_sweep(model, {0: EXAMPLES[:2]}, EXAMPLES, names, tried, 0.1)
+    shown = {name: sweep.scores[name] for name in (*dials.FILTERS, "random")}
+    curves = dials.filter_curves(model, shown, EXAMPLES, names, 0)
+    return dials.filter_dial(model, sweep, curves, names[:2], EXAMPLES[:2], EXAMPLES, names, 0)
+
+
+def test_the_damage_of_a_filter_begins_intact(model: LanguageModel) -> None:
+    names = linear_names(model.network)
+    scores = limits.filter_sweep(model, {0: EXAMPLES[:2]}, EXAMPLES, names, [Exact()], 0.1).scores
+    curves = dials.filter_curves(model, scores, EXAMPLES, names, 0, [0.5, 1.0])
+    assert set(curves.ranking) == set(scores) and (curves.n == len(EXAMPLES)).all()
+    assert curves[curves.share == 0].accuracy.nunique() == 1
+    assert curves[curves.share == 1].accuracy.nunique() == 1  # all is gone, whatever ranked it
+    assert ((curves.low <= curves.accuracy) & (curves.accuracy <= curves.high)).all()
+
+
+def test_the_filter_turns_from_exact_to_the_jacobian(filter_dial: Dial) -> None:
+    first, second = filter_dial.groups
+    assert [position["label"] for position in first] == [name.removeprefix("FI ") for name in dials.FILTERS]
+    assert [line["name"] for line in first[0]["lines"]] == ["this ranking", limits.JACOBIAN2, "random"]
+    last = first[-1]["lines"]
+    assert last[0]["y"] == last[1]["y"]  # at the end the ranking is the Jacobian norm's
+    assert first[0]["pictures"][0] != second[0]["pictures"][0]
+    assert [menu["name"] for menu in filter_dial.menus] == ["matrix"]
+
+
+def test_a_kernel_filters_by_any_lambda(filter_dial: Dial, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert asked(filter_dial, {"live": True}, monkeypatch)["live"]["label"] == "log₁₀ λ"
+    option = filter_dial.menus[0]["options"][1]
+    made = asked(filter_dial, {"options": [option], "value": -4}, monkeypatch)
+    stored = next(p for p in filter_dial.groups[1] if p["label"] == "damped 0.0001")
+    assert made["position"]["lines"] == stored["lines"]
+    assert made["images"][0] == filter_dial.images[stored["pictures"][0]["image"]]
+    refused = asked(filter_dial, {"options": [option], "value": 99}, monkeypatch)
+    assert refused == {"error": "Choose a value from -12 to 4."}
+
+
+class Gallery:
+    """Three pictures whose answer is sure of its class by what is left of the light."""
+
+    examples = tuple(Example(f"p{i}", "tiny", "?", ("dark", "light"), 1, "Which?") for i in range(3))
+    images = torch.full((3, 3, 40, 40), 200.0)
+
+    class letters:
+        model = None
+
+    def scores(self, measure: str) -> Tensor:
+        return torch.arange(1600.0).reshape(40, 40).expand(3, 40, 40) * (1 if measure == "FI exact" else -1)
+
+
+@pytest.fixture
+def mask_dial(monkeypatch: pytest.MonkeyPatch) -> Dial:
+    def light(model: None, example: Example, images: list[Tensor]) -> Tensor:
+        left = torch.stack([image.mean() / 200 for image in images])
+        return torch.stack([1 - left, left], 1)
+
+    monkeypatch.setattr(pixels, "probabilities", light)
+    flips = pd.DataFrame({"id": ["p2", "p0", "p1"], "flips_at": [np.nan] * 3, "left": [0.0] * 3})
+    return dials.mask_dial([Gallery()], flips, 0)  # type: ignore[list-item]
+
+
+def test_masks_grow_and_the_answer_follows(mask_dial: Dial) -> None:
+    assert [menu["options"] for menu in mask_dial.menus] == [
+        ["most fragile", "in the middle", "sturdiest"],
+        list(dials.GUIDES),
+    ]
+    assert len(mask_dial.groups) == 12
+    for positions in mask_dial.groups:
+        counts = [int(position["label"]) for position in positions]
+        assert counts == [0, *pixels.CASE_COUNTS]
+        light = [position["bars"][1]["value"] for position in positions]
+        assert light == pytest.approx([1 - n / 1600 for n in counts], abs=1e-3)
+        assert [position["marker"] for position in positions] == list(range(len(counts)))
+        assert positions[0]["lines"][0]["y"] == pytest.approx(light)
+    assert "rightly 'light'" in mask_dial.groups[0][0]["note"]
+    assert mask_dial.groups[0][1]["bars"][1]["name"] == "B. light ✓"
+
+
+def test_a_kernel_masks_any_number(mask_dial: Dial, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = asked(mask_dial, {"options": ["sturdiest", "FI exact"], "value": 1200}, monkeypatch)["position"]
+    assert made["label"] == "1200" and made["bars"][1]["value"] == pytest.approx(0.25)
+    assert "wrongly 'dark'" in made["note"]
