@@ -5,6 +5,7 @@ from html import escape, unescape
 from pathlib import Path
 from typing import Any
 
+from fihelpers import reference
 from fihelpers.publish import CARD, address
 
 CARD_ALT = "Accuracy against the share of weights set to zero, for weights chosen by four measures."
@@ -16,6 +17,9 @@ def setup(app: Any) -> dict[str, bool]:
     """What Sphinx calls."""
     app.connect("config-inited", _set_base_address)
     app.connect("html-page-context", _extend_page, priority=502)  # after the theme has made its buttons
+    app.add_directive("fi-modules", reference.ModulesDirective)
+    app.add_directive("fi-pictures", reference.PicturesDirective)
+    app.connect("doctree-resolved", reference.list_pictures)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
 
