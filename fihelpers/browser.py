@@ -40,6 +40,7 @@ BROWSER_FLAGS = [
 PATIENCE = 30_000  # milliseconds a page has to show its mathematics and widgets
 REACTION = 1_500  # milliseconds an explorer has to answer a click or a key
 TABS = 2  # pages open at a time
+FIRST_VISITED = ("intro.html", "search.html")  # by a reader whose system is dark
 SOUGHT = "saturation"  # a word of the book's that its search must find
 MARGIN: "PdfMargins" = {"top": "15mm", "right": "15mm", "bottom": "15mm", "left": "15mm"}
 
@@ -48,6 +49,11 @@ AXE_NOT_ASKED = {
     "label-content-name-mismatch": "in the theme's search and colour buttons an icon's title counts as text",
 }
 
+# Rules of axe-core that the colours or the width of a page decide.
+AXE_AGAIN = ["color-contrast", "link-in-text-block", "scrollable-region-focusable"]
+# What stands on a page many times, made alike, and how many of it axe-core sees: it takes a second for a
+# thousand words of coloured code.
+AXE_ALIKE = {"dl.py": 30, "div.cell_input": 8, "table.dataframe tbody tr": 40}
 
 WIDTHS = (1280, 380)  # CSS pixels: a laptop's screen and a phone's
 
@@ -200,18 +206,21 @@ async def _faults(page: "Page", site: _Site, name: str) -> list[str]:
         await _show(page, width, scheme)
         with suppress(TimeoutError):
             await page.wait_for_function(_SETTLED, timeout=REACTION)
-        faults += await page.evaluate(_AXE, list(AXE_NOT_ASKED))
-    if (
-        "/" not in name
-    ):  # what all pages share is seen on the short ones: menus in the dark, a first visit there
+        faults += await _ask_axe(page, again=scheme != SCHEMES[0])
+    if name in FIRST_VISITED:  # menus in the dark, and a first visit there, which all pages share
         await _show(page, WIDTHS[0], "dark")
         await _open(page, site.address + name)
         faults += await page.evaluate(_SEEN, "dark")
         await page.evaluate(site.axe)
-        faults += await page.evaluate(_AXE, list(AXE_NOT_ASKED))
+        faults += await _ask_axe(page, again=True)
     if name == "search.html":
         faults += await _search(page, site)
     return faults
+
+
+async def _ask_axe(page: "Page", again: bool) -> list[str]:
+    """What axe-core finds in the page as it is shown; again: only what colours and width can change."""
+    return await page.evaluate(_AXE, [list(AXE_NOT_ASKED), AXE_ALIKE, AXE_AGAIN if again else None])
 
 
 async def _show(page: "Page", width: int, scheme: Scheme) -> None:
@@ -342,11 +351,15 @@ _SETTLED = """() => [...document.querySelectorAll("[tabindex='-1']")]
   .every(part => part.scrollWidth <= part.clientWidth)"""
 
 # Serious and critical faults by axe-core. Formulas are left out, since they have many parts and MathJax's own
-# words for each; they were seen to be typeset before.
-_AXE = """async notAsked => {
+# words for each; they were seen to be typeset before. Of what is made alike many times, the first ones
+# stand for all.
+_AXE = """async ([notAsked, alikes, asked]) => {
   for (const formula of document.querySelectorAll("mjx-container")) formula.replaceChildren();
+  for (const [alike, shown] of Object.entries(alikes))
+    for (const part of [...document.querySelectorAll(alike)].slice(shown)) part.remove();
   const rules = Object.fromEntries(notAsked.map(rule => [rule, { enabled: false }]));
-  const found = await axe.run(document, { resultTypes: ["violations"], rules });
+  const chosen = asked ? { runOnly: asked } : { rules };
+  const found = await axe.run(document, { resultTypes: ["violations"], selectors: false, ...chosen });
   return found.violations
     .filter(rule => ["serious", "critical"].includes(rule.impact))
     .flatMap(rule => rule.nodes.map(node => `${rule.id} (${rule.help}): ${node.html.slice(0, 120)}`));

@@ -19,8 +19,9 @@ def setup(app: Any) -> dict[str, bool]:
     app.connect("html-page-context", _extend_page, priority=502)  # after the theme has made its buttons
     app.add_directive("fi-modules", reference.ModulesDirective)
     app.add_directive("fi-pictures", reference.PicturesDirective)
+    app.connect("doctree-read", reference.collect_pictures)
     app.connect("doctree-resolved", reference.list_pictures)
-    return {"parallel_read_safe": True, "parallel_write_safe": True}
+    return {"parallel_read_safe": False, "parallel_write_safe": True}  # one process collects the pictures
 
 
 def _set_base_address(app: Any, config: Any) -> None:

@@ -86,7 +86,7 @@ def read_module(name: str, package: Path = PACKAGE) -> Module:
 
 @cache
 def known_names() -> dict[str, str]:
-    """What a name in a docstring or signature may mean: full names, and last parts that one entry alone has."""
+    """What a name in the prose may mean: the full names, and the last parts that one entry alone has."""
     full = [
         f"{name}.{entry.name}"
         for name in module_names()
@@ -206,6 +206,7 @@ class ModulesDirective(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         """The sections; a name that belongs to no module is an error of the page."""
+        self.where = address(Path(self.env.srcdir))
         sections: list[nodes.Node] = []
         for wanted in self.content:
             names = below(wanted)
@@ -263,11 +264,10 @@ class ModulesDirective(SphinxDirective):
 
     def _lines(self, entry: Entry) -> list[nodes.Node]:
         """A link to the entry's line, where it is known where the project lives."""
-        where = address(Path(self.env.srcdir))
-        if where is None:
+        if self.where is None:
             return []
         place = self.module.path.relative_to(PACKAGE.parent).as_posix()
-        uri = f"{where.repository}/blob/{BRANCH}/{place}#L{entry.line}"
+        uri = f"{self.where.repository}/blob/{BRANCH}/{place}#L{entry.line}"
         link = nodes.reference("", "[source]", internal=False, refuri=uri)
         return [addnodes.only("", nodes.inline("", " "), link, expr="html")]
 
@@ -330,31 +330,36 @@ class Pictures(nodes.General, nodes.Element):
     """Where the list of pictures will stand."""
 
 
-def list_pictures(app: Any, doctree: nodes.document, page: str) -> None:
-    """Sphinx's `doctree-resolved`: puts the list of pictures where the page asks for it."""
-    for place in list(doctree.findall(Pictures)):
-        chapters = [name for name in sorted(app.env.found_docs) if name.startswith("chapters/")]
-        place.replace_self([node for chapter in chapters for node in _pictures_of(app, chapter, page)])
-
-
-def _pictures_of(app: Any, chapter: str, page: str) -> list[nodes.Node]:
-    """The chapter's title, and an item a section that shows pictures: its heading and their descriptions."""
+def collect_pictures(app: Any, doctree: nodes.document) -> None:
+    """Sphinx's `doctree-read`: keeps the chapter's sections that show pictures, and the pictures' words."""
+    if not app.env.docname.startswith("chapters/"):
+        return
     sections: dict[str, tuple[str, list[str]]] = {}
-    for image in app.env.get_doctree(chapter).findall(nodes.image):
+    for image in doctree.findall(nodes.image):
         section = image.parent
         while not isinstance(section, nodes.section):
             section = section.parent
         heading = section.next_node(nodes.title).astext()
         sections.setdefault(section["ids"][0], (heading, []))[1].append(image.get("alt", ""))
-    if not sections:
-        return []
-    items = [_item(app, page, chapter, name, *shown) for name, shown in sections.items()]
-    title = nodes.rubric("", app.env.titles[chapter].astext())
-    return [title, nodes.bullet_list("", *items)]
+    pictures = app.env.__dict__.setdefault("fi_pictures", {})
+    pictures[app.env.docname] = sections
 
 
-def _item(app: Any, page: str, chapter: str, section: str, heading: str, texts: list[str]) -> nodes.Node:
-    uri = f"{app.builder.get_relative_uri(page, chapter)}#{section}"
+def list_pictures(app: Any, doctree: nodes.document, page: str) -> None:
+    """Sphinx's `doctree-resolved`: puts the list of pictures where the page asks for it."""
+    for place in list(doctree.findall(Pictures)):
+        found: list[nodes.Node] = []
+        for chapter, sections in sorted(getattr(app.env, "fi_pictures", {}).items()):
+            uri = app.builder.get_relative_uri(page, chapter)
+            items = [_item(f"{uri}#{name}", *shown) for name, shown in sections.items()]
+            if items:
+                title = nodes.rubric("", app.env.titles[chapter].astext())
+                found += [title, nodes.bullet_list("", *items)]
+        place.replace_self(found)
+
+
+def _item(uri: str, heading: str, texts: list[str]) -> nodes.Node:
+    """A section's heading in a link to it, and what its pictures show."""
     link = nodes.reference("", heading, internal=True, refuri=uri)
     count = f" ({len(texts)} pictures)" if len(texts) > 1 else ""
     words = nodes.paragraph("", "", link, nodes.Text(count))
