@@ -46,7 +46,7 @@ class Figure:
 
 
 def published(key: str) -> Figure:
-    """Return a published figure by its key in the data file. Raises KeyError, in words, for an unknown one."""
+    """Return a published figure by its key in the data file. Raises KeyError for an unknown one."""
     found = _figures()
     if key not in found:
         raise KeyError(f"{FILE} has no figure {key!r}; add it there, with its source.")
