@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, Protocol, SupportsFloat
 
 from fihelpers import __version__
+from fihelpers.data import data_folder
 from fihelpers.files import package_sha256, write_atomically
 from fihelpers.parameters import executed, profiles_folder, read_profile, settle
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SHARED = ("chapter", "profile", "versions")  # what all records of one file have in common
+KEPT = "results"  # in the data folder: the results of the book's own run
 ROUNDING = 1e-6  # relative; the same machine may sum in another order
 RAW = ".raw.csv"  # how the names of tables end that are not kept
 NO_INTERVAL = 1e-2  # relative; for a number without interval on another machine
@@ -70,6 +72,16 @@ class Chapter:
         self._versions = versions()
         self._records: dict[str, Record] = {}
         self._save()
+
+    @property
+    def run_folder(self) -> Path:
+        """Where the results of the same run's other chapters lie, as far as they were run."""
+        return Path(os.environ.get("FIHELPERS_RUN") or self._folder)
+
+    @property
+    def records(self) -> Mapping[str, Record]:
+        """The numbers recorded so far, by name."""
+        return MappingProxyType(self._records)
 
     @property
     def cache(self) -> Path:
@@ -184,6 +196,12 @@ def load_results(folder: Path) -> dict[tuple[str, str], Record]:
         for fields in content["records"]:
             records[content["chapter"], fields["name"]] = Record(**fields, **shared)
     return records
+
+
+def results_beside(folder: Path, pattern: str) -> dict[str, Path]:
+    """Files of results by name: those of a run's folder, and for the rest those kept in the data folder."""
+    folders = (data_folder() / KEPT, Path(folder))  # a later one replaces an earlier one
+    return {path.name: path for place in folders for path in sorted(place.glob(pattern))}
 
 
 def compare(

@@ -22,9 +22,10 @@ from typing import Any
 from fihelpers.data import MANIFEST, data_folder, file_sha256
 from fihelpers.files import PACKAGE, package_sha256, write_atomically
 from fihelpers.parameters import NOTEBOOKS, declared, nearest, read_profile, settle
-from fihelpers.results import RAW
+from fihelpers.results import RAW, results_beside
 
 RECORDS = ("*.json", "*.csv")
+READS = "READS"  # the parameter of a chapter that names, by a pattern, the results of others that it reads
 
 
 class ChapterError(RuntimeError):
@@ -71,7 +72,7 @@ def run_chapter(
     chapter = notebook.stem
     given = {"PROFILE": profile, **parameters}
     profiles = notebook.parent / "profiles"
-    key = _key(notebook, settle(chapter, declared(notebook), read_profile(profiles, profile), given))
+    key = _key(notebook, settle(chapter, declared(notebook), read_profile(profiles, profile), given), out)
     done = out / f"{chapter}.ipynb"
     if _is_current(done, key):
         return done
@@ -80,6 +81,7 @@ def run_chapter(
         work = Path(folder)
         environment = {
             "FIHELPERS_RESULTS": folder,
+            "FIHELPERS_RUN": str(out.resolve()),
             "FIHELPERS_CACHE": str((out / "cache").resolve()),
             "FIHELPERS_PROFILES": str(profiles.resolve()),
         }
@@ -95,20 +97,24 @@ def run_chapter(
 def run_all(folder: Path, profile: str, out: Path, jobs: int = 1) -> list[Path]:
     """Run every chapter of a folder and return the executed notebooks, in order.
 
-    With several jobs, that many chapters run at a time and share the CPU's threads. The first failure in the
-    order of the chapters is raised, after the chapters under way have ended. Raises ValueError for jobs < 1.
+    With several jobs, that many chapters run at a time and share the CPU's threads; a chapter that reads the
+    others' results waits for them. The first failure in the order of the chapters is raised, after the chapters
+    under way have ended. Raises ValueError for jobs < 1.
     """
     if jobs < 1:
         raise ValueError(f"at least one job must run, not {jobs}.")
     if jobs == 1:  # in this thread, so that an interrupt ends the chapter at once
         return [run_chapter(path, profile, {}, out) for path in chapters(folder)]
     threads = max(1, (os.cpu_count() or 1) // jobs)
+    waiting = [path for path in chapters(folder) if READS in declared(path)]
     with ThreadPoolExecutor(jobs) as pool:
-        runs = [pool.submit(run_chapter, path, profile, {}, out, threads) for path in chapters(folder)]
+        paths = [path for path in chapters(folder) if path not in waiting]
+        runs = [pool.submit(run_chapter, path, profile, {}, out, threads) for path in paths]
         try:
-            return [run.result() for run in runs]
+            done = [run.result() for run in runs]
         finally:
             pool.shutdown(cancel_futures=True)
+    return sorted([*done, *(run_chapter(path, profile, {}, out) for path in waiting)])
 
 
 def keep_results(out: Path, results: Path) -> None:
@@ -125,10 +131,14 @@ def keep_results(out: Path, results: Path) -> None:
             old.unlink()
 
 
-def _key(notebook: Path, settings: Mapping[str, Any]) -> str:
-    """Hash of notebook, package, versions, shipped data, parameters, and files that these name."""
+def _key(notebook: Path, settings: Mapping[str, Any], out: Path) -> str:
+    """Hash of notebook, package, versions, shipped data, parameters, and files that these name.
+
+    For a chapter that reads others' results, those that it would find beside `out` count as well.
+    """
     nested = [value for group in settings.values() if isinstance(group, dict) for value in group.values()]
     named = [Path(value) for value in [*settings.values(), *nested] if isinstance(value, str) and value]
+    read = results_beside(out, settings[READS]) if READS in settings else {}
     parts = {
         "notebook": file_sha256(notebook),
         "package": package_sha256(),
@@ -136,6 +146,7 @@ def _key(notebook: Path, settings: Mapping[str, Any]) -> str:
         "data": file_sha256(data_folder() / MANIFEST),
         "parameters": settings,
         "files": {str(path): _stamps(path) for path in named if path.exists()},
+        "results": {name: file_sha256(path) for name, path in read.items()},
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

@@ -25,11 +25,13 @@ from fihelpers.influence import (
     fi,
     moments,
 )
+from fihelpers.measures import JACOBIAN, SNIP
 from fihelpers.models import Batch, LanguageModel
 from fihelpers.tasks import Example
 
 BASE = (0.55, 0.30, 0.15)  # P at omega = 0 of the three-class family
 RTOL = 1e-6  # the rank cut of float32, for every way to compute FI in the rounding experiment
+RESAMPLES = 500  # of the bootstrap
 TOLERANCE = 1e-5  # how far above its ceiling FI counts as a violation, relative
 
 
@@ -420,6 +422,33 @@ def rounding_summary(table: pd.DataFrame) -> pd.DataFrame:
         worst=("over", "max"),
         wrong=("wrong", "sum"),
     )
+
+
+def margins(
+    sure: Sequence[float], unsure: Sequence[float], draws: int, seed: int
+) -> dict[str, tuple[float, float, float]]:
+    """How much larger each measure is for an unsure than for a sure answer, all else equal (claim 3).
+
+    `draws` single perturbations with random slopes of the logits, the same under both distributions; the
+    value for SNIP is drawn as well. Returns by measure the ratio of the means with its bootstrap interval.
+    """
+    g = torch.Generator().manual_seed(seed)
+    slopes = torch.randn(len(sure), draws, generator=g, dtype=torch.float64)
+    value = torch.randn(draws, generator=g, dtype=torch.float64)
+    found: dict[str, list[Tensor]] = {"exact": [], "jacobian": [], "snip": []}
+    for printed in (sure, unsure):
+        probs = torch.tensor(printed, dtype=torch.float64)
+        probs = probs / probs.sum()
+        grads = slopes - probs @ slopes
+        found["exact"].append(fi(grads, probs))
+        found["jacobian"].append(JACOBIAN(grads, probs))
+        found["snip"].append(SNIP(grads, probs, value=value))
+    pick = torch.randint(draws, (RESAMPLES, draws), generator=g)
+    ratios = {}
+    for name, (low, high) in found.items():
+        again = (high[pick].mean(1) / low[pick].mean(1)).quantile(torch.tensor([0.025, 0.975]).double())
+        ratios[name] = (float(high.mean() / low.mean()), *again.tolist())
+    return ratios
 
 
 def ceiling_curve(points: int = 200) -> pd.DataFrame:

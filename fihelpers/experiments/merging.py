@@ -94,10 +94,10 @@ RECORDED = {  # names of records and rows of Table 3 (a and b: the domains)
     "dareties": "DARE TIES",
 }
 CLAIMS = {  # names of records and claims
-    "c20": "20 protection helps",
-    "c21": "21 TIES I is best",
-    "c22": "22 rises",
-    "c23": "23 beats random, follows the domain",
+    "c20": "20: protection helps",
+    "c21": "21: TIES I is best",
+    "c22": "22: rises",
+    "c23": "23: beats random, follows the domain",
 }
 SAID = {"holds": "holds", "undecided": "undecided", "the reverse holds": "reverse"}
 CURVES = ("average", "task arithmetic", "TIES I")
@@ -586,9 +586,10 @@ def price_text(price: pd.DataFrame, a: str, b: str) -> pd.DataFrame:
 def claims(rows: pd.DataFrame, plan: Plan, counts: Mapping[str, int], seed: int) -> pd.DataFrame:
     """The paired differences on which claims 20 to 23 rest, each with the verdict that it is above zero.
 
-    Columns claim, filter, those of `differences`, and log_p and by_log_p: the same for log P of the answer.
+    Columns claim, filter, n, those of `differences`, and log_p and by_log_p: the same for log P.
     """
     parts = []
+    total = sum(counts.values())
     for key, by in FILTERS.items():
         with_without = [(f"{row}, {by}", without) for row, (without, _) in ROWS.items()]
         rises = [(f"{row}, {by}, at the peak", ROWS[row][0]) for row in CURVES]
@@ -603,21 +604,24 @@ def claims(rows: pd.DataFrame, plan: Plan, counts: Mapping[str, int], seed: int)
             (CLAIMS["c20"], with_without, "mean"),
             (CLAIMS["c21"], best, "mean"),
             (CLAIMS["c22"], rises, "mean"),
-            ("22 and falls", falls, "mean"),
+            ("22: and falls", falls, "mean"),
             (CLAIMS["c23"], places, first),
         ]:
             found = differences(rows, pairs, counts, seed, domain)
             likely = differences(rows, pairs, counts, seed, domain, "log_prob")
+            found["n"] = counts.get(domain, total)
             parts.append(
                 found.assign(claim=claim, filter=key, log_p=likely.difference, by_log_p=likely.verdict)
             )
     behind = [("task arithmetic", "DARE task"), ("TIES", "DARE TIES")]
     likely = differences(rows, behind, counts, seed, judge="log_prob")
     dare = differences(rows, behind, counts, seed).assign(log_p=likely.difference, by_log_p=likely.verdict)
-    table = pd.concat([*parts, dare.assign(claim="21 DARE is behind", filter="none")], ignore_index=True)
+    dare = dare.assign(claim="21: DARE is behind", filter="none", n=total)
+    table = pd.concat([*parts, dare], ignore_index=True)
     columns = [
         "claim",
         "filter",
+        "n",
         "first",
         "minus",
         "difference",

@@ -388,6 +388,13 @@ def damping_table(rows: pd.DataFrame, share: float, seed: int) -> pd.DataFrame:
     return made.join(less[list(names)].rename(columns=names)).rename_axis("measure")
 
 
+GUIDED = {  # what a line about guided masks is called, by how they are counted
+    "count": "7, 10: ten pixels beat random ones",
+    "share": "10: a share of the pixels beats random ones",
+    "patches": "7, 10: patches beat random ones",
+}
+
+
 def claims(
     duelled: Mapping[str, pd.DataFrame], guided: pd.DataFrame, things: pd.DataFrame, noises: pd.DataFrame
 ) -> pd.DataFrame:
@@ -399,7 +406,7 @@ def claims(
     lines: list[tuple[object, ...]] = []
     for row in guided.itertuples():
         ends = (row.difference, row.low, row.high)
-        said = "10: random masks do no harm" if row.second == INTACT else "7, 10: guided beats random"
+        said = "10: random masks do no harm" if row.second == INTACT else GUIDED[row.kind]
         judged = tables.verdict(row.low, row.high)
         if row.second == INTACT:
             judged = "no loss seen" if row.low <= 0 <= row.high else "a loss"
@@ -409,7 +416,10 @@ def claims(
         lines.append(("8: noise of equal loss hurts less", change, int(row.n), *ends, judged))
     for name, row in things.iterrows():
         judged = tables.verdict(1 - row.high, 1 - row.low)
-        lines.append(("9: higher on things", name, int(row.n), row.ratio, row.low, row.high, judged))
+        told = str(name)
+        if not told.startswith("Jacobian"):
+            told = f"FI {told}" if "damped" in told else f"FI exact, {told}"
+        lines.append(("9: higher on things", told, int(row.n), row.ratio, row.low, row.high, judged))
     for what, table in duelled.items():
         for row in table.itertuples():
             told = f"{row.fi} against {row.other}, {what}"

@@ -744,15 +744,16 @@ def spreads(ranking: Ranking, case: Case) -> pd.DataFrame:
 def claims(rows: pd.DataFrame, plan: Plan) -> pd.DataFrame:
     """Claim 19 part by part, by accuracy, with verdicts computed from the intervals.
 
-    Columns: claim, setting, value, low, high, verdict. The first part is FI-high minus FI-low; the second
+    Columns: claim, setting, n, value, low, high, verdict. The first part is FI-high minus FI-low; the second
     the share of the loss that the share of rows nearest to `CLAIMED_SHARE` wins back, to be above
     `CLAIMED_RECOVERY`; NaN where nothing is lost.
     """
     share = min(plan.shares, key=lambda s: abs(s - CLAIMED_SHARE))
+    n = int(rows.n.max())
     lines: list[tuple[object, ...]] = []
     for row in high_against_low(rows, plan, "accuracy").itertuples():
         setting = f"{Case(row.matrices, row.bits)}, FI {row.filter}"
-        lines.append(("FI-high beats FI-low", setting, row.difference, row.low, row.high, row.verdict))
+        lines.append(("19: FI-high beats FI-low", setting, n, row.difference, row.low, row.high, row.verdict))
     for case in plan.cases:
         found = Answers(rows, case, "accuracy", plan.seed)
         for keep in (EXACT, DAMPED):
@@ -760,9 +761,17 @@ def claims(rows: pd.DataFrame, plan: Plan) -> pd.DataFrame:
             said = verdict((low - CLAIMED_RECOVERY, high - CLAIMED_RECOVERY), found.lost)
             said = "does not hold" if said == "the reverse holds" else said
             lines.append(
-                (f"{share:g} wins back over {CLAIMED_RECOVERY:g}", f"{case}, {keep}", value, low, high, said)
+                (
+                    f"19: {share:g} wins back over {CLAIMED_RECOVERY:g}",
+                    f"{case}, {keep}",
+                    n,
+                    value,
+                    low,
+                    high,
+                    said,
+                )
             )
-    return pd.DataFrame(lines, columns=["claim", "setting", "value", "low", "high", "verdict"])
+    return pd.DataFrame(lines, columns=["claim", "setting", "n", "value", "low", "high", "verdict"])
 
 
 def by_subject(rows: pd.DataFrame, plan: Plan, examples: Sequence[Example]) -> pd.DataFrame:

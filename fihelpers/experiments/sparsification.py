@@ -150,6 +150,12 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([start, table], ignore_index=True)
 
 
+def lost(row: pd.Series, intact: float) -> tuple[float, float, float]:
+    """The share of the intact accuracy that is gone, with its interval; row: of `summary`."""
+    value, low, high = ((intact - row[end]) / intact for end in ("accuracy", "high", "low"))
+    return value, low, high
+
+
 def with_interval(table: pd.DataFrame) -> pd.Series:
     """Accuracy and its interval as text, for a table to read."""
     return table.apply(
