@@ -1,7 +1,7 @@
 """Every claim with what the chapters found: their tables "claims" gathered, condensed by one rule, and shown.
 
-The claims stand in ``data/claims.yaml``. A chapter's line names the claim by its id ("7, 10: words"); an id that
-nobody knows, or one that a chapter has not judged although it should have, is an error.
+The claims stand in ``data/claims.yaml``. A chapter's line names the claim by its id ("7, 10: words"); an id
+that nobody knows, or one that a chapter has not judged although it should have, is an error.
 """
 
 from __future__ import annotations
@@ -36,6 +36,15 @@ STANDS = {  # what a chapter's verdict means for the claim
     NOTHING: NOTHING,
     NOT_MEASURED: NOT_MEASURED,
 }
+HEADLINES = {  # of claims, and what the names of records are made of
+    "holds": HOLDS,
+    "only": "holds only with …",
+    "fails": FAILS,
+    "undecided": OPEN,
+    "needs": NEEDS,
+    "nothing": NOTHING,
+    "missing": NOT_MEASURED,
+}
 NO_LOSS = "no loss seen"  # holds if the interval excludes a larger loss than this
 LOSS = 0.05
 FILTERS = {"exact": "exact FI", "cut": "a cut", "damped": "damping"}
@@ -49,9 +58,9 @@ OPPONENT = r" against ([\w ]+)"
 class Claim:
     """One claim or question in our words.
 
-    kind: "claim", "question" (a reviewer's) or "ours". chapters: those that have to judge it. number: what the
-    numbers in their lines are. published: keys of the published figures. needs: what a test would take that
-    the bundled models cannot give.
+    kind: "claim", "question" (a reviewer's) or "ours". chapters: those that have to judge it. number: what
+    the numbers in their lines are. published: keys of the published figures. needs: what a test would take
+    that the bundled models cannot give.
     """
 
     id: str
@@ -66,7 +75,7 @@ class Claim:
 
 
 def load_claims() -> dict[str, Claim]:
-    """Return the claims by id, in the order of the file. Raises ValueError for an id that stands there twice."""
+    """Return the claims by id, in the order of the file. Raises ValueError for an id that is listed twice."""
     path = data_folder() / FILE
     check_file(path)
     listed = yaml.safe_load(path.read_text(encoding="utf-8"))["claims"]
@@ -82,9 +91,9 @@ def load_claims() -> dict[str, Claim]:
 def gather(tables: Mapping[str, Path], claims: Mapping[str, Claim]) -> pd.DataFrame:
     """One row for every setting of every claim, from the chapters' tables.
 
-    Columns: id, chapter, part, setting, filter, n, value, low, high, said (the chapter's verdict), verdict (what
-    it means for the claim). tables: {file name: path}, each file named ``{chapter}.claims.csv``. Raises
-    ValueError for an unknown id or verdict, and for a claim that a chapter's table should judge and does not.
+    Columns: id, chapter, part, setting, filter, n, value, low, high, said (the chapter's verdict), verdict
+    (what it means for the claim). tables: {file name: path}, each file named ``{chapter}.claims.csv``. Raises
+    ValueError for an unknown id or verdict, and for a claim that a chapter should judge and does not.
     """
     parts = [_read(path, name.split(".")[0]) for name, path in sorted(tables.items())]
     if not parts:
@@ -144,7 +153,7 @@ def _stands(said: str, low: float, where: str) -> str:
 
 
 def deciding(rows: pd.DataFrame) -> pd.DataFrame:
-    """The settings that decide a claim: in each part those of FI where there are any, and only tested ones."""
+    """The settings that decide a claim: in each part those of FI if there are any, and only tested ones."""
     own = rows.assign(fi=rows["filter"] != NO_FILTER)
     has_fi = own.groupby("part").fi.transform("any")
     tested = ~own.verdict.isin([NOTHING, NOT_MEASURED])
@@ -185,7 +194,7 @@ def _only(held: pd.DataFrame) -> str:
     said = []
     for part, cells in held.iterrows():
         tested = cells.dropna()
-        names = [name for name in filters if name in tested and tested[name]]
+        names = [name for name in filters if tested.get(name)]
         limited = f" ({_join(names)})" if names and len(names) < len(tested) else ""
         if tested.any():
             said.append(f"{part}{limited}")
@@ -224,14 +233,14 @@ def condense(claims: Mapping[str, Claim], rows: pd.DataFrame) -> pd.DataFrame:
 
 def kind_of(verdict: str) -> str:
     """A headline without what it is limited to: "holds only with damping" is "holds only with …"."""
-    return "holds only with …" if verdict.startswith("holds only") else verdict
+    return HEADLINES["only"] if verdict.startswith("holds only") else verdict
 
 
 # --- the page
 
 
 def as_html(claims: Sequence[Claim], rows: pd.DataFrame, condensed: pd.DataFrame) -> str:
-    """All that the book says of each claim: words, verdict, where, numbers, published figures, every setting."""
+    """All that the book says of each claim: verdict, where, numbers, published figures, every setting."""
     found = condensed.set_index("id")
     return "\n".join(_entry(claim, rows[rows.id == claim.id], found.loc[claim.id]) for claim in claims)
 
@@ -292,4 +301,5 @@ def _settings(rows: pd.DataFrame) -> str:
     head = "".join(f"<th>{name}</th>" for name in ("chapter", "part", "setting", "number", "verdict"))
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>"
     unfold = f"<summary>{'The one setting' if len(rows) == 1 else f'All {len(rows)} settings'}</summary>"
-    return f'<details>{unfold}<div style="overflow-x: auto" tabindex="0">{table}</div></details>'
+    region = f'role="region" aria-label="settings of claim {rows.id.iloc[0]}" tabindex="0"'
+    return f'<details>{unfold}<div style="overflow-x: auto" {region}>{table}</div></details>'

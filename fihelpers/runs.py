@@ -98,8 +98,8 @@ def run_all(folder: Path, profile: str, out: Path, jobs: int = 1) -> list[Path]:
     """Run every chapter of a folder and return the executed notebooks, in order.
 
     With several jobs, that many chapters run at a time and share the CPU's threads; a chapter that reads the
-    others' results waits for them. The first failure in the order of the chapters is raised, after the chapters
-    under way have ended. Raises ValueError for jobs < 1.
+    others' results waits for them. The first failure in the order of the chapters is raised, after the
+    chapters under way have ended. Raises ValueError for jobs < 1.
     """
     if jobs < 1:
         raise ValueError(f"at least one job must run, not {jobs}.")

@@ -179,3 +179,10 @@ def test_rings_hold_their_lengths() -> None:
         spread = pd.Series(lengths if "information" in str(name) else np.linalg.norm(omega, axis=1))
         assert spread.std() < 1e-9
     assert math.isclose(manifold.angle_of(torch.tensor([-1.0, -1.0])), 45)
+
+
+def test_every_measure_tells_a_sure_from_an_unsure_answer_and_none_tells_equal_ones() -> None:
+    found = manifold.margins((0.9, 0.05, 0.05), (0.4, 0.3, 0.3), draws=400, seed=0)
+    assert set(found) == {"exact", "jacobian", "snip"}
+    assert all(low > 1 and low <= ratio <= high for ratio, low, high in found.values())
+    assert manifold.margins((0.5, 0.5), (0.5, 0.5), draws=50, seed=0)["jacobian"] == (1, 1, 1)

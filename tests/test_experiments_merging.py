@@ -150,7 +150,7 @@ def test_the_chapter(bench: lab.Bench, plan: lab.Plan, monkeypatch: pytest.Monke
     judged = lab.claims(rows, plan, counts, 0)
     assert {*judged.verdict, *judged.by_log_p} <= set(lab.SAID) and (judged.low <= judged.high).all()
     per_filter = judged[judged["filter"] == "exact"].groupby("claim").size().to_dict()
-    assert per_filter["20 protection helps"] == 7 and per_filter[lab.CLAIMS["c23"]] == 4
+    assert per_filter["20: protection helps"] == 7 and per_filter[lab.CLAIMS["c23"]] == 4
     price = lab.price_of(rows, list(lab.expert_alone(plan)), counts, 0)
     assert price.relative["A kept by random"] == 0 and "A kept by SNIP, its own domain" in price.index
     assert np.allclose(price["mean"], (price["sums"] + price["bones"]) / 2)

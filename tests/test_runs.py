@@ -87,7 +87,7 @@ def test_the_key_sees_all_that_a_run_depends_on(
     monkeypatch.setattr(files, "PACKAGE", package)
 
     def key(**settings: Any) -> str:
-        return runs._key(notebook, {"N": 2, "MODEL": str(model), **settings})
+        return runs._key(notebook, {"N": 2, "MODEL": str(model), **settings}, OUT)
 
     keys = [key()]
     (package / "a.pyc").write_text("compiled again")
@@ -97,6 +97,16 @@ def test_the_key_sees_all_that_a_run_depends_on(
         path.write_text(path.read_text() + " " if path.exists() else "new")
         keys.append(key())
     assert len(set(keys)) == len(keys)
+
+    reading = [key(READS="*.claims.csv")]
+    for path in (Path("data/results/04.claims.csv"), OUT / "04.claims.csv", OUT / "05.claims.csv"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(str(path))
+        reading.append(key(READS="*.claims.csv"))
+    Path("data/results/04.claims.csv").write_text("the run has its own")
+    assert key(READS="*.claims.csv") == reading[-1]
+    assert len(set(reading)) == len(reading)
+    assert key() == keys[-1]  # a chapter that reads no results does not mind them
 
 
 def test_a_failure_leaves_the_last_success_alone(write_chapter: WriteChapter) -> None:
