@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fihelpers.exercises.verdicts import Wrong, distribution, equal, exercise, names, tensor
+from fihelpers.exercises.verdicts import Wrong, distribution, exercise, names, tensor
 from fihelpers.influence import ceiling
 from fihelpers.measures import MEASURES
 
