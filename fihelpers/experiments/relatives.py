@@ -705,7 +705,7 @@ def mean_overlap(
 
 
 def cam_judged(quoted: Mapping[str, Record]) -> pd.DataFrame:
-    """Claim R7 from chapter 04's gains over random pixels, which have intervals of their own and no pairing."""
+    """Claim R7 from chapter 04's gains over random pixels: intervals of their own, no pairing."""
     cam, lines = quoted["cam"], []
     for name, key in ((EXACT, "cam_exact"), (DAMPED, "cam_damped")):
         own = quoted[key]
