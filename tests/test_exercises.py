@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fihelpers import influence
-from fihelpers.exercises import ch01, ch02, ch03, ch04, ch05, ch06, ch07, ch08, ch09, ch12
+from fihelpers.exercises import ch01, ch02, ch03, ch04, ch05, ch06, ch07, ch08, ch09, ch10, ch12
 from fihelpers.exercises.verdicts import NOT_YET, Verdict, Wrong, equal, exercise, number
 from fihelpers.runs import chapters
 
@@ -273,6 +273,15 @@ SLIPS = [  # a check, what it is given, and a word of its hint
     (ch12.by_chance, (16.5, 330, 0.95), "other side"),
     (ch12.questions_needed, (960, 240, 0.04, 0.01), "root"),
     (ch12.still_hold, (2, [(0.001, 0.041), (0.02, 0.06)], 0.95), "before the correction"),
+    (ch10.passes, (13, 6, 6), "a class too many"),
+    (ch10.passes, (11, 5, 6), "there is a forward pass"),
+    (ch10.largest_model, (40, 80, 2, 4), "no room for the scores"),
+    (ch10.largest_model, (80 / 14, 80, 2, 4), "combined on the spot"),
+    (ch10.fewest_tokens, (4 / 7, 1, 1, 4), "too large"),
+    (ch10.fewest_tokens, (2 / 7, 1, 1, 4), "read *and* written"),
+    (ch10.fewest_tokens, (4 / 9, 1, 1, 4), "one of them is free"),
+    (ch10.without_gradients, ([0.2, -0.1], ch10.black_box()), "below zero"),
+    (ch10.without_gradients, ([0.9, 0.9], ch10.black_box()), "ceiling"),
 ]
 
 

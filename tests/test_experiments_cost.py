@@ -113,9 +113,22 @@ def test_verdicts(low: float, high: float, said: str) -> None:
 
 
 def test_claims_have_a_line_for_every_setting() -> None:
-    table = lab.claims({"w": (2.4, 2.0, 3.0)}, {"p": (4.0, 3.0, 5.0)}, {"c": 2.0}, (1e-3, 4), 5)
+    steps = pd.DataFrame({"worst": [3e-3, 1e-3, 2e-3], "pixels": 4})
+    cost = {"m": ((1.2, 1.1, 1.3), 7)}
+    table = lab.claims({"w": (2.4, 2.0, 3.0)}, {"p": (4.0, 3.0, 5.0)}, {"c": 2.0}, steps, cost, 5)
     assert table.verdict.tolist()[:3] == ["does not hold", "holds", "does not hold"]
-    assert "suffice" in table.verdict.iloc[3] and table.n.tolist() == [5, 5, 1, 4]
+    assert "suffice" in table.verdict.iloc[3] and table.n.tolist() == [5, 5, 1, 4, 7]
+    assert table.loc[3, ["value", "low", "high"]].tolist() == [2e-3, 1e-3, 3e-3]
+    rough = steps.assign(worst=[1e-3, 1e-3, 0.5])
+    assert lab.claims({}, {}, {}, rough, {}, 5).verdict.tolist() == ["undecided"]
+
+
+@pytest.mark.parametrize(("rounds", "skipped"), [(2, 0), (5, 0), (6, 0), (8, 0), (9, 1), (15, 3), (20, 5)])
+def test_the_interval_of_rounds_holds_the_median_at_95_percent(rounds: int, skipped: int) -> None:
+    value, low, high = lab.middle([float(x) for x in reversed(range(rounds))])
+    assert (value, low, high) == ((rounds - 1) / 2, skipped, rounds - 1 - skipped)
+    missed = 2 * sum(math.comb(rounds, k) for k in range(skipped + 1)) / 2**rounds
+    assert missed <= 0.05 or rounds < 6
 
 
 def test_whole_matrices_give_the_same_and_leave_the_blocks_as_they_were() -> None:
@@ -165,12 +178,12 @@ def test_pixels_take_as_many_passes_as_classes(seeing: VisionModel, pictures: li
 
 
 def test_pixels_are_timed_beside_their_peers(seeing: VisionModel, pictures: list[Example]) -> None:
-    timed = lab.time_pixels(seeing, pictures, [1], 1)
+    timed = lab.time_pixels(seeing, pictures, [1], [1])
     names = ["FI exact", "FI cut 0.001", "FI damped 0.0001"]
     assert set(timed.work) == {lab.PIXEL_JACOBIAN, lab.SALIENCY, lab.GRADIENTS, *names}
     _fits(draw.pixel_dots({1: lab.ratio_table(timed, lab.PIXEL_JACOBIAN)}, 2.0, lab.PAPER_RATIO))
     with pytest.raises(ValueError, match="3 pictures are needed"):
-        lab.time_pixels(seeing, pictures, [3], 1)
+        lab.time_pixels(seeing, pictures, [3], [1])
 
 
 def test_fi_without_gradients(pictures: list[Example]) -> None:
@@ -180,17 +193,24 @@ def test_fi_without_gradients(pictures: list[Example]) -> None:
     assert (found.passes[0], found.passes_all[0]) == (18, 2 * 3 * 112 * 112)
 
 
-def test_memory_predicted() -> None:
-    at_once, by_block = (lab.predicted_bytes(SHAPE, 64, save) for save in (False, True))
-    assert at_once["weights"] == by_block["weights"] == 4 * SHAPE.parameters
-    assert at_once["activations"] > by_block["activations"]
-    assert lab.preflight_bytes(SMALL, 8) > 4 * (SHAPE.parameters + 3 * SHAPE.linear)
+def test_bytes_and_seconds_are_foreseen_and_measured() -> None:
+    table = lab.foreseen(SMALL, 6, 1)
+    assert set(table.index) == {(run, what) for run in lab.RUNS for what in ("memory, MB", "time, s")}
+    assert (table[["predicted", "measured", "ratio"]] > 0).all(axis=None)
+    memory = table.xs("memory, MB", level="what")
+    assert (memory.over_least >= 1).all()
+    assert memory.predicted["FI and two moments"] > memory.predicted["FI, at once"]
+    _fits(draw.foreseen_bars(table))
 
 
-def test_memory_is_measured_in_processes_of_their_own() -> None:
-    with pytest.raises(RuntimeError, match="the memory of broken could not be measured"):
-        lab.measured_peaks({"broken": lab.Peak(Size(hidden=0), 4)})
-    assert lab.Peak(SMALL, 4).measure() >= 0
+def test_a_measurement_that_fails_says_why() -> None:
+    with pytest.raises(RuntimeError, match="memory and time could not be measured: "):
+        lab.foreseen(Size(hidden=33, heads=4), 6, 1)
+
+
+def test_agreement_of_layers_is_drawn() -> None:
+    table = pd.DataFrame({"overlap": [0.2, 0.8], "spearman": [0.5, math.nan]})
+    _fits(draw.agreement_dots({"exact": table, "damped": table}))
 
 
 def test_the_top_share_is_that_of_a_full_sort() -> None:

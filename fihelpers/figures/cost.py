@@ -34,7 +34,7 @@ def parts(table: pd.DataFrame, title: str) -> Figure:
 
 
 def ratio_dots(tables: Mapping[str, pd.DataFrame], counted: Mapping[str, float], peer: str) -> Figure:
-    """Times a peer's time, median and range over the rounds, one panel a table; ticks: by the count."""
+    """Times a peer's time, median and interval, one panel a table; ticks: by the count."""
     figure, axes = new_figure(len(tables), 1, size=(WIDTH, 2.5 * len(tables)), sharex=True)
     for ax, (title, table) in zip(axes[:, 0], tables.items(), strict=True):
         _dots(ax, table)
@@ -46,7 +46,7 @@ def ratio_dots(tables: Mapping[str, pd.DataFrame], counted: Mapping[str, float],
 
 
 def over_floor(table: pd.DataFrame) -> Figure:
-    """Time over the floor of every work, median and range. table: from `experiments.cost.over_floor`."""
+    """Time over the floor of every work, median and interval. table: from `experiments.cost.over_floor`."""
     figure, axes = new_figure(size=(WIDTH, 2.7))
     ax = axes[0, 0]
     _dots(ax, table)
@@ -74,7 +74,7 @@ def sweeps(table: pd.DataFrame, logarithmic: Sequence[str]) -> Figure:
         if setting in logarithmic:
             _logarithmic(ax)
         else:
-            ax.set_ylim(bottom=0)
+            ax.set_ylim(0, 1.5 * part.seconds.max())  # an interruption may be longer than all the rest
             ax.set_xticks(sorted(set(part.value)))
         ax.set(xlabel=setting_unit, ylabel="seconds" if setting == "prompts n" else "seconds a prompt")
     handles, labels = flat[1].get_legend_handles_labels()
@@ -99,17 +99,39 @@ def pixel_dots(tables: Mapping[int, pd.DataFrame], counted: float, paper: float)
     return figure
 
 
-def memory_bars(table: pd.DataFrame) -> Figure:
-    """Peaks predicted and measured. table: from `experiments.cost.memory_table`."""
-    figure, axes = new_figure(size=(WIDTH, 2.6))
-    ax, places = axes[0, 0], np.arange(len(table))
-    for shift, name, colour in ((-0.2, "predicted", GREY), (0.2, "measured", COLOURS["FI"])):
-        ax.barh(places + shift, table[name], height=0.36, color=colour, label=name)
-    _ticks(ax, table.least, 0.42, "weights and results")
-    ax.set_yticks(places, table.index)
-    ax.invert_yaxis()
-    ax.set_xlabel("peak memory, MB (one process each)")
-    legend_outside(ax)
+def foreseen_bars(table: pd.DataFrame) -> Figure:
+    """Bytes and seconds predicted and measured. table: from `experiments.cost.foreseen`."""
+    kinds = list(dict.fromkeys(table.index.get_level_values("what")))
+    figure, axes = new_figure(1, len(kinds), size=(WIDTH, 2.8), sharey=True)
+    for ax, kind in zip(axes[0], kinds, strict=True):
+        part = table.xs(kind, level="what")
+        places = np.arange(len(part))
+        for shift, name, colour in ((-0.2, "predicted", GREY), (0.2, "measured", COLOURS["FI"])):
+            ax.barh(places + shift, part[name], height=0.36, color=colour, label=name)
+        ax.set_yticks(places, part.index)
+        ax.set_xlabel(kind)
+    axes[0, 0].invert_yaxis()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
+    return figure
+
+
+def agreement_dots(tables: Mapping[str, pd.DataFrame]) -> Figure:
+    """Overlap of the top 1 % and rank correlation of each layer, bfloat16 with float32, one row a filter.
+
+    tables: by filter, from `experiments.precision.precision_agreement`.
+    """
+    figure, axes = new_figure(1, 2, size=(WIDTH, 1.5 + 0.7 * len(tables)), sharey=True)
+    columns = {"overlap": "share of the top 1 % in common", "spearman": "rank correlation (Spearman)"}
+    for ax, (column, label) in zip(axes[0], columns.items(), strict=True):
+        for place, table in enumerate(tables.values()):
+            values = table[column].dropna()
+            ax.plot(values, np.full(len(values), place), "|", color=COLOURS["FI"], markersize=14, alpha=0.7)
+            ax.plot([values.median()], [place], "o", color=INK, label="median" if place == 0 else None)
+        ax.set(xlim=(-0.03, 1.03), xlabel=label)
+    layers = max(len(table) for table in tables.values())
+    axes[0, 0].set_yticks(range(len(tables)), list(tables))
+    axes[0, 0].set_ylim(len(tables) - 0.5, -0.5)
+    figure.supxlabel(f"bars: one of {layers} linear layers each; dots: median over the layers", fontsize=9)
     return figure
 
 
