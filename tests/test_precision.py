@@ -9,7 +9,7 @@ from scipy.stats import spearmanr
 
 from fihelpers.data import data_folder
 from fihelpers.experiments import precision
-from fihelpers.experiments.precision import precision_agreement
+from fihelpers.experiments.precision import agreement_by_answer, precision_agreement
 from fihelpers.influence import Damped
 from fihelpers.models import open_model
 from fihelpers.perturb.sparsify import linear_names
@@ -72,3 +72,13 @@ def test_the_same_scores_agree_and_opposite_ones_do_not(small: str, monkeypatch:
     assert table.loc["a"].tolist() == pytest.approx([1000, 1, 1, 1, 1])
     assert table.loc["b", "overlap"] == 0 and table.loc["b", "spearman"] == pytest.approx(-1)
     assert table.loc["c", ["spearman"]].isna().all()
+
+
+def test_questions_whose_answer_moves_are_told_from_the_rest(small: str) -> None:
+    asked = (small, None, "bundled", ["law", "culture"], 5, 3, DAMPED)
+    table = agreement_by_answer(*asked)
+    whole = table[table.asked == "all"].reset_index(drop=True)
+    same = table[table.asked == "same answer"].reset_index(drop=True)
+    assert (whole.questions == 5).all() and same.questions.nunique() == 1 and same.questions[0] <= 5
+    known = precision_agreement(*asked)
+    assert whole[list(known)].equals(known) or (whole.spearman - known.spearman).abs().max() < 1e-3

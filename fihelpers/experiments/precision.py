@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
+import torch
 from torch import Tensor
 
+from fihelpers.answers import usual_answers
 from fihelpers.experiments.limits import draw, overlap, ranks_of, spearman, top
 from fihelpers.influence import SaturationWarning, Spectral
-from fihelpers.models import open_model
+from fihelpers.models import LanguageModel, open_model
 from fihelpers.perturb.sparsify import linear_names
 from fihelpers.scores import Scores, score_weights
 from fihelpers.tasks import Example
@@ -41,17 +43,75 @@ def precision_agreement(
     overlap_rounded and spearman_rounded, of rounded weights alone with float32.
     """
     examples = draw(task, subjects, "val", n, seed)
-    fine, rough, rounded = (
-        _scores(model_name, revision, how, examples, spectral) for how in ("float32", "bfloat16", ROUNDED)
-    )
+    hows = ("float32", "bfloat16", ROUNDED)
+    return _table([_scores(model_name, revision, how, examples, spectral).values for how in hows], seed)
+
+
+def agreement_by_answer(
+    model_name: str,
+    revision: str | None,
+    task: str,
+    subjects: Sequence[str],
+    n: int,
+    seed: int,
+    spectral: Spectral,
+) -> pd.DataFrame:
+    """`precision_agreement`, over all questions and over those of one answer in every precision.
+
+    Where rounding moves the likeliest answer of a question, FI of another answer is compared; such questions
+    are close calls, with the highest ceilings, and weigh most in a mean (method 1b.6). A row for each layer
+    and set of questions: asked ("all", "same answer"), questions (how many), and the columns of
+    `precision_agreement`.
+
+    Raises ValueError where no question is left.
+    """
+    examples = draw(task, subjects, "val", n, seed)
+    hows = ("float32", "bfloat16", ROUNDED)
+    answers = torch.stack([_answers(model_name, revision, how, examples) for how in hows])
+    same = (answers == answers[0]).all(0).tolist()
+    kept = [e for e, stays in zip(examples, same, strict=True) if stays]
+    moved = [e for e, stays in zip(examples, same, strict=True) if not stays]
+    if not kept:
+        raise ValueError(f"all {len(examples)} questions have another answer in bfloat16; ask more of them.")
+    found = [_scores(model_name, revision, how, kept, spectral).values for how in hows]
+    both = found
+    if moved:
+        more = [_scores(model_name, revision, how, moved, spectral).values for how in hows]
+        both = [_mean(a, b, len(kept), len(moved)) for a, b in zip(found, more, strict=True)]
+    tables = [
+        _table(values, seed).assign(asked=asked, questions=count)
+        for asked, values, count in (("all", both, len(examples)), ("same answer", found, len(kept)))
+    ]
+    return pd.concat(tables, ignore_index=True)
+
+
+def _answers(name: str, revision: str | None, how: str, examples: Sequence[Example]) -> Tensor:
+    """The likeliest answer of every question."""
+    model = _opened(name, revision, how)
+    classes = usual_answers(model.tokenizer, lettered=bool(examples[0].options))
+    chosen = torch.zeros(len(examples), dtype=torch.long)
+    with torch.no_grad():
+        for batch in model.batches([example.prompt for example in examples]):
+            chosen[batch.index.long()] = classes.log_probs(model.last_logits(batch)).argmax(-1)
+    return chosen
+
+
+def _mean(a: Mapping[str, Tensor], b: Mapping[str, Tensor], n: int, m: int) -> dict[str, Tensor]:
+    """The mean over n + m questions from those over n and over m."""
+    return {name: (n * a[name] + m * b[name]) / (n + m) for name in a}
+
+
+def _table(scores: Sequence[Mapping[str, Tensor]], seed: int) -> pd.DataFrame:
+    """Agreement with the first of the scores, by layer; from float32, bfloat16 and rounded weights alone."""
+    truth, rough, rounded = scores
     lines = [
         (
             name.removesuffix(".weight"),
-            truth.numel(),
-            *_agreement(name, rough[name], truth, seed),
-            *_agreement(name, rounded[name], truth, seed),
+            values.numel(),
+            *_agreement(name, rough[name], values, seed),
+            *_agreement(name, rounded[name], values, seed),
         )
-        for name, truth in fine.values.items()
+        for name, values in truth.items()
     ]
     pairs = ["overlap", "spearman", "overlap_rounded", "spearman_rounded"]
     return pd.DataFrame(lines, columns=["layer", "weights", *pairs])
@@ -66,11 +126,16 @@ def _scores(
     name: str, revision: str | None, how: str, examples: Sequence[Example], spectral: Spectral
 ) -> Scores:
     """The model is opened for this alone, so that no more than one is in memory."""
-    model = open_model(name, revision, dtype="bfloat16" if how == ROUNDED else how)
-    if how == ROUNDED:
-        model.network.float()
+    model = _opened(name, revision, how)
     names = linear_names(model.network)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SaturationWarning)  # no one reads these maps
         found = score_weights(model, examples, ["FI"], spectral, only=names, displaced=False)
     return found[f"FI {spectral}"]
+
+
+def _opened(name: str, revision: str | None, how: str) -> LanguageModel:
+    model = open_model(name, revision, dtype="bfloat16" if how == ROUNDED else how)
+    if how == ROUNDED:
+        model.network.float()
+    return model

@@ -9,7 +9,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from fihelpers.figures.style import GREY, INK, LOOKS, WIDTH, legend_outside, new_figure
 
@@ -109,6 +109,7 @@ def foreseen_bars(table: pd.DataFrame) -> Figure:
         for shift, name, colour in ((-0.2, "predicted", GREY), (0.2, "measured", COLOURS["FI"])):
             ax.barh(places + shift, part[name], height=0.36, color=colour, label=name)
         ax.set_yticks(places, part.index)
+        ax.xaxis.set_major_locator(MaxNLocator(4))
         ax.set_xlabel(kind)
     axes[0, 0].invert_yaxis()
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
@@ -116,9 +117,9 @@ def foreseen_bars(table: pd.DataFrame) -> Figure:
 
 
 def agreement_dots(tables: Mapping[str, pd.DataFrame]) -> Figure:
-    """Overlap of the top 1 % and rank correlation of each layer, bfloat16 with float32, one row a filter.
+    """Overlap of the top 1 % and rank correlation of each layer, bfloat16 with float32, one row a table.
 
-    tables: by filter, from `experiments.precision.precision_agreement`.
+    tables: by title, from `experiments.precision.agreement_by_answer`.
     """
     figure, axes = new_figure(1, 2, size=(WIDTH, 1.5 + 0.7 * len(tables)), sharey=True)
     columns = {"overlap": "share of the top 1 % in common", "spearman": "rank correlation (Spearman)"}
