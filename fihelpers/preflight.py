@@ -215,16 +215,14 @@ def plan_scores(
 
     The seconds are measured for what fits; of what does not, the estimate says how much is missing.
     """
-    saving, fitting = save_memory, None
-    for saving in (True,) if save_memory else (False, True):
-        found = estimate_scores(
-            model_name, save_memory=saving, tokens=max(lengths), **settings
-        )  # without lengths: nothing is timed yet
-        fitting = fitting or found
-        if found.fits:
-            return estimate_scores(model_name, save_memory=saving, lengths=lengths, **settings)
-    assert fitting is not None
-    return fitting
+    tokens = max(lengths)  # and no lengths at first: nothing is timed that does not fit
+    first = estimate_scores(model_name, save_memory=save_memory, tokens=tokens, **settings)
+    found, saving = first, save_memory
+    if not first.fits and "save_memory=True" in first.alternatives:
+        found, saving = estimate_scores(model_name, save_memory=True, tokens=tokens, **settings), True
+    if not found.fits:
+        return first
+    return estimate_scores(model_name, save_memory=saving, lengths=lengths, **settings)
 
 
 def prompt_lengths(
