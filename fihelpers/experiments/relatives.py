@@ -128,6 +128,7 @@ QUOTED = {  # numbers of other chapters that answer a reviewer, by the end of th
     "close": ("05_prompts_and_pixels", "ch05_close_all"),
 }
 DIRECTIONS = ("natural gradient", "gradient", "its signs", "removal", "random")
+COLUMNS = {"Fisher length": "fisher", "Euclidean length": "euclid", "measured": "real"}  # that are recorded
 LENGTHS = ("Fisher length", "Euclidean length", "largest entry")
 
 
