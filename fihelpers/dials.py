@@ -107,9 +107,9 @@ def filter_dial(
 
     def compute(options: tuple[str, ...], decade: float) -> Position:
         measure = Influence(Damped(10**decade))
-        found = score_weights(model, calibration, [measure], only=names)
-        own = filter_curves(model, found, test, names, seed)
-        return position(measure.name, named[options[0]], found[measure.name].values, own, ".")
+        found = score_weights(model, calibration, [measure], only=names)[measure.name]
+        own = filter_curves(model, {measure.name: found}, test, names, seed)
+        return position(measure.name, named[options[0]], found.values, own, ".")
 
     n = int(curves.n.iloc[0])
     named = {f"block {limits.layer_of(m)}, {limits.matrix_of(m)}": m for m in matrices}

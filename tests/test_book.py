@@ -43,6 +43,21 @@ CELLS = [
         "for height, figure in enumerate(figures):\n    figure.add_subplot().bar([0, 1], [1, height])\n"
         "flipbook(figures, ['none', 'some', 'all'], title='Bars', alt=['low', 'even', 'high'])"
     ),
+    new_code_cell(
+        "from fihelpers import explorers\nfrom fihelpers.experiments import manifold\n"
+        "net = manifold.make_family(manifold.BASE, dims=2, seed=8)\n"
+        "explorers.simplex(net, title='Three answers', still=new_figure()[0])"
+    ),
+    new_code_cell(
+        "import numpy as np\n"
+        "groups = {(name,): [explorers.Position(f'{k} %', f'{name} at {k}.',\n"
+        "    {'grey': np.full((4, 4), 60 * k, np.uint8)},\n"
+        "    [explorers.Line('health', [0, 1, 2], [0, k / 2, 1])],\n"
+        "    [explorers.Bar('health', k / 2, f'{k / 2}')], k) for k in range(3)]\n"
+        "    for name in ('average', 'TIES')}\n"
+        "explorers.dial(groups, title='A dial', caption='Try it.', names=('merge', 'protected'),\n"
+        "    axes=explorers.Axes('share', 'accuracy', ticks={0: 'none', 1: 'some', 2: 'all'}), start=1)"
+    ),
     new_markdown_cell("The number again, from another cell: {glue:text}`accuracy:.3f`."),
 ]
 
@@ -153,7 +168,7 @@ def test_first_frame_shows_without_scripts(tiny: Path, chromium: Browser) -> Non
     page = chromium.new_context(java_script_enabled=False).new_page()
     page.goto(f"{tiny.as_uri()}/chapters/tiny.html")
     assert page.get_by_alt_text("low").is_visible()
-    assert page.locator("noscript p").inner_text() == "Bars: none"
+    assert page.locator("noscript p").first.inner_text() == "Bars: none"
 
 
 def test_the_offline_copy_works_from_the_disk(tiny: Path, chromium: Browser, tmp_path: Path) -> None:
@@ -203,7 +218,36 @@ def test_the_sitemap_lists_the_pages(tiny: Path) -> None:
 def test_pictures_have_words_and_progress_bars_are_gone(tiny: Path) -> None:
     text = (tiny / "chapters" / "tiny.html").read_text("utf-8")
     assert 'alt="Two bars: height against name"' in text
-    assert text.count("application/vnd.jupyter.widget-view+json") == 1  # the flipbook
+    assert text.count("application/vnd.jupyter.widget-view+json") == 3  # the flipbook and two explorers
+
+
+def test_explorers_answer_the_keyboard_and_the_mouse(tiny: Path, chromium: Browser) -> None:
+    with browser.serve(tiny) as address:
+        page = chromium.new_page(viewport={"width": 380, "height": 900})
+        page.goto(f"{address}chapters/tiny.html")
+        dial = page.locator(".explorer", has_text="A dial")
+        note, slider = dial.locator(".explorer-note"), dial.locator("input[type=range]")
+        note.wait_for()
+        assert note.text_content() == "average at 1."
+        slider.press("ArrowRight")
+        assert note.text_content() == "average at 2."
+        assert slider.get_attribute("aria-valuetext") == "2 %"
+        dial.get_by_label("merge").select_option("TIES")
+        assert note.text_content() == "TIES at 2."
+        assert not dial.locator(".explorer-live").is_visible()  # no kernel answers
+        drawn = dial.locator("svg").get_attribute("aria-label")
+        assert drawn == "accuracy against share: TIES at 2."
+        simplex = page.locator(".explorer", has_text="Three answers")
+        numbers = simplex.locator(".explorer-numbers")
+        before = numbers.text_content()
+        simplex.get_by_label("direction u").press("ArrowRight")
+        turned = numbers.text_content()
+        plane = simplex.locator("svg").nth(1)
+        box = plane.bounding_box()
+        assert box is not None
+        plane.click(position={"x": 0.7 * box["width"], "y": 0.4 * box["height"]})
+        assert len({before, turned, numbers.text_content()}) == 3
+        page.close()
 
 
 def test_no_developers_file_is_published(tiny: Path) -> None:
