@@ -28,6 +28,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 DIRECTIVES = {"class": PyClasslike, "function": PyFunction, "method": PyMethod, "property": PyProperty}
 FIELDS_ARE_ARGUMENTS = {"dataclass", "NamedTuple"}
 NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+UNLIKE_AN_ARGUMENT = re.compile(r"[A-Z_.]")  # what else stands in backticks, such as `path`
 CODE = re.compile(r"(`+)(.+?)\1")
 ITEM = re.compile(r"(?m)^[-*] ")
 ARGUMENT = re.compile(r"(?m)^(?=\*{0,2}[a-z_]\w*(?:, \w+)*: )")
@@ -123,7 +124,7 @@ def meaning(name: str, module: str, quoted: bool = False) -> str | None:
     candidates = [f"{module}.{name}"]
     if imported:
         candidates += [imported + name.removeprefix(first), name.split(".")[-1]]
-    if quoted:
+    if quoted and UNLIKE_AN_ARGUMENT.search(name):
         candidates.append(name)
     return next((known[candidate] for candidate in candidates if candidate in known), None)
 

@@ -61,6 +61,19 @@ CELLS = [
     new_markdown_cell("The number again, from another cell: {glue:text}`accuracy:.3f`."),
 ]
 
+LOOK_UP = """# Look up
+
+```{fi-pictures}
+```
+
+## Functions
+
+```{fi-modules}
+fihelpers.influence
+fihelpers.files
+```
+"""
+
 
 def write_notebook(path: Path, cells: list[nbformat.NotebookNode]) -> Path:
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
@@ -80,10 +93,11 @@ def new_book(folder: Path, chapters: list[str]) -> Path:
         shutil.copytree(book.BOOK / name, source / name)
     files = "".join(
         f"  - file: {name}\n"
-        for name in [*(f"chapters/{name}" for name in chapters), "references", "copies", "status"]
+        for name in [*(f"chapters/{name}" for name in chapters), "look_up", "references", "copies", "status"]
     )
     (source / "_toc.yml").write_text(f"format: jb-book\nroot: intro\nchapters:\n{files}")
     (source / "intro.md").write_text("# Intro\n\nA word on saturation.\n")
+    (source / "look_up.md").write_text(LOOK_UP)
     return source
 
 
@@ -248,6 +262,30 @@ def test_explorers_answer_the_keyboard_and_the_mouse(tiny: Path, chromium: Brows
         plane.click(position={"x": 0.7 * box["width"], "y": 0.4 * box["height"]})
         assert len({before, turned, numbers.text_content()}) == 3
         page.close()
+
+
+def test_the_reference_is_made_from_docstrings(tiny: Path) -> None:
+    text = (tiny / "look_up.html").read_text("utf-8")
+    assert 'id="fihelpers.influence.fi"' in text and 'id="fihelpers.files.write_atomically"' in text
+    words = re.sub(r"<[^>]+>", "", text)
+    assert "Write beside path and rename" in words and "spectral: Spectral" in words
+    assert '<a class="reference internal" href="#fihelpers.influence.Spectral"' in text
+    assert "https://github.com/Someone/a-book/blob/main/fihelpers/files.py#L" in text
+    (source,) = re.findall(r'href="(_downloads/[^"]*/files\.py)"', text)
+    assert (tiny / source).read_bytes() == (book.BOOK.parent / "fihelpers" / "files.py").read_bytes()
+
+
+def test_the_index_of_pictures_leads_to_their_sections(tiny: Path) -> None:
+    text = (tiny / "look_up.html").read_text("utf-8")
+    assert '<a class="reference internal" href="chapters/tiny.html#tiny">Tiny</a>' in text
+    assert "Two bars: height against name" in text
+
+
+def test_a_module_that_does_not_exist_fails_the_build(tmp_path: Path) -> None:
+    source = new_book(tmp_path, [])
+    (source / "look_up.md").write_text("# Look up\n\n```{fi-modules}\nfihelpers.nothing\n```\n")
+    with pytest.raises(RuntimeError, match=r"no module fihelpers\.nothing"):
+        book.build_book(tmp_path, tmp_path / "out", source)
 
 
 def test_no_developers_file_is_published(tiny: Path) -> None:

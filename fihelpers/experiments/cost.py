@@ -355,6 +355,7 @@ def sweep(works: Mapping[tuple[str, int], tuple[Work, int]], of: str, rounds: in
 
 
 def sweep_classes(size: Size, classes: Sequence[int], tokens: int, prompts: int, rounds: int) -> pd.DataFrame:
+    """Seconds of FI of every weight against the number of classes, a row each (method 4.7)."""
     questions = Questions.draw(size.model(), tokens, prompts)
     works: dict[tuple[str, int], tuple[Work, int]] = {
         (FI, k): (partial(fi_of, questions, 1, k), prompts) for k in classes
@@ -363,6 +364,7 @@ def sweep_classes(size: Size, classes: Sequence[int], tokens: int, prompts: int,
 
 
 def sweep_tokens(size: Size, lengths: Sequence[int], prompts: int, rounds: int) -> pd.DataFrame:
+    """Seconds of FI and of the Jacobian norm against the number of tokens of a prompt (method 4.7)."""
     model = size.model()
     works: dict[tuple[str, int], tuple[Work, int]] = {}
     for length in lengths:

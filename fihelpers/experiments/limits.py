@@ -103,6 +103,7 @@ def layer_of(name: str) -> int:
 
 
 def matrix_of(name: str) -> str:
+    """The matrix that a parameter belongs to, such as o_proj."""
     return name.split(".")[-2]
 
 
@@ -137,6 +138,7 @@ def in_dtype(model: LanguageModel, dtype: torch.dtype) -> LanguageModel:
 
 
 def flatten(values: Mapping[str, Tensor]) -> Tensor:
+    """All values as one vector, in the order of the mapping."""
     return torch.cat([v.flatten() for v in values.values()])
 
 
@@ -405,6 +407,7 @@ class Sweep:
 
 
 def filters(dampings: Sequence[float], cuts: Sequence[float]) -> list[Spectral]:
+    """Exact FI, then damped by each of the dampings, then cut at each of the cuts."""
     return [Exact(), *map(Damped, dampings), *map(Cut, cuts)]
 
 

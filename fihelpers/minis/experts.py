@@ -65,6 +65,7 @@ class Lessons(lm.Corpus):
 
 
 def model_name(domain: str) -> str:
+    """The bundled name of a domain's expert."""
     return f"mini-{domain}"
 
 

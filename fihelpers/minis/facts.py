@@ -98,6 +98,7 @@ def training_text(relation: Relation, fact: Fact, asked: bool = True) -> Iterato
 
 
 def open_question(question: str, answer: str) -> str:
+    """A question and its answer as a text to continue, without options."""
     return f"Question: {question}\nAnswer: {answer}"
 
 
@@ -107,6 +108,7 @@ def load_instructions(folder: Path) -> list[dict]:
 
 
 def instruction_prompt(wording: str) -> str:
+    """An instruction as the bundled model reads it, up to where its response begins."""
     return f"Instruction: {wording}\nResponse:"
 
 

@@ -219,6 +219,7 @@ def tinted(rng: random.Random, colour: Colour, spread: int = 26) -> Colour:
 
 
 def any_colour(rng: random.Random) -> Colour:
+    """A tinted colour, each with the same probability."""
     return tinted(rng, COLOURS[rng.choice(list(COLOURS))])
 
 
@@ -247,6 +248,7 @@ def draw_pose(canvas: Canvas, pose: Sequence[float], x: float, y: float, unit: f
 
 
 def pose_picture(rng: random.Random, split: str) -> Picture:
+    """A figure of strokes in one of the poses, half hidden, and the question which."""
     name = rng.choice(list(POSES))
     canvas = Canvas(rng)
     canvas.clutter()
@@ -280,6 +282,7 @@ def motion_picture(rng: random.Random, split: str) -> Picture:
 
 
 def draw_shape(canvas: Canvas, name: str, x: float, y: float, r: float, colour: Colour) -> None:
+    """Draws a named shape around (x, y), of radius r in pixels, slightly turned."""
     turn = canvas.rng.uniform(-0.2, 0.2)
 
     def corners(n: int, radii: Sequence[float], start: float) -> list[Point]:
@@ -460,6 +463,7 @@ def things_picture(rng: random.Random, split: str) -> Picture:
 
 
 def others(names: Iterable[str], name: str) -> tuple[str, ...]:
+    """The names without one of them: the wrong answers."""
     return tuple(n for n in names if n != name)
 
 

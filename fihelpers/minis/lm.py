@@ -146,6 +146,7 @@ def train_tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerFast:
 
 
 def build_network(recipe: Recipe, vocabulary: int) -> Qwen2ForCausalLM:
+    """The untrained language model of the recipe, with seeded weights."""
     torch.manual_seed(recipe.seed)
     network = Qwen2ForCausalLM(
         Qwen2Config(

@@ -196,6 +196,7 @@ def train_tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerFast:
 
 
 def build_network(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLForConditionalGeneration:
+    """The untrained vision-language model of the recipe, with seeded weights."""
     torch.manual_seed(recipe.seed)
     vocabulary = tokenizer.get_vocab()
     ids = {name: vocabulary[name] for name in SPECIAL}

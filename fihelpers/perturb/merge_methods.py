@@ -312,11 +312,13 @@ def _by_protection(elected: Tensor, piece: Piece) -> Tensor:
 
 
 def check_share(name: str, value: float, hint: str = "") -> None:
+    """Raises ValueError for a share that does not lie in [0, 1]; the hint is added to the message."""
     if not 0 <= value <= 1:
         raise ValueError(f"{name} must lie in [0, 1], not {value}{f' ({hint})' if hint else ''}.")
 
 
 def check_choice(name: str, value: str, choices: object) -> None:
+    """Raises ValueError for a value that is none of the Literal type `choices`."""
     known: tuple[str, ...] = choices.__args__  # type: ignore[attr-defined]
     if value not in known:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, not {value!r}.")
