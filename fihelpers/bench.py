@@ -272,7 +272,7 @@ def row(
     return Row(work, peer, mine, its, middle, min(ratios), max(ratios), goal, floor, faster)
 
 
-def long_prompts(size: Size, rounds: int, length: int = 128, count: int = 4) -> list[Row]:
+def long_prompts(size: Size, rounds: int, length: int = 128, count: int = 8) -> list[Row]:
     """FI of every linear weight, one prompt at a time, beside a Jacobian norm and stored gradients."""
     questions = Questions.draw(size.model(), length, count)
     works: dict[str, Work] = {
@@ -288,7 +288,7 @@ def long_prompts(size: Size, rounds: int, length: int = 128, count: int = 4) -> 
     ]
 
 
-def short_prompts(size: Size, rounds: int, length: int = 24, count: int = 16) -> list[Row]:
+def short_prompts(size: Size, rounds: int, length: int = 24, count: int = 32) -> list[Row]:
     """FI of every linear weight in batches of 16, beside stored gradients one prompt at a time, and vmap."""
     model = size.model()
     questions, few, pair = (Questions.draw(model, length, n) for n in (count, max(1, count // 4), 2))
