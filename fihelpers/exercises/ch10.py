@@ -87,7 +87,7 @@ def without_gradients(answer: object, ask: Ask) -> str:
     """Exact FI of each of two directions by itself, from log-probabilities alone."""
     values = tensor(answer, (2,))
     log_p = ask([0.0, 0.0])
-    slopes = torch.autograd.functional.jacobian(ask, torch.zeros(2)).double()  # type: ignore[no-untyped-call]
+    slopes = torch.autograd.functional.jacobian(ask, torch.zeros(2)).double()
     probs = log_p.exp().double()
     truth = influence.fi(slopes, probs, over=(), spectral=Exact())
     if torch.allclose(values, truth, rtol=0.02, atol=0):

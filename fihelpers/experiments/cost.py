@@ -588,7 +588,7 @@ def print_runs(size: Size, tokens: int, prompts: int) -> None:
     """Print what `foreseen` returns, as JSON, but for the ratios; in a process that does nothing else."""
     model = size.model()
     shape, questions = Shape.of(model), Questions.draw(model, tokens, prompts)
-    _scored(Questions.draw(Size(64, 128, 2, 2).model(), 8, 1), {"displaced": True, "save_memory": True})
+    fi_of(Questions.draw(Size(64, 128, 2, 2).model(), 8, 1), 1, displaced=True, save_memory=True)
     lines: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         model.network.save_pretrained(folder)
@@ -607,20 +607,14 @@ def print_runs(size: Size, tokens: int, prompts: int) -> None:
 
 
 def _taken(questions: Questions, asked: Mapping[str, bool]) -> tuple[int, float]:
-    """Peak bytes beyond what this process held before (the model), and the seconds of a second run."""
+    """Peak bytes beyond what this process held before (the model), and seconds."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
     _forget_peak()
-    before = _resident("VmRSS")
-    _scored(questions, asked)
-    peak = _resident("VmHWM") - before
-    start = time.perf_counter()
-    _scored(questions, asked)
-    return peak, time.perf_counter() - start
-
-
-def _scored(questions: Questions, asked: Mapping[str, bool]) -> None:
+    before, start = _resident("VmRSS"), time.perf_counter()
     fi_of(questions, 1, **asked)
+    seconds = time.perf_counter() - start
+    return _resident("VmHWM") - before, seconds
 
 
 def _forget_peak() -> None:
