@@ -595,7 +595,13 @@ def print_runs(size: Size, tokens: int, prompts: int) -> None:
         for run, asked in RUNS.items():
             peak, seconds = _taken(questions, asked)
             estimate = estimate_scores(
-                folder, measures=["FI"], batch_size=1, lengths=[tokens] * prompts, out=folder, **asked
+                folder,
+                measures=["FI"],
+                batch_size=1,
+                lengths=[tokens] * prompts,
+                out=folder,
+                displaced=asked["displaced"],
+                save_memory=asked["save_memory"],
             )
             held = SCORE_BYTES * shape.parameters
             least = held + (3 if asked["displaced"] else 1) * SCORE_BYTES * shape.linear
@@ -728,26 +734,25 @@ Interval = tuple[float, float, float]
 
 
 def claims(
-    weights: Mapping[str, Interval],
-    pixels: Mapping[str, Interval],
+    weights: Mapping[str, tuple[Interval, int]],
+    pixels: Mapping[str, tuple[Interval, int]],
     counted: Mapping[str, float],
     differences: pd.DataFrame,
     cost: Mapping[str, tuple[Interval, int]],
-    rounds: int,
 ) -> pd.DataFrame:
     """Claims 24 and 25 and the question R10: claim, setting, n, value, low, high, verdict.
 
-    weights, pixels: FI over Jacobian norm by setting, from `ratios`. counted: the same of operations.
-    differences: from `by_differences`; its value is the median over the steps, with their range. cost: what
-    is answered to R10, each with its n.
+    weights, pixels: FI over Jacobian norm by setting, from `ratios`, with the rounds. counted: the same of
+    operations. differences: from `by_differences`; its value is the median over the steps, with their range.
+    cost: what is answered to R10, each with its n.
     """
     lines: list[tuple[object, ...]] = []
-    for setting, found in pixels.items():
+    for setting, (found, n) in pixels.items():
         said = verdict(*found[1:], *ABOUT_TWICE)
-        lines.append(("24: pixels, about twice the Jacobian norm", setting, rounds, *found, said))
-    for setting, found in weights.items():
+        lines.append(("24: pixels, about twice the Jacobian norm", setting, n, *found, said))
+    for setting, (found, n) in weights.items():
         said = verdict(*found[1:], *SAME_ORDER)
-        lines.append(("24: weights, the same order as the Jacobian norm", setting, rounds, *found, said))
+        lines.append(("24: weights, the same order as the Jacobian norm", setting, n, *found, said))
     for setting, value in counted.items():
         said = verdict(value, value, 0.9 * PAPER_THEORY, 1.1 * PAPER_THEORY)
         lines.append(("24: nine times in theory", setting, 1, value, value, value, said))
