@@ -277,7 +277,7 @@ SLIPS = [  # a check, what it is given, and a word of its hint
     (ch10.passes, (11, 5, 6), "there is a forward pass"),
     (ch10.largest_model, (40, 80, 2, 4), "no room for the scores"),
     (ch10.largest_model, (80 / 14, 80, 2, 4), "combined on the spot"),
-    (ch10.fewest_tokens, (4 / 7, 1, 1, 4), "too large"),
+    (ch10.fewest_tokens, (1.0, 1, 1, 4), "too large"),
     (ch10.fewest_tokens, (2 / 7, 1, 1, 4), "read *and* written"),
     (ch10.fewest_tokens, (4 / 9, 1, 1, 4), "one of them is free"),
     (ch10.without_gradients, ([0.2, -0.1], ch10.black_box()), "below zero"),
