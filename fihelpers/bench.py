@@ -386,12 +386,9 @@ def topshare(size: Size, rounds: int, count: int = 10**7, share: float = 0.01) -
     seconds = in_turn(works, dict.fromkeys(works, 1), rounds)
     work = f"exact top share of {count:g} scores"
     extra = extra_bytes(works["ours"])
-    pieces = max(0, extra - count)
-    largest = max(int(n) for n in LLAMA_MATRICES)
-    bound = (
-        f"of {LLAMA_WEIGHTS:.2g} weights in matrices of at most {largest:.2g}: "
-        f"{(largest + pieces) / 1e9:.2f} GB, were they as many at a time"
-    )
+    largest = max(LLAMA_MATRICES)
+    bound = 2 * largest + max(0, extra - 2 * count)  # a mask is there twice while its pieces are joined
+    note = f"for {LLAMA_WEIGHTS:.2g} weights in matrices of at most {largest:.2g}: {bound / 1e9:.2f} GB"
     return [
         row(work, seconds, "ours", "full sort", None, None, faster=True),
         Row(
@@ -405,7 +402,7 @@ def topshare(size: Size, rounds: int, count: int = 10**7, share: float = 0.01) -
             1.0,
             None,
             peak_bytes=extra,
-            note=bound,
+            note=note,
         ),
     ]
 
@@ -415,10 +412,10 @@ def extra_bytes(work: Work) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         work()
     held = most = 0
-    for event in found.profiler.kineto_results.events():  # type: ignore[union-attr]
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
+    events = [e for e in cast(Any, found.profiler).kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):  # allocations, and frees below zero
+        held += event.nbytes()
+        most = max(most, held)
     return most
 
 

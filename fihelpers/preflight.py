@@ -313,7 +313,7 @@ class _Scoring:
 
     def alternatives(self) -> dict[str, int]:
         """Bytes of memory under other settings, those that cost least first."""
-        ways = [{"batch_size": 1}] if self.batch_size > 1 else []
+        ways: list[dict[str, Any]] = [{"batch_size": 1}] if self.batch_size > 1 else []
         narrower: list[dict[str, Any]] = [{"dtype": other} for other in _narrower(self.dtype)]
         ways += [*narrower, *({**dtype, "batch_size": 1} for dtype in narrower if self.batch_size > 1)]
         if not self.save_memory and _blocks(self.network):
@@ -347,17 +347,15 @@ class _Scoring:
         return rate.seconds(self._work(), shapes)
 
     def _work(self) -> Work:
-        named = {p: name for name, p in self.network.named_parameters()}
-        matrices, scored = matrices_of(self.network), set(self.names)
-        ends = [
-            named.get(module.weight)
-            for module in (self.network.get_input_embeddings(), self.network.get_output_embeddings())
-        ]
+        scored = set(self.names)
+        size = {p: p.numel() for name, p in self.network.named_parameters() if name in scored}
         embedding, head = (
-            self.network.get_parameter(name).numel() if name in scored else 0 for name in map(str, ends)
+            sum(size.get(p, 0) for p in ends.parameters())
+            for ends in (self.network.get_input_embeddings(), self.network.get_output_embeddings())
         )
+        matrices = matrices_of(self.network)
+        asked = sum(count for name, count in matrices.items() if name in scored)
         depth = self.network.config.get_text_config().num_hidden_layers
-        asked = sum(size for name, size in matrices.items() if name in scored)
         return Work(sum(matrices.values()), asked, depth, embedding, head)
 
 
