@@ -61,7 +61,7 @@ def test_gradients_of_gates_are_slopes_and_sums_are_those_of_the_suite(
         if name in table:
             sums = [float(scores[c.weight][:, c.columns].sum()) for c in parts]
             np.testing.assert_allclose(table[name], sums, rtol=1e-6)
-    step, slopes = 1e-5, []
+    step, slopes = 1e-2, []  # norms work in float32, whatever the model
     for sign in (1, -1):
         gates = 1 + sign * step * torch.eye(len(parts), dtype=torch.float64)
         slopes.append([parts_lab.answers_under(model, e, parts, gates) for e in EXAMPLES])
@@ -69,7 +69,9 @@ def test_gradients_of_gates_are_slopes_and_sums_are_those_of_the_suite(
     for up, down in zip(*slopes, strict=True):
         s = (up - down) / (2 * step)
         change.append(s[:, int(up[0].argmax())] ** 2)
-    np.testing.assert_allclose(table[parts_lab.GATE_CHANGE], torch.stack(change).mean(0), rtol=1e-4)
+    np.testing.assert_allclose(
+        table[parts_lab.GATE_CHANGE], torch.stack(change).mean(0), rtol=5e-3, atol=1e-5
+    )
 
 
 def test_no_unit_moves_exact_fi_and_joint_fi_is_the_odds(
