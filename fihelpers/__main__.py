@@ -145,7 +145,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _build(options: argparse.Namespace) -> None:
-    from fihelpers import book
+    from fihelpers import book, publish
 
     shown = options.profile == BOOKS_PROFILE
     if options.keep_results and not shown:
@@ -156,6 +156,7 @@ def _build(options: argparse.Namespace) -> None:
     runs.run_all(folder, options.profile, out, options.jobs)
     if options.keep_results:
         runs.keep_results(out, root / "data" / "results")
+        publish.draw_landing_picture(root / "book")
     pages = root / "book" / "_build" if shown else root / "build" / "book" / options.profile
     index = book.build_book(out, pages, root / "book")
     if options.check:

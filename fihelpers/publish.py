@@ -22,6 +22,8 @@ BRANCH = "main"
 OFFLINE = "fihelpers-book.zip"
 ONLINE_ONLY = re.compile(r'<div class="online-only[^"]*">.*?</div>', re.DOTALL)  # such as the zip's own link
 CARD = "social-card.png"
+LANDING = "first_look.png"
+CURVES = "01_first_look.curves.csv"  # what both pictures show
 STATUS = "status.txt"  # in book/chapters, beside the runs that it describes; book/status.md shows it
 NOT_STORED = (".map",)  # for developers of the theme; no page loads them
 SITE_LIMIT = 60e6  # bytes
@@ -102,6 +104,14 @@ def finish(html: Path, where: Address | None) -> None:
     if where:
         write_atomically(html / "sitemap.xml", _sitemap(html, where).encode())
     write_offline_copy(html, html / OFFLINE)
+
+
+def draw_landing_picture(book: Path) -> None:
+    """Draws the picture of the first page (and of README.md) from the numbers that the project keeps."""
+    from fihelpers.data import data_folder
+    from fihelpers.figures.card import landing_picture
+
+    landing_picture(data_folder() / "results" / CURVES, book / "images" / LANDING)
 
 
 def write_offline_copy(html: Path, target: Path) -> None:
@@ -197,7 +207,7 @@ def _draw_card(target: Path) -> None:
     from fihelpers.figures.card import social_card
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    social_card(data_folder() / "results" / "01_first_look.curves.csv", target)
+    social_card(data_folder() / "results" / CURVES, target)
 
 
 def _sitemap(html: Path, where: Address) -> str:
