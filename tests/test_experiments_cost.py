@@ -205,7 +205,7 @@ def test_bytes_and_seconds_are_foreseen_and_measured() -> None:
 
 def test_a_measurement_that_fails_says_why() -> None:
     with pytest.raises(RuntimeError, match="memory and time could not be measured: "):
-        lab.foreseen(Size(hidden=33, heads=4), 6, 1)
+        lab.foreseen(Size(hidden=0), 4, 1)
 
 
 def test_agreement_of_layers_is_drawn() -> None:
