@@ -312,12 +312,11 @@ class _Scoring:
         return (self.classes + 1) * (places * width + ends) + _blocks(network) * places * text.hidden_size
 
     def alternatives(self) -> dict[str, int]:
-        """Bytes of memory under other settings, those that cost least first."""
-        ways: list[dict[str, Any]] = [{"batch_size": 1}] if self.batch_size > 1 else []
-        narrower: list[dict[str, Any]] = [{"dtype": other} for other in _narrower(self.dtype)]
-        ways += [*narrower, *({**dtype, "batch_size": 1} for dtype in narrower if self.batch_size > 1)]
+        """Bytes of memory under other settings, those that keep the precision first."""
+        exact: list[dict[str, Any]] = [{"batch_size": 1}] if self.batch_size > 1 else []
         if not self.save_memory and _blocks(self.network):
-            ways += [{**way, "save_memory": True} for way in [{}, *ways]]
+            exact += [{**way, "save_memory": True} for way in [{}, *exact]]
+        ways = [*exact, *({"dtype": other, **way} for other in _narrower(self.dtype) for way in [{}, *exact])]
         needed = {
             " and ".join(f"{key}={value!r}" for key, value in way.items()): sum(
                 replace(self, **way).memory().values()
