@@ -129,6 +129,9 @@ def nonsense_dots(table: pd.DataFrame, minus: str, n: int, seeds: int) -> Figure
         for name, (colour, marker) in SOURCES.items()
     ]
     figure.legend(
-        handles=handles, loc="outside lower center", ncol=4, title=f"calibrated on (n = {n}, {seeds} sets)"
+        handles=handles,
+        loc="outside lower center",
+        ncol=4,
+        title=f"calibrated on ({n} tested questions, {seeds} sets)",
     )
     return figure
