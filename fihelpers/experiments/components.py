@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from fihelpers.answers import Answers, usual_answers
@@ -346,11 +347,11 @@ def gated(model: LanguageModel, parts: Sequence[Component], gates: Tensor) -> It
     for gate, c in zip(gates.T, parts, strict=True):
         factors[c.weight][:, 0, c.columns] = gate[:, None]
 
-    def times(factor: Tensor) -> object:
+    def times(factor: Tensor) -> Callable[..., Any]:
         return lambda _, inputs: (inputs[0] * factor, *inputs[1:])
 
     handles = [
-        modules[name.removesuffix(".weight")].register_forward_pre_hook(times(factor))  # type: ignore[arg-type]
+        modules[name.removesuffix(".weight")].register_forward_pre_hook(times(factor))
         for name, factor in factors.items()
     ]
     try:
@@ -453,16 +454,18 @@ def rescaled(model: LanguageModel, seed: int) -> LanguageModel:
     k is a power of two, drawn for each neuron, so that not even rounding differs. Raises ValueError for a
     model without MLPs in which one matrix, up_proj, feeds another, down_proj, in proportion.
     """
-    network: nn.Module = copy.deepcopy(model.network)
+    network = copy.deepcopy(model.network)
     generator = torch.Generator().manual_seed(seed)
-    pairs = [(m.up_proj, m.down_proj) for m in network.modules() if hasattr(m, "up_proj")]
-    if not pairs:
+    ups = [name for name, _ in network.named_parameters() if name.endswith("up_proj.weight")]
+    if not ups:
         raise ValueError(f"Model {model.name!r} has no gated MLPs whose neurons can be rescaled.")
-    for up, down in pairs:
-        power = torch.randint(-RESCALING, RESCALING + 1, (up.weight.shape[0],), generator=generator)
-        k = (2.0**power).to(up.weight)
-        up.weight.data *= k[:, None]
-        down.weight.data /= k
+    for name in ups:
+        up = network.get_parameter(name)
+        down = network.get_parameter(name.replace("up_proj", "down_proj"))
+        power = torch.randint(-RESCALING, RESCALING + 1, (up.shape[0],), generator=generator)
+        k = (2.0**power).to(up)
+        up.data *= k[:, None]
+        down.data /= k
     return replace(model, network=network)
 
 

@@ -598,9 +598,9 @@ def digit_scores(digits: Digits, n: int, settings: Settings) -> tuple[pd.DataFra
     n: digits that scores are computed on; the rest are tested. Returns the scores (units, relatives), the
     falls of log P of the right digit when a unit is zeroed (units, tested digits), and the mean R2 of COAR.
     """
-    first, act, last = digits.network
+    first, act, last = digits.network.children()
     hidden = act(first(digits.x.flatten(1))).double()
-    weight, bias = last.weight.double(), last.bias.double()
+    weight, bias = (q.double() for q in last.parameters())
 
     def log_p(h: Tensor) -> Tensor:
         return (h @ weight.T + bias).log_softmax(-1)
