@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import yaml
@@ -79,13 +80,15 @@ def load_claims() -> dict[str, Claim]:
     path = data_folder() / FILE
     check_file(path)
     listed = yaml.safe_load(path.read_text(encoding="utf-8"))["claims"]
-    claims = {
-        line["id"]: Claim(**{k: tuple(v) if isinstance(v, list) else v for k, v in line.items()})
-        for line in listed
-    }
+    claims = {line["id"]: _claim(line) for line in listed}
     if len(claims) < len(listed):
         raise ValueError(f"{FILE} lists an id twice.")
     return claims
+
+
+def _claim(line: Mapping[str, Any]) -> Claim:
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in line.items()}
+    return Claim(**fields)
 
 
 def gather(tables: Mapping[str, Path], claims: Mapping[str, Claim]) -> pd.DataFrame:
