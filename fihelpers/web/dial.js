@@ -1,7 +1,7 @@
 // Stored pictures, lines and bars, one set for each position of a slider; menus choose between sliders.
 
 const SVG = "http://www.w3.org/2000/svg";
-const CHART = { width: 420, height: 240, left: 52, right: 14, top: 10, bottom: 46 };
+const CHART = { width: 420, height: 240, left: 52, right: 28, top: 10, bottom: 46 };
 const COLOURS = 6; // line-0 to line-5 in explorer.css
 
 function add(parent, name, attributes = {}, text = "") {
