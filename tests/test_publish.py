@@ -2,6 +2,8 @@
 
 import json
 import re
+import shlex
+import struct
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ import yaml
 from nbformat.v4 import new_notebook
 
 from fihelpers import __version__, publish
+from fihelpers.__main__ import _parser
+from fihelpers.book import BOOK
 from fihelpers.publish import Address, address, check_sizes, write_status
 from fihelpers.runs import chapters
 
@@ -121,3 +125,20 @@ def test_the_workflow_that_publishes_checks_the_pages_first() -> None:
     assert jobs["deploy"]["needs"] == "build"
     recipe = (ROOT / "Makefile").read_text().split("\npublish:")[1].split("\n\n")[0]
     assert "--profile embedded --check" in recipe
+
+
+def test_the_first_page_shows_the_numbers_that_are_kept(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    publish.draw_landing_picture(tmp_path)
+    picture = (tmp_path / "images" / publish.LANDING).read_bytes()
+    assert struct.unpack(">II", picture[16:24]) == (900, 660)
+    assert f"images/{publish.LANDING}" in (BOOK / "intro.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("page", ["book/intro.md", "README.md", "book/copies.md", "CONTRIBUTING.md"])
+def test_the_commands_that_pages_show_are_real(page: str) -> None:
+    text = (BOOK.parent / page).read_text("utf-8").replace("\\\n", " ")
+    commands = re.findall(r"(?m)(?:^ *|`)(?:torchrun .* |python )-m fihelpers ([^`\n]+)", text)
+    assert commands
+    for command in commands:
+        _parser().parse_args(shlex.split(command))
