@@ -30,6 +30,7 @@ FIELDS_ARE_ARGUMENTS = {"dataclass", "NamedTuple"}
 NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 UNLIKE_AN_ARGUMENT = re.compile(r"[A-Z_.]")  # what else stands in backticks, such as `path`
 CODE = re.compile(r"(`+)(.+?)\1")
+ROLE = re.compile(r":[a-z]+:(?=`)")  # as in :func:`name`
 ITEM = re.compile(r"(?m)^[-*] ")
 ARGUMENT = re.compile(r"(?m)^(?=\*{0,2}[a-z_]\w*(?:, \w+)*: )")
 
@@ -302,7 +303,7 @@ def _list(items: list[str], module: str) -> nodes.Node:
 
 def _inline(text: str, module: str) -> list[nodes.Node]:
     """Words, with what stands in backticks as code; names of the package are links."""
-    text = " ".join(text.split())
+    text = ROLE.sub("", " ".join(text.split())).replace("::", ":")
     found: list[nodes.Node] = []
     end = 0
     for code in CODE.finditer(text):

@@ -35,6 +35,8 @@
     }
   };
   document.addEventListener("DOMContentLoaded", () => {
+    for (const arrow of document.querySelectorAll("summary:has(.toctree-toggle)"))
+      arrow.setAttribute("aria-label", "Show or hide the pages below");
     new MutationObserver(name).observe(document.body, { childList: true, subtree: true });
     // From the disk, a page may not read others to quote from them.
     if (location.protocol === "file:" && typeof DOCUMENTATION_OPTIONS !== "undefined")
