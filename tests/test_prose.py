@@ -23,6 +23,8 @@ TYPED = re.compile(r"(?<![\w.])\d*\.\d+|\d\s?\\?%")  # a number with a point, or
 ALLOWED = {  # what may be typed, and why
     r"95 ?%": "the level of all intervals",
     r"GPT-3\.5|Qwen2\.5|Python 3\.11|Llama-?3\.\d": "names and versions",
+    r"(?:section|appendix|Theorem|method)s? (?:[A-D]\.)?\d(?:\.\d)?[a-d]?(?:(?:, | and )\d\.\d)*": "places",
+    r"top 0\.1 % of embedding": "figures: the paper's words for its table",
     r"from \.3 to": "02: the range from which cases are drawn",
     r"more than 1 %\s": "02: how far off counts as wrong",
     r"middle 90 % of all|for 90 % of\s": "03: quantiles, named beside their numbers",
