@@ -369,7 +369,7 @@ _AXE = """async ([notAsked, alikes, asked]) => {
 _READY = """() => {
   const all = selector => [...document.querySelectorAll(selector)];
   const views = all('script[type="application/vnd.jupyter.widget-view+json"]');
-  const widgets = views.map(view => [...view.parentElement.querySelectorAll(".jupyter-widgets")]);
+  const widgets = views.map(view => [...view.parentElement.querySelectorAll(".lm-Widget")]);
   return document.documentElement.dataset.theme !== "auto"
     && all(".math").every(formula => formula.querySelector("mjx-container"))
     && widgets.every(parts => parts.length && parts.every(part => part.offsetHeight))
@@ -388,7 +388,7 @@ _SEEN = """async scheme => {
       faults.push(`no words for the image ${image.alt.slice(-40)}, only its file's name`);
   }
   for (const view of document.querySelectorAll('script[type="application/vnd.jupyter.widget-view+json"]'))
-    if (!view.parentElement.querySelector(".jupyter-widgets")?.offsetHeight) faults.push("empty widget");
+    if (!view.parentElement.querySelector(".lm-Widget")?.offsetHeight) faults.push("empty widget");
   for (const formula of document.querySelectorAll(".math"))
     if (!formula.querySelector("mjx-container") || formula.querySelector("mjx-merror"))
       faults.push(`formula not typeset: ${formula.textContent.trim().slice(0, 80)}`);
