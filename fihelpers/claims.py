@@ -35,6 +35,7 @@ STANDS = {  # what a chapter's verdict means for the claim
     "less than all": FAILS,
     "a loss": FAILS,
     NOTHING: NOTHING,
+    ANSWERED: ANSWERED,  # a number that a question asked for
     NOT_MEASURED: NOT_MEASURED,
 }
 HEADLINES = {  # of claims, and what the names of records are made of

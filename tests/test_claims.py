@@ -169,10 +169,6 @@ def test_what_is_kept_tells_every_claim() -> None:
     assert figure.get_size_inches()[0] <= 7.2
 
 
-@pytest.mark.skipif(
-    not all((RESULTS / f"{name}.claims.csv").is_file() for name in ("10_cost", "11_relatives")),
-    reason="the results of chapters 10 and 11 are not kept yet",
-)
 def test_nothing_is_missing_from_what_is_kept() -> None:
     claims = load_claims()
     condensed = condense(claims, gather(results_beside(RESULTS, judges.TABLES), claims))
