@@ -44,7 +44,7 @@ from fihelpers.perturb.quantize import Scheme
 from fihelpers.perturb.sparsify import linear_names
 from fihelpers.perturb.topshare import CHUNK
 from fihelpers.rates import Rate, Work, matrices_of, measure_rate, shapes_of
-from fihelpers.scores.classgrads import transformer_blocks
+from fihelpers.scores.classgrads import BLOCK, transformer_blocks
 from fihelpers.scores.weights import DISPLACED
 
 SCORE = 4  # bytes of a score, float32
@@ -286,13 +286,15 @@ class _Scoring:
     def memory(self) -> dict[str, int]:
         """Bytes by part, of all processes that share a CPU's memory."""
         itemsize = max(_itemsize(self.dtype), SCORE)
-        # One matrix's gradient is there three times: twice by hooks, once by autograd.
+        # One matrix's gradient is there twice, in autograd and as `.grad`, while hooks are compared with it; what
+        # the measures make of a block of gradients comes to some four times the block.
         parts = {
             "weights": self.source.parameters * _itemsize(self.dtype),
             "scores at work": min(
                 len(self.measures) * self.weights * itemsize, self.at_a_time or sys.maxsize
             ),
-            "gradients of a batch": self._activations() + 3 * max(self.sizes) * itemsize,
+            "gradients of a batch": self._activations() + 2 * max(self.sizes) * itemsize,
+            "block of gradients at work": 5 * BLOCK * SCORE,
         }
         copies = self.processes if find_device(self.device).type == "cpu" else 1
         return {name: copies * size for name, size in parts.items()}
