@@ -286,8 +286,8 @@ class _Scoring:
     def memory(self) -> dict[str, int]:
         """Bytes by part, of all processes that share a CPU's memory."""
         itemsize = max(_itemsize(self.dtype), SCORE)
-        # One matrix's gradient is there twice, in autograd and as `.grad`, while hooks are compared with it; what
-        # the measures make of a block of gradients comes to some four times the block.
+        # One matrix's gradient is there twice, in autograd and as `.grad`, while hooks are compared with it;
+        # what the measures make of a block of gradients comes to some four times the block.
         parts = {
             "weights": self.source.parameters * _itemsize(self.dtype),
             "scores at work": min(
