@@ -181,7 +181,7 @@ def test_pixels_are_timed_beside_their_peers(seeing: VisionModel, pictures: list
     timed = lab.time_pixels(seeing, pictures, [1], [1])
     names = ["FI exact", "FI cut 0.001", "FI damped 0.0001"]
     assert set(timed.work) == {lab.PIXEL_JACOBIAN, lab.SALIENCY, lab.GRADIENTS, *names}
-    _fits(draw.pixel_dots({1: lab.ratio_table(timed, lab.PIXEL_JACOBIAN)}, 2.0, lab.PAPER_RATIO))
+    _fits(draw.pixel_dots({1: lab.ratio_table(timed, lab.PIXEL_JACOBIAN)}, 2.0, lab.paper_ratio()))
     with pytest.raises(ValueError, match="3 pictures are needed"):
         lab.time_pixels(seeing, pictures, [3], [1])
 

@@ -51,6 +51,7 @@ from fihelpers.models import LanguageModel
 from fihelpers.perturb.sparsify import linear_names
 from fihelpers.perturb.topshare import BINS, CHUNK, TopShare
 from fihelpers.preflight import estimate_scores
+from fihelpers.published import published
 from fihelpers.scores import classgrads
 from fihelpers.scores.inputs import class_grads_of_inputs
 from fihelpers.scores.pixels import image_of, option_letters, score_pixels
@@ -63,8 +64,6 @@ WORKS = (FORWARD, JACOBIAN, FI, STORED)
 PRODUCT, WHOLE, ONE_BY_ONE, VMAP = "matrix product", "FI, whole matrices", "FI, one by one", "torch.func vmap"
 PIXEL_JACOBIAN, SALIENCY, GRADIENTS = "Jacobian norm", "Captum saliency", "class gradients alone"
 SCORE_BYTES = 4  # of a score and of a class gradient, float32
-PAPER_RATIO = 0.3828 / 0.1939  # FI and Jacobian norm of one image in the paper's Table 4
-PAPER_THEORY = 9  # times, in the paper's Appendix A.2
 ABOUT_TWICE = (1.5, 2.5)
 SAME_ORDER = (0.0, 10.0)
 CLOSE = 1e-2  # relative difference up to which two values of FI count as the same
@@ -183,6 +182,11 @@ def count_table(shape: Shape, tokens: int, classes: int = 4) -> pd.DataFrame:
     lines = {w: {k: v / unit for k, v in operations(shape, tokens, w, classes).items()} for w in WORKS}
     table = pd.DataFrame(lines).T.rename_axis("work")
     return table.assign(together=table.sum(axis=1), leading=[units(w, classes) for w in table.index])
+
+
+def paper_ratio() -> float:
+    """FI over Jacobian norm, one image, as the paper's Table 4 has it."""
+    return published("cost_fi").value / published("cost_jacobian").value
 
 
 def counted_by_torch(work: Work) -> int:
@@ -754,7 +758,8 @@ def claims(
         said = verdict(*found[1:], *SAME_ORDER)
         lines.append(("24: weights, the same order as the Jacobian norm", setting, n, *found, said))
     for setting, value in counted.items():
-        said = verdict(value, value, 0.9 * PAPER_THEORY, 1.1 * PAPER_THEORY)
+        theory = published("cost_theory").value
+        said = verdict(value, value, 0.9 * theory, 1.1 * theory)
         lines.append(("24: nine times in theory", setting, 1, value, value, value, said))
     worst, n = differences.worst, int(differences.pixels.iloc[0])
     blind = (float(worst.median()), float(worst.min()), float(worst.max()))
