@@ -14,7 +14,7 @@ from fihelpers.experiments.pixels import load_pictures
 from fihelpers.figures import cost as draw
 from fihelpers.figures.style import WIDTH
 from fihelpers.models import open_model
-from fihelpers.scores import classgrads
+from fihelpers.scores import classgrads, weights
 from fihelpers.tasks import Example
 from fihelpers.vision import VisionModel, open_vision_model
 
@@ -77,6 +77,7 @@ def test_long_prompts_of_deep_models_tend_to_the_leading_term() -> None:
 
 def test_bytes_of_written_out_gradients() -> None:
     assert lab.written_out(SHAPE, 4) == 12 * SHAPE.linear
+    assert lab.tile_bytes(5) - lab.tile_bytes(4) == 4 * 4 * 512
     assert lab.combination(5) - lab.combination(4) == 2
 
 
@@ -131,21 +132,19 @@ def test_the_interval_of_rounds_holds_the_median_at_95_percent(rounds: int, skip
     assert missed <= 0.05 or rounds < 6
 
 
-def test_whole_matrices_give_the_same_and_leave_the_blocks_as_they_were() -> None:
+def test_written_out_gradients_give_the_same_and_leave_the_engine_as_it_was() -> None:
     before, questions = classgrads.BLOCK, Questions.draw(SMALL.model(), 6, 1)
-    blocks = fi_of_weights(questions, 1)
-    with lab.whole_matrices():
-        assert before < classgrads.BLOCK
-        whole = fi_of_weights(questions, 1)
-    assert before == classgrads.BLOCK
-    for name, value in blocks.items():
-        assert (value - whole[name]).abs().max() <= 1e-3 * value.abs().max()
+    in_tiles = fi_of_weights(questions, 1)
+    written = lab.fi_written_out(questions)
+    assert before == classgrads.BLOCK and "cpu" in weights.TILED
+    for name, value in in_tiles.items():
+        assert (value - written[name]).abs().max() <= 1e-3 * value.abs().max()
 
 
 def test_works_and_sweeps_are_timed_in_every_round() -> None:
     long = lab.long_prompts(SMALL, 6, 1, 2)
     short = lab.short_prompts(SMALL, 5, 4, 2)
-    assert {lab.PRODUCT, lab.WHOLE, *lab.WORKS} == set(long.work)
+    assert {lab.PRODUCT, lab.WRITTEN, *lab.WORKS} == set(long.work)
     assert {lab.JACOBIAN, lab.FI, lab.ONE_BY_ONE, lab.STORED, lab.VMAP} == set(short.work)
     swept = [
         lab.sweep_classes(SMALL, [2, 5], 6, 1, 2),

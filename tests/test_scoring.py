@@ -26,7 +26,7 @@ from fihelpers.__main__ import main
 from fihelpers.influence import Cut, Damped, Exact, spectral_of
 from fihelpers.models import LanguageModel, check_placed, open_model
 from fihelpers.preflight import plan_scores
-from fihelpers.scores import Scores, classgrads, score_weights
+from fihelpers.scores import Scores, classgrads, score_weights, weights
 from fihelpers.scoring import Processes, score_task
 from fihelpers.tasks import Task, load_task
 from fihelpers.tasks.base import make_task
@@ -176,10 +176,11 @@ def test_batches_and_blocks_do_not_change_the_scores(
         {"batch_size": 4, "save_memory": True},
         {"batch_size": N, "checkpoint_every": 0},
     ]
-    for block in (classgrads.BLOCK, 64):
+    for block, tiled in ((classgrads.BLOCK, {"cpu"}), (classgrads.BLOCK, set()), (64, set())):
         monkeypatch.setattr(classgrads, "BLOCK", block)
+        monkeypatch.setattr(weights, "TILED", tiled)
         for number, way in enumerate(ways):
-            out = tmp_path / f"{block}.{number}"
+            out = tmp_path / f"{block}.{len(tiled)}.{number}"
             score_task(model, task, out, ["FI"], DAMPED, **way)
             assert farthest(truth, Scores.load(out)) < tolerance
 

@@ -13,7 +13,7 @@ from fihelpers.answers import groups, letters
 from fihelpers.influence import EXACT, Damped, SaturationWarning, fi
 from fihelpers.measures import MEASURES, RANDOM
 from fihelpers.models import LanguageModel
-from fihelpers.scores import Scores, classgrads, score_weights
+from fihelpers.scores import Scores, classgrads, score_weights, weights
 from fihelpers.scores.weights import class_grads_of_weights, score_contexts
 
 KINDS = ["qwen2", "llama", "gpt_neox", "gpt2"]
@@ -91,9 +91,10 @@ def test_float32_fi_equals_float64_norm_wise(kind: str) -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 @pytest.mark.parametrize(("block", "rows"), [(1, 1), (64, 64), (700, 4), (2**19, 64)])
-def test_batches_and_blocks_do_not_change_scores(batch_size, block, rows, monkeypatch) -> None:
+def test_batches_blocks_and_tiles_do_not_change_scores(batch_size, block, rows, monkeypatch) -> None:
     model, examples = tiny_model("qwen2"), tiny_examples(7)
     whole = score_weights(model, examples, batch_size=7)
+    monkeypatch.setattr(weights, "TILED", frozenset())
     monkeypatch.setattr(classgrads, "BLOCK", block)
     monkeypatch.setattr(classgrads, "ROWS", rows)
     parts = score_weights(model, examples, batch_size=batch_size)

@@ -17,12 +17,12 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -52,7 +52,8 @@ from fihelpers.perturb.sparsify import linear_names
 from fihelpers.perturb.topshare import BINS, CHUNK, TopShare
 from fihelpers.preflight import estimate_scores
 from fihelpers.published import published
-from fihelpers.scores import classgrads
+from fihelpers.scores import classgrads, tiles
+from fihelpers.scores import weights as scores_of_weights
 from fihelpers.scores.inputs import class_grads_of_inputs
 from fihelpers.scores.pixels import image_of, option_letters, score_pixels
 from fihelpers.scores.weights import frozen, score_contexts
@@ -61,7 +62,12 @@ from fihelpers.vision import VisionModel
 
 FORWARD, JACOBIAN, FI, STORED = "forward pass", "Jacobian norm", "FI", "K backward passes, .grad kept"
 WORKS = (FORWARD, JACOBIAN, FI, STORED)
-PRODUCT, WHOLE, ONE_BY_ONE, VMAP = "matrix product", "FI, whole matrices", "FI, one by one", "torch.func vmap"
+PRODUCT, WRITTEN, ONE_BY_ONE, VMAP = (
+    "matrix product",
+    "FI, gradients written out",
+    "FI, one by one",
+    "torch.func vmap",
+)
 PIXEL_JACOBIAN, SALIENCY, GRADIENTS = "Jacobian norm", "Captum saliency", "class gradients alone"
 SCORE_BYTES = 4  # of a score and of a class gradient, float32
 ABOUT_TWICE = (1.5, 2.5)
@@ -161,9 +167,9 @@ def written_out(shape: Shape, classes: int = 4) -> int:
     return (classes - 1) * SCORE_BYTES * shape.linear
 
 
-def block_bytes() -> int:
-    """Bytes of the class gradients that are held at a time, in float32."""
-    return SCORE_BYTES * classgrads.BLOCK
+def tile_bytes(classes: int = 4) -> int:
+    """Bytes of the class gradients that a thread holds at a time, in float32."""
+    return (classes - 1) * SCORE_BYTES * tiles.ROWS * tiles.COLUMNS
 
 
 def matrix_bytes(shape: Shape, classes: int = 4) -> int:
@@ -200,18 +206,26 @@ def check_count(model: LanguageModel, tokens: int) -> pd.DataFrame:
     """The count by hand beside torch's own counter, one prompt of random tokens, K = 4.
 
     FI first compares its hooks with autograd on a short prompt, once; what a second prompt adds is counted.
+    The products of its tiles are none of torch's: the counter sees them where gradients are written out.
     """
     shape = Shape.of(model)
     one, two = (Questions.draw(model, tokens, n) for n in (1, 2))
     runs: dict[str, int] = {
         FORWARD: counted_by_torch(lambda: _forward(one)),
         JACOBIAN: counted_by_torch(lambda: jacobian_norm(one)),
-        FI: counted_by_torch(lambda: fi_of_weights(two, 1)) - counted_by_torch(lambda: fi_of_weights(one, 1)),
+        FI: counted_by_torch(lambda: fi_written_out(two)) - counted_by_torch(lambda: fi_written_out(one)),
         STORED: counted_by_torch(lambda: fi_by_stored_gradients(one)),
     }
     lines = [(w, sum(operations(shape, tokens, w).values()), runs[w]) for w in WORKS]
     table = pd.DataFrame(lines, columns=["work", "by hand", "by torch"]).set_index("work")
     return table.assign(ratio=table["by torch"] / table["by hand"])
+
+
+def fi_written_out(questions: Questions) -> dict[str, Tensor]:
+    """FI of weights whose class gradients are written out, a matrix at a time and by torch, not in tiles."""
+    tiled = mock.patch.object(scores_of_weights, "TILED", frozenset[str]())
+    with tiled, mock.patch.object(classgrads, "BLOCK", 2**40):
+        return fi_of_weights(questions, 1)
 
 
 def _forward(questions: Questions) -> None:
@@ -249,16 +263,6 @@ def fi_of(
     )
 
 
-@contextmanager
-def whole_matrices() -> Iterator[None]:
-    """Class gradients are formed a matrix at a time, not in blocks that stay in cache."""
-    before, classgrads.BLOCK = classgrads.BLOCK, 2**40
-    try:
-        yield
-    finally:
-        classgrads.BLOCK = before
-
-
 def long_prompts(size: Size, tokens: int, prompts: int, rounds: int) -> pd.DataFrame:
     """Seconds a prompt of FI one prompt at a time, of the works beside it, and of bare matrix products.
 
@@ -268,17 +272,12 @@ def long_prompts(size: Size, tokens: int, prompts: int, rounds: int) -> pd.DataF
     model = size.model()
     questions = Questions.draw(model, tokens, prompts)
     pairs = [(torch.randn(tokens, w.shape[1]), w.detach()) for w in _matrices(model)]
-
-    def whole() -> None:
-        with whole_matrices():
-            fi_of_weights(questions, 1)
-
     works: dict[str, Work] = {
         PRODUCT: lambda: [x @ w.T for _ in range(prompts) for x, w in pairs],
         FORWARD: lambda: _forward(questions),
         JACOBIAN: lambda: jacobian_norm(questions),
         FI: lambda: fi_of_weights(questions, 1),
-        WHOLE: whole,
+        WRITTEN: lambda: fi_written_out(questions),
         STORED: lambda: fi_by_stored_gradients(questions),
     }
     return _frame(in_turn(works, dict.fromkeys(works, prompts), rounds))
@@ -338,7 +337,7 @@ def over_floor(timings: pd.DataFrame, shape: Shape, tokens: int) -> pd.DataFrame
     """Every work's time over its floor: its operations at the rate of the matrix products of its round."""
     unit = 2 * shape.linear * tokens
     table = ratio_table(timings, PRODUCT).drop(index=PRODUCT)
-    works = [FI if work == WHOLE else str(work) for work in table.index]
+    works = [FI if work == WRITTEN else str(work) for work in table.index]
     floor = [sum(operations(shape, tokens, work).values()) / unit for work in works]
     return table[["ratio", "low", "high"]].div(floor, axis=0).assign(floor=floor, n=table.n)
 

@@ -32,6 +32,26 @@ Directions = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
+class Factors:
+    """What the class gradients of a linear layer's weight are products of: g^T x, summed over the positions.
+
+    grads: of the layer's output along D directions, each (B, T, out); x: the layer's input (B, T, in); both
+    in float32 or better, finite or not. start: the first position that has a gradient. ceiling: of FI, (B,);
+    index: the places of the samples' examples.
+    """
+
+    name: str
+    grads: Sequence[Tensor]
+    x: Tensor
+    start: int
+    ceiling: Tensor
+    index: Tensor
+
+
+Taker = Callable[[Factors], bool]
+
+
+@dataclass(frozen=True, eq=False)
 class Call:
     """One call of a module: its input, and its output as a node of the graph."""
 
@@ -81,6 +101,7 @@ def class_grad_blocks(
     missed: Collection[str],
     directions: Directions | None = None,
     save_memory: bool = False,
+    take: Taker | None = None,
 ) -> Iterator[Block]:
     """All class gradients of a batch, one block of rows at a time; the next takes the place of the last.
 
@@ -89,6 +110,7 @@ def class_grad_blocks(
         what is differentiated instead, (B, D).
     save_memory: keep the activations of one transformer block at a time, at the cost of one more forward
         pass. Raises ValueError for a model without such blocks.
+    take: is offered the factors of each linear layer's weight; where it returns True there are no blocks.
 
     Raises FloatingPointError for NaN or infinite gradients.
     """
@@ -98,6 +120,8 @@ def class_grad_blocks(
     for uses in stages:
         while uses:
             name, of_name = uses.popitem()
+            if take is not None and _is_product(of_name) and take(ask.factors(name, of_name)):
+                continue
             for rows, samples, grads in _row_blocks(name, of_name, hooked[name]):
                 yield ask.block(name, rows, grads, samples)
     if missed:
@@ -107,7 +131,7 @@ def class_grad_blocks(
                 for b in range(len(along)):
                     grads = _by_autograd(along[b], parameters[name])[:, None]
                     if not torch.isfinite(grads).all():
-                        raise _not_finite(name)
+                        raise not_finite(name)
                     yield ask.block(name, slice(None), grads, slice(b, b + 1))
 
 
@@ -138,6 +162,15 @@ class _Question:
             others, chosen = self.others[:, samples], self.chosen[samples]
             self.parts[key] = others, chosen, others.sum(0) / chosen, self.batch.index[samples]
         return Block(name, rows, grads, *self.parts[key], samples)
+
+    def factors(self, name: str, uses: Sequence[Use]) -> Factors:
+        """Of all uses at once: a sum over uses is one over more positions."""
+        parts = [_factors(use) for use in uses]
+        grads, x, start = parts[0]
+        if len(parts) > 1:
+            grads = [torch.cat(of_uses, 1) for of_uses in zip(*(gs for gs, _, _ in parts), strict=True)]
+            x, start = torch.cat([inputs for _, inputs, _ in parts], 1), 0
+        return Factors(name, grads, x, start, self.others.sum(0) / self.chosen, self.batch.index)
 
 
 def named_parameters(network: nn.Module, only: Collection[str] | None) -> dict[str, nn.Parameter]:
@@ -359,8 +392,8 @@ def _row_blocks(
     """
     if not uses:
         return
-    if all(isinstance(use.module, nn.Linear) and use.local == "weight" for use in uses):
-        yield from _products(name, [_factors(use) for use in uses], parameter)
+    if _is_product(uses):
+        yield from _products(name, uses, parameter)
         return
     directions, samples = len(uses[0].grads), len(uses[0].grads[0])
     step = max(1, BLOCK // (directions * samples * parameter[:1].numel()))
@@ -369,19 +402,24 @@ def _row_blocks(
         parts = [_class_grads(use, rows) for use in uses]
         grads = sum(parts[1:], parts[0])
         if not torch.isfinite(grads).all():
-            raise _not_finite(name)
+            raise not_finite(name)
         yield rows, slice(0, samples), grads
 
 
-def _not_finite(name: str) -> FloatingPointError:
+def not_finite(name: str) -> FloatingPointError:
+    """The error of a parameter whose gradient holds NaN or infinite values."""
     return FloatingPointError(f"The gradient of {name} holds NaN or infinite values.")
 
 
-def _factors(use: Use) -> tuple[list[Tensor], Tensor]:
+def _is_product(uses: Sequence[Use]) -> bool:
+    return all(isinstance(use.module, nn.Linear) and use.local == "weight" for use in uses)
+
+
+def _factors(use: Use) -> tuple[list[Tensor], Tensor, int]:
     """The gradients (B, T, out) of a linear layer's output and its input (B, T, in), float32 or better.
 
-    Positions before the first that has a gradient are left out: padding, and all but the last position in
-    the last block.
+    Also the first position that has a gradient: padding comes before, and all but the last position in the
+    last block.
     """
     grads = [g.reshape(len(g), -1, g.shape[-1]) for g in use.grads]
     x = use.x.reshape(len(use.x), -1, use.x.shape[-1])
@@ -390,16 +428,17 @@ def _factors(use: Use) -> tuple[list[Tensor], Tensor]:
         live = torch.stack([g.any(-1).any(0) for g in grads]).any(0)
         start = min(int((~live).cumprod(0).sum()), len(live) - 1)
     dtype = torch.promote_types(x.dtype, torch.float32)
-    return [g[:, start:].to(dtype) for g in grads], x[:, start:].to(dtype)
+    return [g.to(dtype) for g in grads], x.to(dtype), start
 
 
 def _products(
-    name: str, factors: Sequence[tuple[list[Tensor], Tensor]], parameter: nn.Parameter
+    name: str, uses: Sequence[Use], parameter: nn.Parameter
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """Blocks of the weight of a linear layer: the products g^T x of each sample, summed over the uses."""
+    factors = [([g[:, start:] for g in gs], x[:, start:]) for gs, x, start in map(_factors, uses)]
     (grads, x), width = factors[0], parameter.shape[1]
     if not all(torch.isfinite(t.sum()) or torch.isfinite(t).all() for gs, x in factors for t in (*gs, x)):
-        raise _not_finite(name)
+        raise not_finite(name)
     samples, step = _shares(len(x), len(grads) * width, len(parameter))
     room = x.new_empty(max(of.stop - of.start for of in samples) * len(grads) * step * width)
     for start in range(0, len(parameter), step):
@@ -503,7 +542,7 @@ def missed_by_hooks(
             return
         apart = truth.new_zeros((), dtype=torch.float64) if name in uses else truth.square().sum().double()
         for rows, _, g in _row_blocks(name, uses.get(name, []), parameter):
-            apart += (g[0, 0] - truth[rows]).square().sum()
+            apart += torch.linalg.vector_norm(g[0, 0].sub_(truth[rows])).double().square()
         rtol = 1e-3 if parameter.dtype.itemsize >= 4 else 5e-2
         if not apart.sqrt() <= rtol * truth.norm():
             missed.add(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Collection, Iterator, Sequence
 
@@ -21,11 +22,21 @@ from fihelpers.measures import (
     find_measure,
 )
 from fihelpers.models import Batch, LanguageModel
-from fihelpers.scores.classgrads import Block, class_grad_blocks, frozen, missed_by_hooks, named_parameters
+from fihelpers.scores import tiles
+from fihelpers.scores.classgrads import (
+    Block,
+    Factors,
+    class_grad_blocks,
+    frozen,
+    missed_by_hooks,
+    named_parameters,
+    not_finite,
+)
 from fihelpers.scores.store import Scores, provenance
 from fihelpers.tasks import Example
 
 DISPLACED = (SQUARED_SCORE, FISHER)
+TILED = frozenset({"cpu"})  # types of devices on which linear layers are scored tile by tile
 
 
 def score_weights(
@@ -117,8 +128,9 @@ def accumulate(
     with frozen(model.network):
         missed = missed_by_hooks(model, contexts[0][0], classes, parameters, save_memory)
         for done, (batch, shares) in enumerate(contexts[start:], start + 1):
+            take = functools.partial(totals.take, shares=shares)
             for block in class_grad_blocks(
-                model, batch, classes, parameters, missed, totals.directions, save_memory
+                model, batch, classes, parameters, missed, totals.directions, save_memory, take
             ):
                 totals.add(block, shares[block.samples])
             yield done
@@ -156,36 +168,51 @@ class Totals:
         self.n = n
         self.measures = chosen
         self.parameters = parameters
+        self.grown = {name: m for name, m in chosen.items() if not isinstance(m, DataFree)}
         self.sums = {
-            m: {
-                name: torch.zeros(p.shape, dtype=_working(p), device=p.device)
-                for name, p in parameters.items()
-            }
-            for m in chosen
+            name: torch.zeros(len(self.grown), *p.shape, dtype=_working(p), device=p.device)
+            for name, p in parameters.items()
         }
-        self.per_example = {m: torch.zeros(n, dtype=torch.float64) for m in chosen}
+        self.per_example = {name: torch.zeros(n, dtype=torch.float64) for name in self.grown}
         self.values = {name: p.detach() for name, p in parameters.items()}
         self.weights = sum(p.numel() for p in parameters.values())
         self.tops = torch.zeros(2, dtype=torch.float64)  # sums of the ceilings and of the shares they count
         self.others = any(m.reads_others for m in chosen.values())
-        for number, (name, p) in enumerate(parameters.items()):
-            for m in chosen.values():
-                if isinstance(m, DataFree):
-                    self.sums[m.name][name] += n * m.of_value(p.detach(), number)
+        self.formulas = [tiles.formula(m) for m in self.grown.values()]
 
     def tensors(self) -> dict[str, Tensor]:
         """All that grows with the samples, to be kept, taken up again or added to those of other processes.
 
         They are the running totals themselves, not copies.
         """
-        grown = [m for m, measure in self.measures.items() if not isinstance(measure, DataFree)]
-        sums = {f"sums/{m}/{name}": total for m in grown for name, total in self.sums[m].items()}
-        return {**sums, **{f"per example/{m}": self.per_example[m] for m in grown}, "tops": self.tops}
+        sums = {f"sums/{name}": total for name, total in self.sums.items()}
+        return {
+            **sums,
+            **{f"per example/{m}": total for m, total in self.per_example.items()},
+            "tops": self.tops,
+        }
 
     def directions(self, log_p: Tensor, others: Tensor, chosen: Tensor) -> Tensor:
         """What to differentiate: see `turned_classes`, and the sum of log P where a measure reads it."""
         turned = turned_classes(log_p, others, chosen)
         return torch.cat([turned, log_p.sum(-1, keepdim=True)], -1) if self.others else turned
+
+    def take(self, factors: Factors, shares: Tensor) -> bool:
+        """Add a linear layer tile by tile, where `tiles` can; each sample counts with its share (B,).
+
+        Raises FloatingPointError for NaN or infinite gradients.
+        """
+        name, known = factors.name, [formula for formula in self.formulas if formula is not None]
+        value, device = self.values[factors.name], factors.x.device.type
+        if device not in TILED or len(known) < len(self.formulas) or len(value) < tiles.ROWS:
+            return False
+        found = tiles.add_measures(factors, value, shares, known, self.sums[name])
+        if not torch.isfinite(found).all():
+            raise not_finite(name)
+        self._count(factors.ceiling, shares)
+        for total, of_each in zip(self.per_example.values(), found, strict=True):
+            total.index_add_(0, factors.index, of_each)
+        return True
 
     def add(self, block: Block, shares: Tensor) -> None:
         """Add a block of gradients along the directions, of which each sample counts with its share (B,)."""
@@ -193,32 +220,48 @@ class Totals:
         shares = shares.to(top)
         m = moments_of_turned(grads[: len(block.others)], top, grads[-1] if self.others else None)
         if not block.rows.start:
-            self.tops[0] += float(shares @ top)
-            self.tops[1] += float(shares.sum())
+            self._count(top, shares)
         value = self.values[block.name][block.rows].to(m.score.dtype)
-        for name, measure in self.measures.items():
-            if isinstance(measure, DataFree):
-                continue
+        for total, (name, measure) in zip(self.sums[block.name], self.grown.items(), strict=True):
             values = measure.of_moments(m, measure.given(value)).flatten(1)
-            total = self.sums[name][block.name][block.rows].view(-1)
+            rows = total[block.rows].view(-1)
             if len(values) == 1:
-                total.add_(values[0], alpha=float(shares))
+                rows.add_(values[0], alpha=float(shares))
             else:
-                total.addmv_(values.T, shares)
+                rows.addmv_(values.T, shares)
             of_each = (values.sum(1) * shares).double().cpu()
             self.per_example[name].index_add_(0, block.index, of_each)
 
+    def _count(self, top: Tensor, shares: Tensor) -> None:
+        self.tops[0] += float(shares.to(top) @ top)
+        self.tops[1] += float(shares.sum())
+
     def scores(self, metadata: dict[str, str]) -> dict[str, Scores]:
+        """Their means over the samples; the totals themselves become the scores."""
+        means = {name: total.div_(self.n) for name, total in self.sums.items()}
+        places = {name: place for place, name in enumerate(self.grown)}
         made = {}
         for name, measure in self.measures.items():
-            means = {key: total.div_(self.n) for key, total in self.sums[name].items()}
+            if isinstance(measure, DataFree):
+                values, of_each = self._free_of_data(measure)
+            else:
+                values = {key: mean[places[name]] for key, mean in means.items()}
+                of_each = self.per_example[name]
             filtered = {"spectral": str(measure.spectral)} if isinstance(measure, Influence) else {}
-            shares = json.dumps([float(f"{x / self.weights:.6g}") for x in self.per_example[name]])
-            made[name] = Scores(means, {**metadata, "measure": name, **filtered, "per_example": shares})
+            shares = json.dumps([float(f"{x / self.weights:.6g}") for x in of_each])
+            made[name] = Scores(values, {**metadata, "measure": name, **filtered, "per_example": shares})
             if isinstance(measure, Influence):
                 ceiling, counted = self.tops.tolist()
-                warn_if_saturated(means.values(), torch.tensor(ceiling / (counted or 1)))
+                warn_if_saturated(values.values(), torch.tensor(ceiling / (counted or 1)))
         return made
+
+    def _free_of_data(self, measure: DataFree) -> tuple[dict[str, Tensor], Tensor]:
+        """Its values of every weight, and zeros, as no example adds to it."""
+        found = {
+            name: measure.of_value(p.detach(), number).to(_working(p))
+            for number, (name, p) in enumerate(self.parameters.items())
+        }
+        return found, torch.zeros(self.n)
 
 
 def _working(parameter: Tensor) -> torch.dtype:

@@ -1,0 +1,129 @@
+"""Measures tile by tile are those of `measures`, whatever the shapes, and NaN does not hide in them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fihelpers import influence
+from fihelpers.influence import Cut, Damped, Exact, ceiling
+from fihelpers.measures import MEASURES, DataFree, Elementwise, Influence, Measure
+from fihelpers.scores import tiles
+from fihelpers.scores.classgrads import Factors
+
+MEASURED = [m for m in MEASURES.values() if not isinstance(m, DataFree)]
+
+
+def factors_of(
+    samples: int,
+    tokens: int,
+    out: int,
+    width: int,
+    directions: int = 4,
+    start: int = 0,
+    dtype: torch.dtype = torch.float64,
+) -> Factors:
+    torch.manual_seed(samples + tokens)
+    grads = torch.randn(directions, samples, tokens, out, dtype=dtype)
+    grads[:, :, :start] = 0
+    x = torch.randn(samples, tokens, width, dtype=dtype)
+    top = ceiling(torch.softmax(torch.randn(4, samples, dtype=dtype), 0))
+    return Factors("layer", list(grads), x, start, top, torch.arange(samples))
+
+
+def added(
+    factors: Factors, measures: list[Measure], shares: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out, width = factors.grads[0].shape[-1], factors.x.shape[-1]
+    value = torch.linspace(-1, 1, out * width, dtype=factors.x.dtype).view(out, width)
+    totals = torch.zeros(len(measures), out, width, dtype=factors.x.dtype)
+    formulas = [f for f in map(tiles.formula, measures) if f is not None]
+    assert len(formulas) == len(measures)
+    return totals, tiles.add_measures(factors, value, shares, formulas, totals)
+
+
+def by_torch(
+    factors: Factors, measures: list[Measure], shares: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    grads = torch.einsum("dbto,bti->dboi", torch.stack(list(factors.grads)), factors.x)
+    others = any(m.reads_others for m in measures)
+    turned = grads[:-1] if others else grads
+    m = influence.moments_of_turned(turned.clone(), factors.ceiling, grads[-1] if others else None)
+    value = torch.linspace(-1, 1, m.score[0].numel(), dtype=factors.x.dtype).view(m.score[0].shape)
+    values = torch.stack([one.of_moments(m, one.given(value)) for one in measures])
+    weighted = values * shares.to(values)[:, None, None]
+    return weighted.sum(1), weighted.sum((-2, -1)).double()
+
+
+def close(found: torch.Tensor, truth: torch.Tensor, rtol: float) -> None:
+    for one, other in zip(found, truth, strict=True):
+        assert (one - other).abs().max() <= rtol * other.abs().max()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    samples=st.integers(1, 3),
+    tokens=st.integers(1, 19),
+    out=st.integers(4, 14),
+    width=st.sampled_from([1, 7, 511, 512, 513, 1030]),
+    start=st.integers(0, 18),
+)
+def test_every_measure_is_that_of_torch(samples: int, tokens: int, out: int, width: int, start: int) -> None:
+    factors = factors_of(samples, tokens, out, width, start=min(start, tokens - 1))
+    shares = torch.linspace(0.2, 1, samples)
+    for found, truth in zip(
+        added(factors, MEASURED, shares), by_torch(factors, MEASURED, shares), strict=True
+    ):
+        close(found, truth, 1e-11)
+
+
+@pytest.mark.parametrize("directions", [1, 2, 3, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_any_number_of_classes_in_both_precisions(directions: int, dtype: torch.dtype) -> None:
+    factors, shares = factors_of(2, 5, 9, 20, directions, dtype=dtype), torch.ones(2)
+    measures: list[Measure] = [Influence(Damped(1e-2)), MEASURES["SNIP"]]
+    rtol = 1e-5 if dtype == torch.float32 else 1e-12
+    for found, truth in zip(
+        added(factors, measures, shares), by_torch(factors, measures, shares), strict=True
+    ):
+        close(found, truth, rtol)
+
+
+@pytest.mark.parametrize("spoiled", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["grads", "x"])
+@pytest.mark.parametrize("measure", MEASURED, ids=[m.name for m in MEASURED])
+def test_what_is_not_finite_reaches_the_sums(measure: Measure, where: str, spoiled: float) -> None:
+    factors = factors_of(2, 5, 6, 7, directions=4 if measure.reads_others else 3)
+    for spoilt in [factors.x] if where == "x" else factors.grads:  # in all directions, as what overflows is
+        spoilt[1, 2, 3] = spoiled
+    _, sums = added(factors, [measure], torch.ones(2))
+    assert sums[0, 0].isfinite() and not sums[0, 1].isfinite()
+
+
+def test_threads_share_the_rows_without_changing_a_score() -> None:
+    factors, shares = factors_of(2, 9, 23, 30), torch.ones(2)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = added(factors, MEASURED, shares)
+    finally:
+        torch.set_num_threads(before)
+    several = added(factors, MEASURED, shares)
+    assert alone[0].equal(several[0])
+    close(several[1], alone[1], 1e-12)
+
+
+def test_no_gradient_no_influence() -> None:
+    factors = factors_of(1, 4, 5, 6, start=4)
+    totals, sums = added(factors, MEASURED, torch.ones(1))
+    assert not totals.any() and not sums.any()
+
+
+def test_what_is_not_known_is_left_to_torch() -> None:
+    assert tiles.formula(Elementwise("SNIP", lambda m, v: m.score)) is None
+    assert tiles.formula(Influence(Damped(1e-30))) is None
+    assert tiles.formula(Influence(Exact(2.0))) is None
+    assert tiles.formula(Influence(Damped(0))) == tiles.formula(Influence(Exact()))
+    assert tiles.formula(Influence(Cut(0.1))) == (tiles.CUT, pytest.approx(0.01))
