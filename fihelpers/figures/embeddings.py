@@ -84,9 +84,9 @@ def damping_curves(table: pd.DataFrame) -> Figure:
         ax.plot(part.damping, part.difference, color=colour, marker=">")
         ax.vlines(part.damping, part.low, part.high, color=colour, linewidth=1.2)
         ax.axhline(0, color=INK, linewidth=0.8)
-        ax.set(xscale="log", xlabel="damping $\\lambda$", title=f"budget {budget:.1%}")
+        ax.set(xscale="log", xlabel="damping $\\lambda$", title=f"budget {100 * budget:g} %")
     n = int(table.n.max())
-    axes[0, 0].set_ylabel(f"difference of log P\n(nats, n = {n})\nbelow 0: FI hurts more")
+    axes[0, 0].set_ylabel(f"log P less Jacobian norm's\n(nats, n = {n})\nbelow 0: FI hurts more")
     return figure
 
 

@@ -85,7 +85,7 @@ def deletion_curves(
             bottom.set_xticks(range(len(steps)), [f"{s:g}" for s in steps])
         bottom.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncol=2, columnspacing=1.0)
     n = int(table.n.max())
-    axes[0, 0].set_ylabel(f"log P of the answer (nats, n = {n})")
+    axes[0, 0].set_ylabel(f"log P, right answer (nats, n = {n})")
     axes[1, 0].set_ylabel(f"accuracy (n = {n})")
     return figure
 
