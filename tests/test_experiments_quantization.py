@@ -191,6 +191,8 @@ def test_the_arithmetic_of_published_sizes_is_that_of_packed_matrices(bits: int)
 
 
 def test_published_sizes() -> None:
+    assert [lab.claimed(key) for key in ("share", "recovery", "memory")] == [0.05, 0.9, 0.1]
+    assert 0 < lab.claimed("bar_low") < lab.claimed("bar_high") < 1
     sizes = lab.published_sizes().set_index("matrices")
     weights = 0.05 * 28 * 3584 * 3584
     assert sizes.megabytes_4["o_proj"] == pytest.approx(1.5 * weights / 1e6, rel=0.01)

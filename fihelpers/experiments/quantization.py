@@ -50,6 +50,7 @@ from fihelpers.perturb.quantize import (
     size_report,
 )
 from fihelpers.perturb.sparsify import Which, linear_names, select
+from fihelpers.published import published
 from fihelpers.scores import Scores, score_weights
 from fihelpers.scores.channels import (
     HESSIAN,
@@ -101,8 +102,6 @@ DATA_FREE = (MAGNITUDE, ERROR)  # look at no question: the same for all calibrat
 # Qwen2-7B, the model of the paper's earlier version, from the config.json that its makers publish
 QWEN2_7B_LAYERS, QWEN2_7B_HIDDEN = 28, 3584
 QWEN2_7B_KEY_VALUE, QWEN2_7B_INTERMEDIATE = 512, 18944
-CLAIMED_SHARE, CLAIMED_GB, CLAIMED_RECOVERY = 0.05, 0.1, 0.9  # earlier version, section 3.3, at 4 bit
-CLAIMED_GAIN, CLAIMED_BARS = 0.5, (0.243, 0.510)  # same place and its Figure 4, business at 1 bit
 
 VERDICTS = {  # what an interval says, and what the names of records are made of
     "holds": "holds",
@@ -549,6 +548,12 @@ def extra_bytes(shape: tuple[int, int], bits: int, share: float) -> int:
     return rows * (2 * shape[1] + 4 - 2) - (_coded(shape, bits) - _coded((shape[0] - rows, shape[1]), bits))
 
 
+def claimed(key: str) -> float:
+    """A figure of the earlier version's claim: "kept_" and this key in the data file; percent as shares."""
+    figure = published(f"kept_{key}")
+    return figure.value / 100 if figure.unit == "%" else figure.value
+
+
 def published_sizes() -> pd.DataFrame:
     """The memory that protection costs on Qwen2-7B by arithmetic, in megabytes (10^6 bytes).
 
@@ -558,10 +563,10 @@ def published_sizes() -> pd.DataFrame:
     wide, inner, kv = QWEN2_7B_HIDDEN, QWEN2_7B_INTERMEDIATE, QWEN2_7B_KEY_VALUE
     shapes = {"o_proj": [(wide, wide)]}
     shapes[ALL] = [(wide, wide)] * 2 + [(kv, wide)] * 2 + [(inner, wide)] * 2 + [(wide, inner)]
-    lines = []
+    kept, lines = claimed("share"), []
     for name, matrices in shapes.items():
-        extra = {b: QWEN2_7B_LAYERS * sum(extra_bytes(s, b, CLAIMED_SHARE) for s in matrices) for b in (1, 4)}
-        share = CLAIMED_SHARE * CLAIMED_GB * 1e9 / extra[4]
+        extra = {b: QWEN2_7B_LAYERS * sum(extra_bytes(s, b, kept) for s in matrices) for b in (1, 4)}
+        share = kept * claimed("memory") * 1e9 / extra[4]
         lines.append((name, extra[4] / 1e6, extra[1] / 1e6, share))
     return pd.DataFrame(lines, columns=["matrices", "megabytes_4", "megabytes_1", "share"])
 
@@ -745,10 +750,11 @@ def claims(rows: pd.DataFrame, plan: Plan) -> pd.DataFrame:
     """Claim 19 part by part, by accuracy, with verdicts computed from the intervals.
 
     Columns: claim, setting, n, value, low, high, verdict. The first part is FI-high minus FI-low; the second
-    the share of the loss that the share of rows nearest to `CLAIMED_SHARE` wins back, to be above
-    `CLAIMED_RECOVERY`; NaN where nothing is lost.
+    the share of the loss that the share of rows nearest to the claimed one wins back, to be above the
+    claimed recovery; NaN where nothing is lost.
     """
-    share = min(plan.shares, key=lambda s: abs(s - CLAIMED_SHARE))
+    kept, recovery = claimed("share"), claimed("recovery")
+    share = min(plan.shares, key=lambda s: abs(s - kept))
     n = int(rows.n.max())
     lines: list[tuple[object, ...]] = []
     for row in high_against_low(rows, plan, "accuracy").itertuples():
@@ -758,11 +764,11 @@ def claims(rows: pd.DataFrame, plan: Plan) -> pd.DataFrame:
         found = Answers(rows, case, "accuracy", plan.seed)
         for keep in (EXACT, DAMPED):
             value, low, high = found.recovered(keep, share)
-            said = verdict((low - CLAIMED_RECOVERY, high - CLAIMED_RECOVERY), found.lost)
+            said = verdict((low - recovery, high - recovery), found.lost)
             said = "does not hold" if said == "the reverse holds" else said
             lines.append(
                 (
-                    f"19: {share:g} wins back over {CLAIMED_RECOVERY:g}",
+                    f"19: {share:g} wins back over {recovery:g}",
                     f"{case}, {keep}",
                     n,
                     value,
