@@ -41,7 +41,7 @@ def gamma_curves(tried: pd.DataFrame, domains: Sequence[str], alone: Mapping[str
                 part.task_weight, part[domain], dash, color=colour, marker=marker, label=f"{method}{kept}"
             )
         ax.set(title=domain, xlabel="task weight γ", ylim=(0, 1.03))
-    axes[0, 0].set_ylabel(f"accuracy ({n} validation questions)")
+    axes[0, 0].set_ylabel(f"accuracy\n({n} validation questions in all)")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncol=3)
     return figure

@@ -87,7 +87,7 @@ def protection_curves(
             _lines(ax, intact, chance)
             ax.set(title=f"{_title(case.matrices)}, {case.bits} bit\n{family}", ylim=(0, 1.03))
             ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        line[0].set_ylabel("accuracy")
+        line[0].set_ylabel(f"accuracy ({int(table.n.max())} questions)")
     for ax in axes[-1]:
         ax.set_xlabel("share of rows kept in 16 bits")
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.26), ncol=1)
