@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import pandas as pd
+from pandas.io.formats.style import Styler
 
 from fihelpers.evaluate import paired_difference
 
@@ -57,3 +58,21 @@ def duel_grid(table: pd.DataFrame) -> pd.DataFrame:
     text = table.apply(lambda r: f"{r.difference:+.3f} [{r.low:+.3f}, {r.high:+.3f}] {r.verdict}", axis=1)
     grid = table.assign(text=text).pivot(index="fi", columns="other", values="text")
     return grid.loc[list(dict.fromkeys(table.fi)), list(dict.fromkeys(table.other))]
+
+
+def judged_lines(judged: pd.DataFrame, title: str, form: str = ".3g") -> pd.DataFrame:
+    """Judged settings as text to read, below their claims: the value with its interval, n and the verdict.
+
+    judged: columns claim, setting, n, value, low, high, verdict. title: of the column of values, with their
+    unit. form: how a number is written. A value that is its own interval, a count, is written once.
+    """
+    ends = zip(judged.value, judged.low, judged.high, strict=True)
+    text = [f"{v:{form}}" + (f" [{a:{form}}, {b:{form}}]" if a < b else "") for v, a, b in ends]
+    made = judged[["claim", "setting"]].assign(**{title: text}, n=judged.n, verdict=judged.verdict)
+    return made.set_index(["claim", "setting"])
+
+
+def show(table: pd.DataFrame, **formats: str) -> Styler:
+    """A table to read, without its index; formats, by column, are those of `str.format`."""
+    styled = table.style.format(formats).hide(axis="index")
+    return styled.set_uuid("table").set_table_attributes('class="dataframe"')

@@ -10,17 +10,10 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
-from pandas.io.formats.style import Styler
 
 from fihelpers.figures.style import GREY, INK, PALETTE, SEQUENTIAL, legend_outside, new_figure
 
 FIRST_WAY, SECOND_WAY = "#D55E00", "#08306B"
-
-
-def show(table: pd.DataFrame, **formats: str) -> Styler:
-    """A table to read, without its index; formats, by column, are those of `str.format`."""
-    styled = table.style.format(formats).hide(axis="index")
-    return styled.set_uuid("table").set_table_attributes('class="dataframe"')
 
 
 def draw_ceilings(table: pd.DataFrame) -> Figure:
