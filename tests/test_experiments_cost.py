@@ -218,7 +218,9 @@ def test_the_top_share_is_that_of_a_full_sort() -> None:
 
 
 def test_large_models_are_reckoned() -> None:
-    table = lab.large_models({"card": [500, 2000, 80]}, 0.5, 200).set_index("model")
+    made = lab.large_models({"card": [500, 2000, 80]}, 0.5, 200)
+    assert set(made.columns).isdisjoint(lab.readable_large(made).columns.drop("devices"))  # all have units
+    table = made.set_index("model")
     seven, seventy = table.loc["Llama-2-7B"], table.loc["Llama-2-70B"]
     assert math.isclose(seven.linear, 6.476, rel_tol=1e-3)
     assert 0.9 < seven.operations / (14 * 6.476e9 * 200 / 1e12) < 1.1

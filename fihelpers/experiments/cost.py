@@ -723,6 +723,21 @@ def large_models(
     return pd.DataFrame(lines)
 
 
+def readable_large(table: pd.DataFrame) -> pd.DataFrame:
+    """The table of `large_models` with its units, by model and device."""
+    titles = {
+        "linear": "linear weights, 10⁹",
+        "operations": "operations, 10¹²",
+        "seconds": "products, s",
+        "traffic": "result read and written, s",
+        "gradients": "class gradients written out, s more",
+        "gigabytes": "weights and result, GB",
+        "over": "missing on one device, GB",
+    }
+    digits = dict.fromkeys(table.columns[2:], 1) | dict.fromkeys(["seconds", "traffic", "gradients"], 3)
+    return table.set_index(["model", "hardware"]).round(digits).rename(columns=titles)
+
+
 # --- verdicts
 
 
