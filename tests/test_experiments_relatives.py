@@ -158,6 +158,8 @@ def test_with_two_classes_every_weight_is_at_the_ceiling(model: LanguageModel) -
     assert two.size == 2 and set(sum(two.tokens, ())) == set(sum(letters(model.tokenizer).tokens, ()))
     found = lab.saturation(model, EXAMPLES, two)
     assert (found.at_ceiling == 1).all() and (found.spread < 1.001).all()
+    text = lab.readable_saturation({"two": found})
+    assert text.loc[0, "at the ceiling"] == "100.00%" and text.loc[0, "questions"] == len(EXAMPLES)
     assert (lab.saturation(model, EXAMPLES, letters(model.tokenizer)).at_ceiling < 0.5).all()
     assert lab.warned(model, EXAMPLES, two) and not lab.warned(model, EXAMPLES, letters(model.tokenizer))
     words = lab.saturation(model, lab.as_text(EXAMPLES), Groups(("x", "y"), ((5, 6), (7,))))

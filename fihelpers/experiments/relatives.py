@@ -253,11 +253,13 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
         kept = row[f"{how}: moved"] < UNMOVED
         return "unchanged" if kept else f"moved, order {row[f'{how}: order']:+.2f}"
 
-    made = table[["divides by", "passes", "cannot see"]].copy()
+    made = table[["divides by", "passes", "cannot see"]]
+    made = made.rename(columns={"passes": "forward + backward passes"})
     for how in ("rescaled", "rewritten"):
         made.insert(len(made.columns) - 1, how, [told(row, how) for _, row in table.iterrows()])
     ends = zip(table.agreement, table.low, table.high, strict=True)
-    return made.assign(agreement=[f"{v:+.2f} [{a:+.2f}, {b:+.2f}]" for v, a, b in ends])
+    text = [f"{v:+.2f} [{a:+.2f}, {b:+.2f}]" for v, a, b in ends]
+    return made.assign(**{"rank correlation with the damage [95 %]": text})
 
 
 def directions(
@@ -423,6 +425,18 @@ def saturation(model: LanguageModel, examples: Sequence[Example], classes: Answe
             rows.append((place, len(values), float(near), spread, odds, steep))
     columns = ["id", "weights", "at_ceiling", "spread", "odds", "gradient_spread"]
     return pd.DataFrame(rows, columns=columns)
+
+
+def readable_saturation(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Medians over the questions of what `saturation` measured, as text: a row for each set of classes."""
+    lines = []
+    for classes, rows in tables.items():
+        m = rows.drop(columns="id").median()
+        numbers = (f"{m.weights:,.0f}", f"{m.at_ceiling:.2%}", f"{m.odds:.3f}", f"{m.spread:.3g}")
+        lines.append((classes, *numbers, f"{m.gradient_spread:.0f}", len(rows)))
+    spreads = ["largest / smallest FI", "largest / median gradient"]
+    columns = ["classes", "weights", "at the ceiling", "ceiling", *spreads, "questions"]
+    return pd.DataFrame(lines, columns=columns)
 
 
 def warned(model: LanguageModel, examples: Sequence[Example], classes: Answers) -> bool:

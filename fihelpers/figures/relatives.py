@@ -32,9 +32,10 @@ def agreement_dots(tables: Mapping[str, pd.DataFrame], families: Mapping[str, Se
 
     tables: by title, from `experiments.relatives.Agreement.table`; families: which relatives are of a kind.
     """
-    names = list(dict.fromkeys(name for members in families.values() for name in members))
+    listed = dict.fromkeys(name for members in families.values() for name in members)
+    names = [name for name in listed if any(name in table.index for table in tables.values())]
     of = {name: family for family, members in families.items() for name in members}
-    figure, axes = new_figure(1, len(tables), size=(WIDTH, 6.2), sharey=True)
+    figure, axes = new_figure(1, len(tables), size=(WIDTH, 1.4 + 0.22 * len(names)), sharey=True)
     for ax, (title, table) in zip(axes[0], tables.items(), strict=True):
         ax.axvline(0, color=INK, linewidth=0.8)
         for y, name in enumerate(names):
@@ -43,7 +44,7 @@ def agreement_dots(tables: Mapping[str, pd.DataFrame], families: Mapping[str, Se
                 colour, marker = COLOURS[of[name]]
                 ax.plot([row.low, row.high], [y, y], color=colour)
                 ax.plot([row.agreement], [y], color=colour, marker=marker, linestyle="", markersize=7)
-        ax.set(title=title, xlabel="rank correlation with the damage")
+        ax.set(title=title, xlabel="rank correlation (Spearman) with the damage; bars: 95 %")
     axes[0, 0].set_yticks(range(len(names)), names)
     axes[0, 0].invert_yaxis()
     _family_legend(figure, axes[0, 0])
@@ -92,11 +93,11 @@ def direction_map(shares: pd.DataFrame, n: int) -> Figure:
     }
     shown = shares.rename(columns=titles)
     sns.heatmap(
-        shown, ax=axes[0, 0], cmap=SEQUENTIAL, vmin=0, vmax=1, annot=True, fmt=".3f", annot_kws={"size": 10},
+        shown, ax=axes[0, 0], cmap=SEQUENTIAL, vmin=0, vmax=1, annot=True, fmt=".2g", annot_kws={"size": 10},
         cbar_kws={"label": "share of the most possible"},
     )  # fmt: skip
     axes[0, 0].set(
-        title=f"squared change of the answer per squared ... (mean, n = {n})", ylabel="", xlabel=""
+        title=f"squared change of the answer per squared … (mean of {n} questions)", ylabel="", xlabel=""
     )
     axes[0, 0].tick_params(axis="both", labelrotation=0)
     return figure
