@@ -26,6 +26,7 @@ def verdict_grid(condensed: pd.DataFrame) -> Figure:
     """
     columns = [*FILTERS, NO_FILTER]
     rows = len(condensed)
+    held = [_held(condensed[condensed.kind == "claim"], name) for name in ("exact", "damped")]
     figure, axes = new_figure(size=(WIDTH, STEP * rows + 1.3))
     ax = axes[0, 0]
     for y, (_, line) in enumerate(condensed.iterrows()):
@@ -37,7 +38,7 @@ def verdict_grid(condensed: pd.DataFrame) -> Figure:
         xlim=(-0.5, len(columns) + 1.5),
         ylim=(rows - 0.5, -0.5),
         xlabel=f"filter; each cell: settings that hold / settings that decide; {rows} claims",
-        title="What held, by filter: " + "; ".join(_held(condensed, name) for name in ("exact", "damped")),
+        title="Settings that hold: " + "; ".join(held),
     )
     ax.set_xticks([*range(len(columns)), len(columns) + 0.4], [*columns, "verdict"])
     ax.set_yticks(range(rows), [f"{line.short}  {line.id}" for line in condensed.itertuples()])
@@ -52,7 +53,7 @@ def verdict_grid(condensed: pd.DataFrame) -> Figure:
 
 def _held(condensed: pd.DataFrame, name: str) -> str:
     counts = [[int(count) for count in cell.split("/")] for cell in condensed[name] if cell]
-    return f"{name} {sum(found[0] for found in counts)} of {sum(map(sum, counts))} settings"
+    return f"{name} {sum(found[0] for found in counts)} of {sum(map(sum, counts))}"
 
 
 def _cell(ax: Axes, x: int, y: int, counts: list[int]) -> None:
