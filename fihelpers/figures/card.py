@@ -64,7 +64,7 @@ def _curves(ax: Axes, table: pd.DataFrame) -> None:
 
 def _draw(table: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(SIZE[0] / DPI, SIZE[1] / DPI))
-    figure.text(0.05, 0.86, "First order\nlocal influence", size=22, weight="bold", color=GROUND, va="top")
+    figure.text(0.05, 0.86, "First-order\nlocal influence", size=22, weight="bold", color=GROUND, va="top")
     figure.text(0.05, 0.58, QUESTION, size=15, color=INK, va="top", linespacing=1.35)
     figure.text(0.05, 0.08, "A book that computes its own numbers", size=10, color=GREY)
     ax = figure.add_axes((0.55, 0.19, 0.42, 0.66))
