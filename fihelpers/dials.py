@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import matplotlib
 import numpy as np
@@ -61,6 +61,50 @@ def filter_curves(
     return pd.DataFrame(lines, columns=["ranking", "share", "accuracy", "low", "high", "n"])
 
 
+@dataclass(frozen=True)
+class _Filters:
+    """What the dial of the filters shows: the ranks in a matrix, and the damage that a ranking does."""
+
+    model: LanguageModel
+    sweep: limits.Sweep
+    curves: pd.DataFrame
+    calibration: Sequence[Example]
+    test: Sequence[Example]
+    names: Sequence[str]
+    seed: int
+
+    def stored(self, ranking: str, matrix: str) -> Position:
+        """One of FILTERS, from what the chapter computed."""
+        likeness = self.sweep.ranks.groupby("ranking")["with_jacobian"].mean()[ranking]
+        told = f". Over all weights its rank correlation with the {limits.JACOBIAN2} is {likeness:.2f}."
+        own = self.curves[self.curves.ranking == ranking]
+        return self._position(ranking, matrix, self.sweep.scores[ranking].values, own, told)
+
+    def computed(self, matrix: str, decade: float) -> Position:
+        """Damping by any 10^decade, computed now."""
+        measure = Influence(Damped(10**decade))
+        found = score_weights(self.model, self.calibration, [measure], only=self.names)[measure.name]
+        own = filter_curves(self.model, {measure.name: found}, self.test, self.names, self.seed)
+        return self._position(measure.name, matrix, found.values, own, ".")
+
+    def _position(
+        self, ranking: str, matrix: str, scores: Mapping[str, Tensor], own: pd.DataFrame, told: str
+    ) -> Position:
+        at = own.set_index("share").accuracy
+        beside = {name: self.curves[self.curves.ranking == name] for name in (limits.JACOBIAN2, "random")}
+        end = self.sweep.scores[limits.JACOBIAN2]
+        return Position(
+            label=ranking.removeprefix("FI "),
+            note=f"{ranking}: accuracy {at[0.02]:.2f} with 2 % zeroed, {at[0.05]:.2f} with 5 %{told}",
+            # at the end of the dial the two are one
+            pictures={ranking: _ranks(scores[matrix]), limits.JACOBIAN2: _ranks(end[matrix])},
+            lines=[
+                _damage_line("this ranking", own, banded=True),
+                *(_damage_line(name, rows) for name, rows in beside.items()),
+            ],
+        )
+
+
 def filter_dial(
     model: LanguageModel,
     sweep: limits.Sweep,
@@ -76,45 +120,11 @@ def filter_dial(
     curves: from `filter_curves`, with FILTERS and "random" among its rankings. The first of `calibration`
     sets made `sweep.scores`.
     """
-    likeness = sweep.ranks.groupby("ranking")["with_jacobian"].mean()
-    end = sweep.scores[limits.JACOBIAN2]
-
-    def position(
-        ranking: str, matrix: str, scores: Mapping[str, Tensor], own: pd.DataFrame, told: str
-    ) -> Position:
-        at = own.set_index("share").accuracy
-        return Position(
-            label=ranking.removeprefix("FI "),
-            note=f"{ranking}: accuracy {at[0.02]:.2f} with 2 % zeroed, {at[0.05]:.2f} with 5 %{told}",
-            pictures={ranking: _ranks(scores[matrix]), limits.JACOBIAN2: _ranks(end[matrix])}
-            if ranking != limits.JACOBIAN2
-            else {ranking: _ranks(end[matrix])},
-            lines=[
-                _damage_line("this ranking", own, banded=True),
-                *(
-                    _damage_line(name, curves[curves.ranking == name])
-                    for name in (limits.JACOBIAN2, "random")
-                ),
-            ],
-        )
-
-    def stored(ranking: str, matrix: str) -> Position:
-        told = (
-            f". Over all weights its rank correlation with the {limits.JACOBIAN2} is {likeness[ranking]:.2f}."
-        )
-        own = curves[curves.ranking == ranking]
-        return position(ranking, matrix, sweep.scores[ranking].values, own, told)
-
-    def compute(options: tuple[str, ...], decade: float) -> Position:
-        measure = Influence(Damped(10**decade))
-        found = score_weights(model, calibration, [measure], only=names)[measure.name]
-        own = filter_curves(model, {measure.name: found}, test, names, seed)
-        return position(measure.name, named[options[0]], found.values, own, ".")
-
+    shown = _Filters(model, sweep, curves, calibration, test, names, seed)
     n = int(curves.n.iloc[0])
     named = {f"block {limits.layer_of(m)}, {limits.matrix_of(m)}": m for m in matrices}
     return dial(
-        {(name,): [stored(ranking, matrix) for ranking in FILTERS] for name, matrix in named.items()},
+        {(name,): [shown.stored(ranking, matrix) for ranking in FILTERS] for name, matrix in named.items()},
         title="From exact FI to the squared Jacobian norm",
         caption=(
             "Move the filter, with the mouse or the arrow keys. Pictures: ranks of the weights in a corner "
@@ -125,7 +135,7 @@ def filter_dial(
         names=("matrix", "filter"),
         axes=Axes("share of the weights zeroed", "accuracy", ticks=_percent_ticks((0, *ZEROED))),
         start=FILTERS.index("FI damped 1e-06"),
-        live=Live("log₁₀ λ", -6.5, -12, 4, compute),
+        live=Live("log₁₀ λ", -6.5, -12, 4, lambda options, decade: shown.computed(named[options[0]], decade)),
     )
 
 
@@ -146,40 +156,64 @@ def _ranks(values: Tensor) -> np.ndarray:
 GUIDES = ("FI damped 0.0001", "FI exact", "Jacobian norm", "random")
 
 
+@dataclass(frozen=True)
+class _Masks:
+    """What the dial of the masks shows; at: of each shown picture its row of `pixels.flip_counts`."""
+
+    gallery: Sequence[pixels.Scored]
+    at: Mapping[str, pd.DataFrame]
+    seed: int
+
+    def cases(self, name: str) -> dict[str, pixels.Case]:
+        """One picture masked by every guide, at the counts of the slider."""
+        return {guide: self._case(name, guide, pixels.CASE_COUNTS) for guide in GUIDES}
+
+    def stored(self, cases: Mapping[str, pixels.Case]) -> dict[str, list[Position]]:
+        """The positions of one picture, by guide; cases: of the picture."""
+        places = list(enumerate((0, *pixels.CASE_COUNTS)))
+        return {
+            guide: [_masked_position(case, n, _guide_lines(cases), float(place)) for place, n in places]
+            for guide, case in cases.items()
+        }
+
+    def computed(self, name: str, guide: str, value: float, cases: Mapping[str, pixels.Case]) -> Position:
+        """Any number of masked pixels, computed now."""
+        count = max(1, round(value))
+        return _masked_position(self._case(name, guide, (count,)), count, _guide_lines(cases), None)
+
+    def _case(self, name: str, guide: str, counts: Sequence[int]) -> pixels.Case:
+        return pixels.look_at(self.gallery, self.at[name], guide, counts, self.seed)
+
+
+def _guide_lines(cases: Mapping[str, pixels.Case]) -> list[Line]:
+    """P of the right answer along the slider, a line a guide."""
+    counts = (0, *pixels.CASE_COUNTS)
+    x = list(map(float, range(len(counts))))
+    return [
+        Line(guide, x, _rounded(case.probs[n][case.example.answer] for n in counts))
+        for guide, case in cases.items()
+    ]
+
+
 def mask_dial(gallery: Sequence[pixels.Scored], flips: pd.DataFrame, seed: int) -> Dial:
     """Mask more and more of a picture's highest pixels and see the answers move, for three pictures.
 
     flips: from `pixels.flip_counts`; its first, middle and last picture are shown.
     """
     chosen = {"most fragile": 0, "in the middle": len(flips) // 2, "sturdiest": len(flips) - 1}
-    at = {name: flips.iloc[[place]] for name, place in chosen.items()}
-    counts = pixels.CASE_COUNTS
-
-    def cases(name: str, masked: Sequence[int]) -> dict[str, pixels.Case]:
-        return {guide: pixels.look_at(gallery, at[name], guide, masked, seed) for guide in GUIDES}
-
-    known = {name: cases(name, counts) for name in chosen}
-
-    def lines(name: str) -> list[Line]:
-        x = list(map(float, range(len(counts) + 1)))
-        return [
-            Line(guide, x, _rounded(case.probs[n][case.example.answer] for n in (0, *counts)))
-            for guide, case in known[name].items()
-        ]
+    shown = _Masks(gallery, {name: flips.iloc[[place]] for name, place in chosen.items()}, seed)
+    known = {name: shown.cases(name) for name in chosen}
+    groups: dict[tuple[str, ...], list[Position]] = {
+        (name, guide): positions
+        for name, cases in known.items()
+        for guide, positions in shown.stored(cases).items()
+    }
 
     def compute(options: tuple[str, ...], value: float) -> Position:
         name, guide = options
-        case = pixels.look_at(gallery, at[name], guide, (max(1, round(value)),), seed)
-        return _masked_position(case, max(1, round(value)), lines(name), None)
+        return shown.computed(name, guide, value, known[name])
 
-    groups: dict[tuple[str, ...], list[Position]] = {
-        (name, guide): [
-            _masked_position(case, n, lines(name), float(place)) for place, n in enumerate((0, *counts))
-        ]
-        for name, found in known.items()
-        for guide, case in found.items()
-    }
-    ticks = {float(place): str(n) for place, n in enumerate((0, *counts))}
+    ticks = {float(place): str(n) for place, n in enumerate((0, *pixels.CASE_COUNTS))}
     size = next(iter(known["most fragile"].values())).scores.numel()
     return dial(
         groups,
@@ -227,6 +261,62 @@ def _masked_position(case: pixels.Case, count: int, lines: list[Line], marker: f
 # --- chapter 09: how much to protect, and by which merge
 
 
+@dataclass(frozen=True)
+class _Merges:
+    """What the dial of the merges shows; plain: each merge's accuracies without protection."""
+
+    search: merging.Search
+    curve: pd.DataFrame
+    settings: Mapping[str, merging.Setting]
+    plain: Mapping[str, Mapping[str, float]]
+
+    @property
+    def domains(self) -> list[str]:
+        return [*self.search.exam.counts, "mean"]
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        return (0.0, *sorted(self.curve.share.unique()))
+
+    def stored(self, name: str) -> list[Position]:
+        """A merge along the slider, from what the chapter computed."""
+        curves = dict(zip(self.domains, (line.y for line in self._lines(name)), strict=True))
+        return [
+            self._position(name, 100 * share, {d: y[i] for d, y in curves.items()}, float(i))
+            for i, share in enumerate(self.shares)
+        ]
+
+    def computed(self, name: str, percent: float) -> Position:
+        """Any share in percent, merged and asked now."""
+        row = self.search.exam.row(name, replace(self.settings[name], share=percent / 100), 0)
+        return self._position(name, percent, row, None)  # type: ignore[arg-type]
+
+    def _lines(self, name: str) -> list[Line]:
+        own = self.curve[self.curve.curve == name].groupby("share")
+        x = list(map(float, range(len(self.shares))))
+        lines = []
+        for domain in self.domains:
+            ends = [[self.plain[name][domain], *own[domain].agg(how)] for how in ("mean", "min", "max")]
+            lines.append(Line("mean of both" if domain == "mean" else domain, x, *map(_rounded, ends)))
+        return lines
+
+    def _position(
+        self, name: str, percent: float, levels: Mapping[str, float], marker: float | None
+    ) -> Position:
+        told = ", ".join(f"{domain} {levels[domain]:.2f}" for domain in self.domains)
+        before = ", ".join(f"{domain} {self.plain[name][domain]:.2f}" for domain in self.domains)
+        return Position(
+            label=f"{percent:.3g} %",
+            note=f"{name}, {percent:.3g} % protected: {told}. Without protection: {before}.",
+            lines=self._lines(name),
+            bars=[
+                Bar(f"{domain} (n = {n})", round(levels[domain], 4), f"{levels[domain]:.2f}")
+                for domain, n in self.search.exam.counts.items()
+            ],
+            marker=marker,
+        )
+
+
 def protection_dial(
     search: merging.Search, curve: pd.DataFrame, settings: Mapping[str, merging.Setting]
 ) -> Dial:
@@ -235,50 +325,11 @@ def protection_dial(
     curve: from `Search.curve` for these settings. The questions are those of the search.
     """
     counts = search.exam.counts
-    shares = (0.0, *sorted(curve.share.unique()))
     plain = {name: search.exam.row(name, merging.Setting(s.method), 0) for name, s in settings.items()}
-
-    def lines(name: str) -> list[Line]:
-        own = curve[curve.curve == name].groupby("share")
-        x = list(map(float, range(len(shares))))
-        ends = {
-            domain: [[plain[name][domain], *own[domain].agg(how)] for how in ("mean", "min", "max")]
-            for domain in (*counts, "mean")
-        }
-        return [
-            Line("mean of both" if d == "mean" else d, x, *map(_rounded, found)) for d, found in ends.items()
-        ]
-
-    def position(name: str, share: float, levels: Mapping[str, float], marker: float | None) -> Position:
-        told = ", ".join(f"{domain} {levels[domain]:.2f}" for domain in (*counts, "mean"))
-        before = ", ".join(f"{domain} {plain[name][domain]:.2f}" for domain in (*counts, "mean"))
-        return Position(
-            label=f"{share:.3g} %",
-            note=f"{name}, {share:.3g} % protected: {told}. Without protection: {before}.",
-            lines=lines(name),
-            bars=[
-                Bar(f"{domain} (n = {n})", round(levels[domain], 4), f"{levels[domain]:.2f}")
-                for domain, n in counts.items()
-            ],
-            marker=marker,
-        )
-
-    def stored(name: str) -> list[Position]:
-        curves = {line.name.replace("mean of both", "mean"): line.y for line in lines(name)}
-        at = [{domain: y[place] for domain, y in curves.items()} for place in range(len(shares))]
-        return [
-            position(name, 100 * share, levels, float(i))
-            for i, (share, levels) in enumerate(zip(shares, at, strict=True))
-        ]
-
-    def compute(options: tuple[str, ...], value: float) -> Position:
-        name = options[0]
-        row = search.exam.row(name, replace(settings[name], share=value / 100), 0)
-        return position(name, value, row, None)  # type: ignore[arg-type]
-
+    shown = _Merges(search, curve, settings, plain)  # type: ignore[arg-type]
     sets = int(curve["set"].max()) + 1
     return dial(
-        {(name,): stored(name) for name in settings},
+        {(name,): shown.stored(name) for name in settings},
         title="How much to protect, and in which merge",
         caption=(
             "Choose a merge and move k, with the mouse or the arrow keys. Bars and chart: accuracy on the "
@@ -287,10 +338,16 @@ def protection_dial(
             "both domains at once, and does protection by chance look different?"
         ),
         names=("merge, kept by", "protected, k"),
-        axes=Axes("protected share k of the linear weights", "accuracy", ticks=_percent_ticks(shares)),
+        axes=Axes("protected share k of the linear weights", "accuracy", ticks=_percent_ticks(shown.shares)),
         bars="accuracy in each domain",
         start=1,
-        live=Live("k in percent (first calibration set)", 5, 0.01, 99, compute),
+        live=Live(
+            "k in percent (first calibration set)",
+            5,
+            0.01,
+            99,
+            lambda options, percent: shown.computed(options[0], percent),
+        ),
     )
 
 
