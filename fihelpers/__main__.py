@@ -37,29 +37,8 @@ def _fail(message: object) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m fihelpers", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    run = commands.add_parser("run", help="run one chapter by papermill")
-    run.add_argument("chapter", help="its number or name, such as 7 or 07_sparsification")
-    run.add_argument("--profile", default=BOOKS_PROFILE, help="a file of notebooks/profiles (%(default)s)")
-    run.add_argument(
-        "-p",
-        dest="parameters",
-        nargs=2,
-        action="append",
-        default=[],
-        metavar=("NAME", "VALUE"),
-        help="set a parameter; the value is read as YAML, so a list is written '[0, 0.01]'",
-    )
-    run.add_argument("--out", type=Path, help="folder for the executed notebook (build/runs/PROFILE)")
-    run.set_defaults(command=_run)
-
-    build = commands.add_parser("build", help="run every chapter that changed and build the book")
-    build.add_argument("--profile", default=BOOKS_PROFILE, help="a file of notebooks/profiles (%(default)s)")
-    build.add_argument("--check", action="store_true", help="open every page in a browser, and check sizes")
-    build.add_argument("--keep-results", action="store_true", help="copy the numbers to data/results")
-    build.add_argument("--jobs", type=int, default=1, help="chapters run at a time (%(default)s)")
-    build.set_defaults(command=_build)
-
+    _add_run(commands)
+    _add_build(commands)
     _add_sweep(commands)
     _add_score(commands)
     pdf = commands.add_parser("pdf", help="print one chapter of the built book as PDF")
@@ -82,6 +61,32 @@ def _parser() -> argparse.ArgumentParser:
     manifest = commands.add_parser("manifest", help="list the SHA-256 of every file in data/ again")
     manifest.set_defaults(command=_manifest)
     return parser
+
+
+def _add_run(commands: Any) -> None:
+    run = commands.add_parser("run", help="run one chapter by papermill")
+    run.add_argument("chapter", help="its number or name, such as 7 or 07_sparsification")
+    run.add_argument("--profile", default=BOOKS_PROFILE, help="a file of notebooks/profiles (%(default)s)")
+    run.add_argument(
+        "-p",
+        dest="parameters",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "VALUE"),
+        help="set a parameter; the value is read as YAML, so a list is written '[0, 0.01]'",
+    )
+    run.add_argument("--out", type=Path, help="folder for the executed notebook (build/runs/PROFILE)")
+    run.set_defaults(command=_run)
+
+
+def _add_build(commands: Any) -> None:
+    build = commands.add_parser("build", help="run every chapter that changed and build the book")
+    build.add_argument("--profile", default=BOOKS_PROFILE, help="a file of notebooks/profiles (%(default)s)")
+    build.add_argument("--check", action="store_true", help="open every page in a browser, and check sizes")
+    build.add_argument("--keep-results", action="store_true", help="copy the numbers to data/results")
+    build.add_argument("--jobs", type=int, default=1, help="chapters run at a time (%(default)s)")
+    build.set_defaults(command=_build)
 
 
 def _add_sweep(commands: Any) -> None:

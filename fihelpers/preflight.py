@@ -193,19 +193,7 @@ def estimate_scores(
         processes,
         at_a_time,
     )
-    whole = SCORE * run.weights
-    found = _estimate(
-        f"scoring the weights of {source.label} in {dtype}",
-        [source],
-        run.memory(),
-        {"scores, saved": whole * (len(chosen) if files is None else files)},
-        device,
-        out,
-        run.alternatives(),
-        {} if at_a_time is None else {"one measure of all weights": whole},
-        device_map,
-    )
-    return replace(found, path=run.path, save_memory=save_memory, seconds=run.seconds() if lengths else None)
+    return run.estimate(out, files)
 
 
 def plan_scores(
@@ -282,6 +270,22 @@ class _Scoring:
         if self.device_map:
             return f"{way}, over all GPUs (device map {self.device_map})"
         return way if self.processes == 1 else f"{way}, in {self.processes} processes"
+
+    def estimate(self, out: str | PathLike[str] | None, files: int | None) -> Estimate:
+        whole = SCORE * self.weights
+        found = _estimate(
+            f"scoring the weights of {self.source.label} in {self.dtype}",
+            [self.source],
+            self.memory(),
+            {"scores, saved": whole * (len(self.measures) if files is None else files)},
+            self.device,
+            out,
+            self.alternatives(),
+            {} if self.at_a_time is None else {"one measure of all weights": whole},
+            self.device_map,
+        )
+        seconds = self.seconds() if self.lengths else None
+        return replace(found, path=self.path, save_memory=self.save_memory, seconds=seconds)
 
     def memory(self) -> dict[str, int]:
         """Bytes by part, of all processes that share a CPU's memory."""

@@ -590,23 +590,8 @@ def claims(rows: pd.DataFrame, plan: Plan, counts: Mapping[str, int], seed: int)
     """
     parts = []
     total = sum(counts.values())
-    for key, by in FILTERS.items():
-        with_without = [(f"{row}, {by}", without) for row, (without, _) in ROWS.items()]
-        rises = [(f"{row}, {by}, at the peak", ROWS[row][0]) for row in CURVES]
-        falls = [(f"{row}, {by}, at the peak", f"{row}, all kept") for row in CURVES]
-        others = [n for n in table_order(plan.domains)[3:] if not n.startswith("TIES I,")]
-        best = [(f"TIES I, {by}", other) for other in others if FILTERS[_other(key)] not in other]
-        kept = f"A kept by {by}, "
-        places = [(kept + OWN, f"A kept by {RANDOM}"), (kept + OWN, "average")]
-        places += [(kept + OWN, kept + place) for place in (OTHER, *plan.elsewhere)]
-        first = next(iter(plan.domains))
-        for claim, pairs, domain in [
-            (CLAIMS["c20"], with_without, "mean"),
-            (CLAIMS["c21"], best, "mean"),
-            (CLAIMS["c22"], rises, "mean"),
-            ("22: and falls", falls, "mean"),
-            (CLAIMS["c23"], places, first),
-        ]:
+    for key in FILTERS:
+        for claim, pairs, domain in _claimed(plan, key):
             found = differences(rows, pairs, counts, seed, domain)
             likely = differences(rows, pairs, counts, seed, domain, "log_prob")
             found["n"] = counts.get(domain, total)
@@ -632,6 +617,26 @@ def claims(rows: pd.DataFrame, plan: Plan, counts: Mapping[str, int], seed: int)
         "by_log_p",
     ]
     return table[columns].sort_values("claim", kind="stable", ignore_index=True)
+
+
+def _claimed(plan: Plan, key: str) -> list[tuple[str, list[tuple[str, str]], str]]:
+    """What claims 20 to 23 say of FI by one filter: claim, which rows should be above which, and where."""
+    by = FILTERS[key]
+    with_without = [(f"{row}, {by}", without) for row, (without, _) in ROWS.items()]
+    rises = [(f"{row}, {by}, at the peak", ROWS[row][0]) for row in CURVES]
+    falls = [(f"{row}, {by}, at the peak", f"{row}, all kept") for row in CURVES]
+    others = [n for n in table_order(plan.domains)[3:] if not n.startswith("TIES I,")]
+    best = [(f"TIES I, {by}", other) for other in others if FILTERS[_other(key)] not in other]
+    kept = f"A kept by {by}, "
+    places = [(kept + OWN, f"A kept by {RANDOM}"), (kept + OWN, "average")]
+    places += [(kept + OWN, kept + place) for place in (OTHER, *plan.elsewhere)]
+    return [
+        (CLAIMS["c20"], with_without, "mean"),
+        (CLAIMS["c21"], best, "mean"),
+        (CLAIMS["c22"], rises, "mean"),
+        ("22: and falls", falls, "mean"),
+        (CLAIMS["c23"], places, next(iter(plan.domains))),
+    ]
 
 
 def choose(search: Search) -> dict[str, Setting]:

@@ -287,20 +287,14 @@ def directions(
         grads, p = _class_grads(model, example, classes, parameters)
         y, theta = int(p.argmax()), torch.cat([q.detach().flatten() for q in parameters])
         metric = _metric(grads, p)
-        natural = metric.natural(y)
-        ways = {
-            "natural gradient": natural,
-            "gradient": grads[y],
-            "its signs": grads[y].sign(),
-            "removal": -theta,
-            "random": torch.randn(theta.shape, generator=generator, dtype=theta.dtype),
-        }
+        noise = torch.randn(theta.shape, generator=generator, dtype=theta.dtype)
+        tried = (metric.natural(y), grads[y], grads[y].sign(), -theta, noise)
         value = float(metric.leverage[y] / p[y])
         checks.append(
             (example.id, value, float((1 - p[y]) / p[y]), float((metric.leverage - (1 - p)).abs().max()))
         )
         best = (value**0.5, float(grads[y].norm()), float(grads[y].abs().sum()))
-        for name, way in ways.items():
+        for name, way in zip(DIRECTIONS, tried, strict=True):
             fisher = float((p * (grads @ way) ** 2).sum().sqrt())
             change = abs(float(grads[y] @ way))
             shares = [

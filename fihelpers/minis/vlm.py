@@ -200,10 +200,26 @@ def build_network(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen2_5
     torch.manual_seed(recipe.seed)
     vocabulary = tokenizer.get_vocab()
     ids = {name: vocabulary[name] for name in SPECIAL}
+    config = Qwen2_5_VLConfig(
+        text_config=_text_config(recipe, len(tokenizer), ids[END]),
+        vision_config=_vision_config(recipe),
+        image_token_id=ids[IMAGE],
+        video_token_id=ids[VIDEO],
+        vision_start_token_id=ids[VISION_START],
+        vision_end_token_id=ids[VISION_END],
+        tie_word_embeddings=True,
+    )
+    network = Qwen2_5_VLForConditionalGeneration(config)
+    look_for_the_like(network.model.language_model)
+    network.model.visual.patch_embed.proj.weight.data.copy_(waves(recipe.vision_hidden))
+    return network
+
+
+def _text_config(recipe: Recipe, vocabulary: int, end: int) -> dict[str, Any]:
     half = recipe.hidden // recipe.heads // 2
     place = 3 * half // 8  # Qwen2.5-VL's shares of the rotary dimensions: a quarter time, the rest place
-    text = {
-        "vocab_size": len(tokenizer),
+    return {
+        "vocab_size": vocabulary,
         "hidden_size": recipe.hidden,
         "intermediate_size": recipe.intermediate,
         "num_hidden_layers": recipe.layers,
@@ -217,10 +233,13 @@ def build_network(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen2_5
             "mrope_section": [half - 2 * place, place, place],
         },
         "bos_token_id": None,
-        "eos_token_id": ids[END],
-        "pad_token_id": ids[END],
+        "eos_token_id": end,
+        "pad_token_id": end,
     }
-    vision = {
+
+
+def _vision_config(recipe: Recipe) -> dict[str, Any]:
+    return {
         "depth": recipe.vision_depth,
         "hidden_size": recipe.vision_hidden,
         "intermediate_size": recipe.vision_intermediate,
@@ -233,19 +252,6 @@ def build_network(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen2_5
         "fullatt_block_indexes": [recipe.vision_depth - 1],
         "initializer_range": 0.04,
     }
-    config = Qwen2_5_VLConfig(
-        text_config=text,
-        vision_config=vision,
-        image_token_id=ids[IMAGE],
-        video_token_id=ids[VIDEO],
-        vision_start_token_id=ids[VISION_START],
-        vision_end_token_id=ids[VISION_END],
-        tie_word_embeddings=True,
-    )
-    network = Qwen2_5_VLForConditionalGeneration(config)
-    look_for_the_like(network.model.language_model)
-    network.model.visual.patch_embed.proj.weight.data.copy_(waves(recipe.vision_hidden))
-    return network
 
 
 def waves(n: int) -> Tensor:

@@ -512,6 +512,16 @@ def _by_autograd(along: Tensor, parameter: nn.Parameter) -> Tensor:
     return torch.stack([g.to(dtype) for g in passes])
 
 
+def _end(batch: Batch) -> Batch:
+    """The last tokens of the batch's last prompt."""
+    return Batch(
+        batch.index[-1:],
+        batch.input_ids[-1:, -CHECKED:],
+        batch.attention_mask[-1:, -CHECKED:],
+        batch.position_ids[-1:, -CHECKED:],
+    )
+
+
 def missed_by_hooks(
     model: LanguageModel,
     batch: Batch,
@@ -524,13 +534,7 @@ def missed_by_hooks(
     It is the end of the batch's last. One backward pass with autograd is compared parameter by parameter;
     each gradient is dropped at once.
     """
-    short = Batch(
-        batch.index[-1:],
-        batch.input_ids[-1:, -CHECKED:],
-        batch.attention_mask[-1:, -CHECKED:],
-        batch.position_ids[-1:, -CHECKED:],
-    )
-    ask = _Question(model, short, classes, lambda log_p, others, chosen: log_p[:, :1])
+    ask = _Question(model, _end(batch), classes, lambda log_p, others, chosen: log_p[:, :1])
     uses: Uses = {}
     for found in (_by_layers if save_memory else _at_once)(ask, parameters):
         _merge(uses, found)
