@@ -36,6 +36,7 @@ from fihelpers.scores.classgrads import Factors
 ROWS = 4  # `_product` writes out the arithmetic of so many rows
 STEPS = 8  # and of so many tokens
 COLUMNS = 512  # the tiles of the class gradients of 4 classes then take 24 KB
+TOGETHER = 32  # rows whose totals stay in the second cache while sample after sample is added to them
 FAST = {
     "contract",
     "reassoc",
@@ -152,24 +153,26 @@ def _add_rows(
     score, metric = np.empty(COLUMNS, x.dtype), np.empty(COLUMNS, x.dtype)
     for left in range(0, width, COLUMNS):
         right = min(left + COLUMNS, width)
-        for b in range(len(x)):
-            for row in range(start, stop, ROWS):
-                first = min(row, out - ROWS)  # the last tile reaches back over rows that are done
-                for d in range(len(grads)):
-                    _product(grads[d][b], x[b], begin, first, left, right, tiles[d])
-                for r in range(row - first, min(stop - first, ROWS)):
-                    _moments(tiles, r, turned, roots[b], right - left, score, metric)
-                    for m in range(len(kinds)):
-                        sums[m, b] += shares[b] * _measure(
-                            kinds[m],
-                            numbers[m],
-                            score,
-                            metric,
-                            tiles[-1, r],
-                            value[first + r, left:right],
-                            shares[b],
-                            totals[m, first + r, left:right],
-                        )
+        for top in range(start, stop, TOGETHER):
+            end = min(top + TOGETHER, stop)
+            for b in range(len(x)):
+                for row in range(top, end, ROWS):
+                    first = min(row, out - ROWS)  # the last tile reaches back over rows that are done
+                    for d in range(len(grads)):
+                        _product(grads[d][b], x[b], begin, first, left, right, tiles[d])
+                    for r in range(row - first, min(end - first, ROWS)):
+                        _moments(tiles, r, turned, roots[b], right - left, score, metric)
+                        for m in range(len(kinds)):
+                            sums[m, b] += shares[b] * _measure(
+                                kinds[m],
+                                numbers[m],
+                                score,
+                                metric,
+                                tiles[-1, r],
+                                value[first + r, left:right],
+                                shares[b],
+                                totals[m, first + r, left:right],
+                            )
 
 
 @njit(fastmath=FAST, error_model="numpy", cache=True)
