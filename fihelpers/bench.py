@@ -288,10 +288,10 @@ def long_prompts(size: Size, rounds: int, length: int = 128, count: int = 8) -> 
     ]
 
 
-def short_prompts(size: Size, rounds: int, length: int = 24, count: int = 32) -> list[Row]:
+def short_prompts(size: Size, rounds: int, length: int = 24, count: int = 64) -> list[Row]:
     """FI of every linear weight in batches of 16, beside stored gradients one prompt at a time, and vmap."""
     model = size.model()
-    questions, few, pair = (Questions.draw(model, length, n) for n in (count, max(1, count // 4), 2))
+    questions, few, pair = (Questions.draw(model, length, n) for n in (count, max(1, count // 8), 2))
     works: dict[str, Work] = {
         "FI": lambda: fi_of_weights(questions, 16),
         "K backward passes, .grad kept": lambda: fi_by_stored_gradients(few),
