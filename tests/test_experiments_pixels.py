@@ -121,17 +121,31 @@ def test_verdicts(rows: pd.DataFrame) -> None:
     assert tables.duel_grid(duels).shape == (3, 2)
     guided = lab.outcomes(rows, {"count": 5, "patches": 2}, 0)
     assert set(guided[guided["first"] == "random"]["second"]) == {lab.INTACT}
+    assert (guided.n == 6).all()
+
+
+def test_a_pair_is_judged_on_every_picture_that_both_masked(rows: pd.DataFrame) -> None:
+    few = rows.id.unique()[:2]
+    partly = rows[(rows.measure != "Jacobian norm") | rows.id.isin(few)]
+    guided = lab.outcomes(partly, {"count": 5}, 0).set_index("first")
+    assert guided.n["Jacobian norm"] == 2 and guided.n["FI exact"] == guided.n["random"] == 6
+    less = lab.against(partly, "count", 5, "random", 0)  # the table of the page says the same
+    shared = list(less.index.intersection(guided.index))
+    assert {"FI exact", "Jacobian norm"} <= set(shared)
+    ends = ["accuracy", "accuracy_low", "accuracy_high"]
+    assert np.allclose(guided.loc[shared, ["difference", "low", "high"]], less.loc[shared, ends])
 
 
 def test_maps_of_the_settings(gallery: list[lab.Scored], tmp_path: Path) -> None:
     maps = lab.describe(gallery, PATCH, tmp_path)
     assert len(maps) == 6 * len(lab.SETTINGS)
-    full = lab.saturation(maps)
+    full = lab.saturation(maps, 0)
     # four classes: three channels can move all three others, one channel cannot
     assert full.at_ceiling["letters, pixels"] > 0.9 > full.at_ceiling["letters, single channels"]
     assert full.at_ceiling["letters, patches"] > 0.9
     assert lab.at_ceiling(gallery) >= full.at_ceiling["letters, pixels"]
     assert full.held.between(0, 1).all()
+    assert (full.held_low <= full.held).all() and (full.held <= full.held_high).all()
     assert np.allclose(maps.area, 60 / SIZE**2)
     things = lab.on_things(maps, 0)
     assert things.ratio["letters, pixels"] == pytest.approx(1, abs=0.05)

@@ -1,8 +1,9 @@
 """Tables to read: no running index, nothing cut off, and a value with its interval."""
 
 import pandas as pd
+import pytest
 
-from fihelpers.experiments.tables import judged_lines, show
+from fihelpers.experiments.tables import average, judged_lines, show
 
 CLAIM = "24: a claim whose words are longer than the fifty letters that pandas prints of a column"
 JUDGED = pd.DataFrame(
@@ -20,6 +21,23 @@ def test_a_judged_setting_has_its_interval_and_a_count_has_none() -> None:
     assert judged_lines(JUDGED, "ratio", "+.1f").ratio.iloc[0] == "+1.7 [+1.4, +2.1]"
     assert lines.loc[(CLAIM, "counted"), "verdict"] == "does not hold"
     assert lines.to_html().count(CLAIM) == 1  # once for all of its settings, and whole
+
+
+def test_the_settings_of_a_claim_stand_together_in_the_order_of_the_claims() -> None:
+    other = JUDGED.assign(claim="5: another claim")
+    mixed = pd.concat([JUDGED.iloc[:1], other, JUDGED.iloc[1:]], ignore_index=True)
+    assert judged_lines(mixed, "ratio").index.tolist() == [
+        (CLAIM, "timed"), (CLAIM, "counted"), ("5: another claim", "timed"), ("5: another claim", "counted"),
+    ]  # fmt: skip
+
+
+def test_the_interval_of_an_average_holds_it_and_narrows() -> None:
+    few = pd.Series([0.0, 0.2, 0.1, 0.5])
+    mean, low, high = average(few, 0)
+    assert mean == pytest.approx(0.2) and 0 <= low < mean < high <= 0.5
+    assert average(few + 1, 0)[1:] == pytest.approx((low + 1, high + 1))
+    many = average(pd.concat([few] * 25, ignore_index=True), 0)
+    assert many[2] - many[1] < (high - low) / 3
 
 
 def test_a_shown_table_has_its_formats_and_no_index() -> None:

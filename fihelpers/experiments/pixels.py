@@ -314,8 +314,8 @@ def areas(rows: pd.DataFrame, kind: str, seed: int) -> pd.DataFrame:
         line: dict[str, float] = {"n": len(heights["log_prob"])}
         for name, table in heights.items():
             own = table[measure]
-            for key, reference in ((name, own * 0), (f"less_{name}", table[RANDOM])):
-                found = tables.difference(own, reference, seed)
+            less = tables.difference(own, table[RANDOM], seed)
+            for key, found in ((name, tables.average(own, seed)), (f"less_{name}", less)):
                 line |= {key: found[0], f"{key}_low": found[1], f"{key}_high": found[2]}
         lines[str(measure)] = line
     return pd.DataFrame.from_dict(lines, orient="index").rename_axis("measure")
@@ -363,7 +363,8 @@ def accuracies(model: VisionModel, examples: Sequence[Example]) -> pd.DataFrame:
 def outcomes(rows: pd.DataFrame, at: Mapping[str, float], seed: int) -> pd.DataFrame:
     """Claim 10: random masks against the untouched picture, and guided masks against random ones.
 
-    at: the amount of each kind. Columns: kind, amount, first, second, n, difference of accuracy, low, high.
+    at: the amount of each kind. Each pair is compared on all pictures that were masked so by both. Columns:
+    kind, amount, first, second, n, difference of accuracy, low, high.
     """
     lines = []
     for kind, amount in at.items():
@@ -372,8 +373,9 @@ def outcomes(rows: pd.DataFrame, at: Mapping[str, float], seed: int) -> pd.DataF
         for first, second in pairs.items():
             table = wide(rows, kind, amount, "correct")
             if first in table:
-                found = tables.difference(table[first], table[second], seed)
-                lines.append((kind, amount, first, second, len(table), *found))
+                pair = table[[first, second]].dropna()
+                found = tables.difference(pair[first], pair[second], seed)
+                lines.append((kind, amount, first, second, len(pair), *found))
     columns = ["kind", "amount", "first", "second", "n", "difference", "low", "high"]
     return pd.DataFrame(lines, columns=columns)
 
@@ -455,17 +457,19 @@ def drawn_things(image: Tensor) -> Tensor:
     return ((image - paper[:, None, None]).abs() > PAPER_TOLERANCE).any(0)
 
 
-def saturation(maps: pd.DataFrame) -> pd.DataFrame:
+def saturation(maps: pd.DataFrame, seed: int) -> pd.DataFrame:
     """Means over the pictures of what `describe` says of each setting, a row a setting.
 
-    The interval (low, high) is a bootstrap over pictures of at_ceiling. p5 and p95 are for settings of FI.
+    at_ceiling and held have intervals, a bootstrap over pictures (columns *_low, *_high). p5 and p95 are for
+    settings of FI.
     """
     lines = {}
     for name, part in maps.groupby("setting", sort=False):
-        line = {"n": len(part), "held": part.held.mean()}
-        if part.at_ceiling.notna().all():
-            mean, low, high = tables.difference(part.at_ceiling, part.at_ceiling * 0, 0)
-            line |= {"at_ceiling": mean, "low": low, "high": high}
+        line: dict[str, float] = {"n": len(part)}
+        for column in ("held", "at_ceiling"):
+            if part[column].notna().all():
+                found = tables.average(part[column], seed)
+                line |= dict(zip((column, f"{column}_low", f"{column}_high"), found, strict=True))
         if SETTINGS[str(name)].measure in FI_SETTINGS:
             line |= {"p5": part.p5.mean(), "p95": part.p95.mean()}
         lines[str(name)] = line

@@ -17,6 +17,11 @@ def difference(a: pd.Series, b: pd.Series, seed: int) -> tuple[float, float, flo
     return paired_difference(a.to_numpy(), b.to_numpy(), seed=seed, resamples=RESAMPLES)
 
 
+def average(values: pd.Series, seed: int) -> tuple[float, float, float]:
+    """Mean over pictures or questions, and its bootstrap interval over them: (mean, low, high)."""
+    return difference(values, 0 * values, seed)
+
+
 def against(values: Mapping[str, pd.DataFrame], reference: str, seed: int) -> pd.DataFrame:
     """Every measure minus `reference`, paired by row, with bootstrap intervals over the rows.
 
@@ -64,8 +69,11 @@ def judged_lines(judged: pd.DataFrame, title: str, form: str = ".3g") -> pd.Data
     """Judged settings as text to read, below their claims: the value with its interval, n and the verdict.
 
     judged: columns claim, setting, n, value, low, high, verdict. title: of the column of values, with their
-    unit. form: how a number is written. A value that is its own interval, a count, is written once.
+    unit. form: how a number is written. A value that is its own interval, a count, is written once. The
+    settings of a claim stand together, the claims in the order in which they first appear.
     """
+    places = judged.claim.map({claim: i for i, claim in enumerate(judged.claim.unique())})
+    judged = judged.loc[places.sort_values(kind="stable").index]
     ends = zip(judged.value, judged.low, judged.high, strict=True)
     text = [f"{v:{form}}" + (f" [{a:{form}}, {b:{form}}]" if a < b else "") for v, a, b in ends]
     made = judged[["claim", "setting"]].assign(**{title: text}, n=judged.n, verdict=judged.verdict)
