@@ -118,7 +118,10 @@ def test_answers_under_prompts(model: VisionModel, tmp_path: Path, monkeypatch: 
         table[(table.kind == "safe") & (table.condition != lab.INTACT)].extra.mean()
     )
     draw.prompt_effects(effects)
-    draw.robustness(lab.by_kind(rows, "correct"), lab.protection(rows, "correct", 0), list(conditions))
+    accuracy = lab.by_condition(rows, "correct", 0)
+    assert list(dict.fromkeys(accuracy.condition)) == list(conditions) and (accuracy.n == len(EXAMPLES)).all()
+    assert (accuracy.low <= accuracy.value).all() and (accuracy.value <= accuracy.high).all()
+    draw.robustness(accuracy, lab.protection(rows, "correct", 0)).canvas.draw()
     monkeypatch.setattr(lab, "answer_images", lambda *a, **k: pytest.fail("finished work was done again"))
     pd.testing.assert_frame_equal(lab.ask(model, EXAMPLES, PROMPTS, tmp_path, conditions), rows)
 

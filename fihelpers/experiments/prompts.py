@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from fihelpers.answers import Top
 from fihelpers.evaluate import answer_images, paired_difference, wilson
+from fihelpers.experiments import tables
 from fihelpers.files import write_atomically
 from fihelpers.influence import Damped, SaturationWarning, ceiling
 from fihelpers.measures import FISHER, INFORMATION_LENGTH, Influence
@@ -251,6 +252,19 @@ def by_kind(rows: pd.DataFrame, column: str, group: str = TRAINED) -> pd.DataFra
     kinds = part.kind.where(part.prompt != NONE, NONE)
     wide = part.assign(kind=kinds).pivot_table(index=["condition", "picture"], columns="kind", values=column)
     return wide[[k for k in (NONE, NEUTRAL, AGGRESSIVE, SAFE) if k in wide]]
+
+
+def by_condition(rows: pd.DataFrame, column: str, seed: int) -> pd.DataFrame:
+    """Mean over the pictures of each kind in every condition, with bootstrap intervals over pictures.
+
+    Columns: condition, kind, n, value, low, high.
+    """
+    wide = by_kind(rows, column)
+    lines = []
+    for condition in wide.index.get_level_values(0).unique():
+        for kind, values in wide.loc[condition].items():
+            lines.append((condition, kind, len(values), *tables.average(values, seed)))
+    return pd.DataFrame(lines, columns=["condition", "kind", "n", "value", "low", "high"])
 
 
 def protection(rows: pd.DataFrame, column: str, seed: int) -> pd.DataFrame:

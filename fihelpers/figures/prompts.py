@@ -17,7 +17,8 @@ from fihelpers.figures.style import GREY, INK, SEQUENTIAL, new_figure
 
 COLOURS = {"neutral": GREY, "aggressive": "#D55E00", "safe": "#2F6DB5", "control": "#00805D"}
 MARKERS = {"trained": "o", "unseen": "D", "first": "*", "control": "s"}
-LINES = {"neutral": ":", "aggressive": "--", "safe": "-", "no instruction": "-."}
+LINES = {"neutral": ":", "aggressive": "--", "safe": "-"}
+MARKS = {"neutral": "o", "aggressive": "^", "safe": "s"}  # where kinds stand side by side
 
 
 def prompt_effects(table: pd.DataFrame) -> Figure:
@@ -35,7 +36,7 @@ def prompt_effects(table: pd.DataFrame) -> Figure:
     right.axvline(0, color=INK, linewidth=0.8)
     left.set(xlabel=f"accuracy (n = {table.n.max()} pictures)")
     left.set_title("How often it is right")
-    right.set(xlabel="change of log P(ŷ), nats")
+    right.set(xlabel=f"change of log P(ŷ), nats (n = {table.n.max()})")
     right.set_title("How sure it is, against none")
     _name_rows(left, list(table.prompt))
     _kinds_legend(figure)
@@ -58,7 +59,8 @@ def distributions(bins: pd.DataFrame, titles: Mapping[str, str]) -> Figure:
         filled = part[part["count"] > 0]["log10"]
         ax.set(xlim=(filled.min() - 0.3, filled.max() + 0.3), ylim=(0, None))
         ax.set_title(title, fontsize=10)
-        ax.set_xlabel("log₁₀ FI of a pixel")
+        pixels = part.groupby("kind")["count"].sum().max()
+        ax.set_xlabel(f"log₁₀ FI of a pixel\n(n = {int(pixels):,} pixels each)")
     axes[0, 0].set_ylabel("density of pixels")
     axes[0, 0].legend(loc="best")
     return figure
@@ -107,35 +109,33 @@ def wording_forest(table: pd.DataFrame, titles: Mapping[str, str]) -> Figure:
     return figure
 
 
-def robustness(rows: pd.DataFrame, protection: pd.DataFrame, conditions: Sequence[str]) -> Figure:
+def robustness(accuracy: pd.DataFrame, protection: pd.DataFrame) -> Figure:
     """Accuracy by kind of instruction in every condition, and what the instruction adds to the neutral one.
 
-    rows: `experiments.prompts.by_kind`; protection: from `experiments.prompts.protection`.
+    accuracy: from `experiments.prompts.by_condition`; protection: from `experiments.prompts.protection`.
     """
-    figure, axes = new_figure(1, 2, size=(7.2, 3.8), width_ratios=[1.15, 1])
+    figure, axes = new_figure(1, 2, size=(7.2, 4.2), width_ratios=[1.15, 1])
     left, right = axes[0]
-    means = rows.groupby(level=0).mean()
-    x = np.arange(len(conditions))
-    for kind in means:
-        colour = COLOURS.get(str(kind), INK)
-        left.plot(
-            x, means.loc[list(conditions), kind], LINES[str(kind)], marker=".", color=colour, label=kind
-        )
-    for kind, shift in (("aggressive", -0.12), ("safe", 0.12)):
-        part = protection[protection.kind == kind].set_index("condition").loc[list(conditions)]
-        bars = [part.difference - part.low, part.high - part.difference]
-        right.errorbar(
-            x + shift, part.difference, bars, fmt="o", color=COLOURS[kind], label=kind, markersize=4
-        )
+    conditions = list(dict.fromkeys(accuracy.condition))
+    for ax, table, value, kinds in (
+        (left, accuracy, "value", list(dict.fromkeys(accuracy.kind))),
+        (right, protection, "difference", ["aggressive", "safe"]),
+    ):
+        for k, kind in enumerate(kinds):
+            part = table[table.kind == kind].set_index("condition").loc[conditions]
+            x = np.arange(len(conditions)) + 0.17 * (k - (len(kinds) - 1) / 2)
+            colour = COLOURS.get(kind, INK)
+            ax.vlines(x, part.low, part.high, color=colour, linewidth=1.4)
+            ax.plot(x, part[value], MARKS.get(kind, "D"), color=colour, markersize=4, label=kind)
+        ax.set_xticks(range(len(conditions)), conditions, rotation=40, ha="right", rotation_mode="anchor")
+        ax.grid(axis="x", visible=False)
     right.axhline(0, color=INK, linewidth=0.8)
-    n = int(protection.n.max())
-    left.set(ylabel=f"accuracy (n = {n} pictures)")
+    left.set(ylabel=f"accuracy, 95 % (n = {int(accuracy.n.max())} pictures)")
     left.set_title("Corrupted pictures")
-    right.set(ylabel="accuracy less that under neutral")
-    right.set_title("Difference, paired, 95 %")
-    for ax in (left, right):
-        ax.set_xticks(x, conditions, rotation=40, ha="right", rotation_mode="anchor")
-    left.legend(loc="best")
+    right.set(ylabel=f"accuracy less that under neutral, 95 %\n(n = {int(protection.n.max())} pictures)")
+    right.set_title("Difference, paired")
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncol=len(labels))
     return figure
 
 
