@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from textwrap import fill
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,7 @@ from fihelpers.experiments.embeddings import INTACT, ON_TOP, RANDOM, Case
 from fihelpers.figures.style import DIVERGING, GREY, INK, SEQUENTIAL, WIDTH, look, new_figure
 
 LINE = 66  # characters of a line of coloured tokens
+NARROW = 11  # characters of a line of a narrow panel's title
 BREAK = "↵"  # how a line break is drawn
 SOURCE_MARKS = {"own": "o", "same subject": "s", "other subject": "D", "all others": "^"}
 
@@ -40,7 +42,7 @@ def damage_curves(
         bottom = axes[1, column]
         _steps(bottom, steps, percent)
         bottom.set_xlabel(xlabel)
-        bottom.legend(loc="upper center", bbox_to_anchor=(0.5, -0.32), ncol=1)
+        bottom.legend(loc="upper center", bbox_to_anchor=(0.5, -0.37), ncol=1)
     n = int(table.n.max())
     axes[0, 0].set_ylabel(f"log P of the right answer\n(nats, n = {n})")
     axes[1, 0].set_ylabel(f"accuracy\n(n = {n})")
@@ -184,7 +186,7 @@ def case_bars(case: Case) -> Figure:
         right = [i == case.example.answer for i in range(len(probs))]
         colours = ["#2F6DB5" if r else "#C9C9C9" for r in right]
         ax.barh(range(len(probs)), probs.tolist(), color=colours)
-        ax.set_title("untouched" if name == INTACT else name.replace(" ", "\n"), fontsize=9)
+        ax.set_title("untouched" if name == INTACT else fill(name, NARROW), fontsize=9)
         ax.set(xlim=(0, 1), xlabel="P")
         ax.set_yticks(range(len(probs)), letters if ax is axes[0, 0] else [""] * len(probs))
         ax.invert_yaxis()
