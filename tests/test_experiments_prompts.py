@@ -101,7 +101,7 @@ def test_corruption_changes_what_it_says() -> None:
 
 
 def test_answers_under_prompts(model: VisionModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    conditions = lab.conditions_of([1], [0.3])
+    conditions = lab.conditions_of([1], [0.3, 0.1])
     rows = lab.ask(model, EXAMPLES, PROMPTS, tmp_path, conditions)
     assert len(rows) == len(conditions) * len(PROMPTS) * len(EXAMPLES)
     effects = lab.accuracies(rows[rows.condition == lab.INTACT], 0)

@@ -261,7 +261,7 @@ def by_condition(rows: pd.DataFrame, column: str, seed: int) -> pd.DataFrame:
     """
     wide = by_kind(rows, column)
     lines = []
-    for condition in wide.index.get_level_values(0).unique():
+    for condition in rows.condition.unique():  # in the order in which they were asked
         for kind, values in wide.loc[condition].items():
             lines.append((condition, kind, len(values), *tables.average(values, seed)))
     return pd.DataFrame(lines, columns=["condition", "kind", "n", "value", "low", "high"])

@@ -132,7 +132,7 @@ def robustness(accuracy: pd.DataFrame, protection: pd.DataFrame) -> Figure:
     right.axhline(0, color=INK, linewidth=0.8)
     left.set(ylabel=f"accuracy, 95 % (n = {int(accuracy.n.max())} pictures)")
     left.set_title("Corrupted pictures")
-    right.set(ylabel=f"accuracy less that under neutral, 95 %\n(n = {int(protection.n.max())} pictures)")
+    right.set(ylabel=f"accuracy less neutral's, 95 %\n(n = {int(protection.n.max())} pictures)")
     right.set_title("Difference, paired")
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncol=len(labels))
