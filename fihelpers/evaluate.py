@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from math import isfinite, sqrt
 from statistics import NormalDist
 
@@ -342,12 +343,40 @@ def crossed_difference(
     if not np.isfinite(difference).all():
         raise ValueError("a or b holds NaN or infinite values; leave them out.")
     sets, n = difference.shape
-    rng = np.random.default_rng(seed)
-    set_weights = rng.multinomial(sets, np.full(sets, 1 / sets), size=resamples) / sets
-    question_weights = rng.multinomial(n, np.full(n, 1 / n), size=resamples) / n
+    set_weights, question_weights = _resampled(sets, n, seed, resamples)
     means = ((set_weights @ difference) * question_weights).sum(1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(difference.mean()), float(low), float(high)
+
+
+def crossed_ratio(
+    a: ArrayLike, b: ArrayLike, *, seed: int, resamples: int = 10_000, level: float = 0.95
+) -> tuple[float, float, float]:
+    """Return by what share the mean of a exceeds that of b and its interval: (relative gain, low, high).
+
+    a and b hold right (1) and wrong (0), in shape, pairing and resampling as in :func:`crossed_difference`;
+    both means come from the same draws. Where b has nothing right, half an answer stands for it.
+    Raises ValueError for unequal shapes or no values.
+    """
+    _check_level(level)
+    left, right = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    if left.ndim != 2 or left.shape != right.shape or left.size == 0:
+        raise ValueError(f"a and b need one shape (seeds, questions), got {left.shape} and {right.shape}.")
+    least = 0.5 / left.size
+    weights = _resampled(*left.shape, seed, resamples)
+    above, below = (((weights[0] @ values) * weights[1]).sum(1) for values in (left, right))
+    gains = above / np.maximum(below, least) - 1
+    low, high = np.quantile(gains, [(1 - level) / 2, (1 + level) / 2])
+    return float(left.mean() / max(right.mean(), least) - 1), float(low), float(high)
+
+
+@lru_cache(maxsize=2)
+def _resampled(sets: int, n: int, seed: int, resamples: int) -> tuple[np.ndarray, np.ndarray]:
+    """Weights (resamples, sets) and (resamples, n) of a bootstrap; the differences of a table share them."""
+    rng = np.random.default_rng(seed)
+    set_weights = rng.multinomial(sets, np.full(sets, 1 / sets), size=resamples) / sets
+    question_weights = rng.multinomial(n, np.full(n, 1 / n), size=resamples) / n
+    return set_weights, question_weights
 
 
 def mean_interval(values: ArrayLike, level: float = 0.95) -> tuple[float, float, float]:

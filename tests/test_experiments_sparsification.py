@@ -48,6 +48,13 @@ def test_sweep(plan: lab.Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     mean, low, high = lab.difference(rows, "FI exact", "random", 0.5, seed=0)
     assert low <= mean <= high
     assert lab.difference(rows, "SNIP", "SNIP", 0.5, seed=0) == (0, 0, 0)
+    one = lab.one_letter(rows, "SNIP", 0.5)
+    assert one.shape == (2, 12) and set(np.unique(one)) <= {0, 1}
+    # each subject's six right answers are A, B, C, D, A, B: a letter gets a third of them, or a sixth
+    assert set((one.reshape(2, 2, 6).sum(-1)).flatten()) <= {1, 2}
+    mean, low, high = lab.left_above_one_letter(rows, "SNIP", 0.5, seed=0)
+    assert low <= mean <= high and mean == pytest.approx((lab.answers_of(rows, "SNIP", 0.5) - one).mean())
+    assert lab.chance(plan) == 0.25
     carried = lab.transfer(rows, plan)
     assert carried.shape == (2, 2) and not carried.isna().any(axis=None)
 
@@ -65,6 +72,14 @@ def test_a_text_file_is_judged_by_the_intact_models_own_choice(tmp_path: Path) -
     assert not np.isclose(rows[rows.measure == "magnitude"].log_prob, rows.log_prob.iloc[0]).any()
     with pytest.raises(ValueError, match="first half"):
         lab.calibration_set(lab.Plan(str(text), ("text",), (0.5,), 1, 11, None), "text", 0)
+
+
+def test_a_model_that_gives_one_letter_keeps_what_that_letter_gets() -> None:
+    lines = [("x", "x", k, "SNIP", 0.1, "10101", "02010", "00000") for k in range(2)]
+    columns = ["subject", "tested_on", "seed", "measure", "rate", "correct", "right", "said"]
+    rows = pd.DataFrame(lines, columns=columns)
+    assert lab.one_letter(rows, "SNIP", 0.1).tolist() == [[1, 0, 1, 0, 1]] * 2
+    assert lab.left_above_one_letter(rows, "SNIP", 0.1, seed=0) == (0, 0, 0)
 
 
 def test_where_the_top_weights_sit(plan: lab.Plan) -> None:

@@ -53,7 +53,7 @@ class Plan:
     """
 
     task: str = "bundled-instructions"
-    rates: tuple[float, ...] = (0.005, 0.01, 0.03, 0.06, 0.08, 0.1, 0.12)
+    rates: tuple[float, ...] = (0.01, 0.03, 0.06, 0.1, 0.12)
     seeds: int = 3
     n_calibration: int = 24
     n_test: int | None = 48

@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from fihelpers.answers import usual_answers
-from fihelpers.evaluate import Evaluator, crossed_difference
+from fihelpers.evaluate import Evaluator, crossed_difference, crossed_ratio
 from fihelpers.experiments.tables import verdict
 from fihelpers.files import write_atomically
 from fihelpers.measures import FISHER, MEASURES, SQUARED_SCORE, Random
@@ -573,12 +573,14 @@ def interval_text(table: pd.DataFrame, value: str, low: str, high: str) -> list[
 
 
 def price_text(price: pd.DataFrame, a: str, b: str) -> pd.DataFrame:
-    """`price_of` to read: what A's domain gains, and what B's and the mean of both do, with intervals."""
+    """`price_of` to read: what A's domain, B's and the mean of both gain, with intervals."""
     made = {
-        a: price[a].map("{:+.3f}".format),
+        f"{a} [95 %]": interval_text(price, a, "own_low", "own_high"),
         f"{b} [95 %]": interval_text(price, b, "low", "high"),
         "mean [95 %]": interval_text(price, "mean", "mean_low", "mean_high"),
-        f"{a}, relative to random": price.relative.map("{:+.0%}".format),
+        f"{a}, relative to random [95 %]": [
+            f"{r.relative:+.0%} [{r.relative_low:+.0%}, {r.relative_high:+.0%}]" for r in price.itertuples()
+        ],
     }
     return pd.DataFrame(made, index=price.index)
 
@@ -729,21 +731,32 @@ def expert_alone(plan: Plan) -> dict[str, Setting]:
 def price_of(rows: pd.DataFrame, names: Sequence[str], counts: Mapping[str, int], seed: int) -> pd.DataFrame:
     """What protecting A alone changes from the plain average: in A's domain, in B's, and in the mean of both.
 
-    Columns: the domains and "mean"; low and high (of B's domain), mean_low and mean_high; relative: accuracy
-    in A's domain over that with random protection, minus 1. Index the names.
+    Columns: the domains and "mean"; low and high (of B's domain), own_low and own_high (of A's), mean_low and
+    mean_high; relative: accuracy in A's domain over that with random protection, minus 1, with
+    relative_low and relative_high. Index the names.
     """
     a, b = counts
-    random = answers_of(rows, f"A kept by {RANDOM}")[:, _by_domain(counts)[a]].mean()
     lines = {}
     for name in names:
         own, other, both = (difference(rows, name, "average", counts, seed, d) for d in (a, b, "mean"))
-        level = answers_of(rows, name)[:, _by_domain(counts)[a]].mean()
+        gain, least, most = relative(rows, name, f"A kept by {RANDOM}", counts, seed, a)
         lines[name] = {
-            a: own[0], b: other[0], "low": other[1], "high": other[2],
+            a: own[0], "own_low": own[1], "own_high": own[2], b: other[0], "low": other[1], "high": other[2],
             "mean": both[0], "mean_low": both[1], "mean_high": both[2],
-            "relative": level / max(random, 1e-9) - 1,
+            "relative": gain, "relative_low": least, "relative_high": most,
         }  # fmt: skip
     return pd.DataFrame.from_dict(lines, orient="index")
+
+
+def relative(
+    rows: pd.DataFrame, a: str, b: str, counts: Mapping[str, int], seed: int, domain: str
+) -> tuple[float, float, float]:
+    """Accuracy of a over that of b in one domain, minus 1, with its bootstrap interval as in `difference`."""
+    first, second = np.broadcast_arrays(answers_of(rows, a), answers_of(rows, b))
+    columns = _by_domain(counts)[domain]
+    gains = crossed_ratio(first[:, columns], second[:, columns], seed=seed, resamples=RESAMPLES)
+    gain, low, high = (round(x, 9) + 0.0 for x in gains)
+    return gain, low, high
 
 
 def conventions(chosen: Mapping[str, Setting]) -> dict[str, Setting]:

@@ -678,6 +678,7 @@ def high_against_low(rows: pd.DataFrame, plan: Plan, score: str) -> pd.DataFrame
 DUELS = (  # what chapter 08 asks: which channels, the first minus the second
     ("rows", EXACT, RANDOM),
     ("rows", DAMPED, RANDOM),
+    ("rows", DAMPED, EXACT),
     ("rows", DAMPED, "Jacobian norm"),
     ("rows", MEAN_OUTPUT, DAMPED),
     ("rows", LENGTH, DAMPED),

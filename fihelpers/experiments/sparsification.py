@@ -26,6 +26,9 @@ from fihelpers.tasks import Example, load_task
 
 INTACT = "intact"
 RANDOM = "random"
+MAGNITUDE = "magnitude"
+SYMBOLS = "0123456789abcdefghijklmnopqrstuvwxyz"  # a class a symbol, in the strings of answers
+TEXT = dict.fromkeys(("correct", "said", "right"), str)  # columns that only look like numbers
 # what chapter 07 compares question by question: the first measure's accuracy minus the second's
 PAIRS = {
     "exact_random": ("FI exact", "random"),
@@ -100,10 +103,11 @@ def run_sweep(model: LanguageModel, plan: Plan, cache: Path) -> pd.DataFrame:
     """Zero the top share of all linear weights by every measure, for every subject and calibration set.
 
     Returns one row for each (subject, tested_on, seed, measure, rate), with n, accuracy, log_prob (mean log P
-    of the right answer, or of the intact model's own choice where nothing is right) and `correct`, a string
-    of 0 and 1 with one place for each test question. Finished pairs of subject and seed lie in `cache`
-    and are not run again after an interruption. Raises ValueError for an unknown measure or a rate
-    outside [0, 1].
+    of the right answer, or of the intact model's own choice where nothing is right) and three strings with
+    one place for each test question: `correct` (0 or 1), `said` and `right` (the class, as in SYMBOLS).
+    Magnitude looks at no question: what it does is run for the first set and holds for all. Finished pairs
+    of subject and seed lie in `cache` and are not run again after an interruption. Raises ValueError for an
+    unknown measure or a rate outside [0, 1].
     """
     _check(plan)
     tested = {s: tested_set(plan, s) for s in plan.subjects}
@@ -116,8 +120,10 @@ def run_sweep(model: LanguageModel, plan: Plan, cache: Path) -> pd.DataFrame:
         if not path.is_file():
             found = pd.DataFrame(_one_calibration(model, plan, evaluators, subject, k))
             write_atomically(path, found.to_csv(index=False).encode())
-        parts.append(pd.read_csv(io.BytesIO(path.read_bytes()), dtype={"correct": str}))
-    return pd.concat(parts, ignore_index=True)
+        parts.append(pd.read_csv(io.BytesIO(path.read_bytes()), dtype=TEXT))
+    rows = pd.concat(parts, ignore_index=True)
+    same = rows[rows.measure == MAGNITUDE]
+    return pd.concat([rows, *(same.assign(seed=k) for k in range(1, plan.seeds))], ignore_index=True)
 
 
 def pooled_scores(model: LanguageModel, plan: Plan) -> dict[str, Scores]:
@@ -173,11 +179,16 @@ def own_and_other(carried: pd.DataFrame) -> tuple[float, float]:
 
 def answers_of(rows: pd.DataFrame, measure: str, rate: float) -> np.ndarray:
     """Right (1) or wrong (0), a row for each calibration set, a column for each question of all subjects."""
+    lines = ["".join(part.correct) for _, part in _own(rows, measure, rate).groupby("seed")]
+    return np.array([[float(c) for c in line] for line in lines])
+
+
+def _own(rows: pd.DataFrame, measure: str, rate: float) -> pd.DataFrame:
+    """The rows of one measure at one rate, each subject tested on itself."""
     own = rows[(rows.subject == rows.tested_on) & (rows.measure == measure) & np.isclose(rows.rate, rate)]
     if own.empty:
         raise ValueError(f"The sweep has no measure {measure!r} at rate {rate}.")
-    lines = ["".join(part.correct) for _, part in own.groupby("seed")]
-    return np.array([[float(c) for c in line] for line in lines])
+    return own
 
 
 def difference(rows: pd.DataFrame, a: str, b: str, rate: float, seed: int) -> tuple[float, float, float]:
@@ -189,6 +200,31 @@ def differences(rows: pd.DataFrame, a: str, b: str, rates: Sequence[float], seed
     """`difference` at every rate. Columns: rate, difference, low, high."""
     lines = [(rate, *difference(rows, a, b, rate, seed)) for rate in rates]
     return pd.DataFrame(lines, columns=["rate", "difference", "low", "high"])
+
+
+def chance(plan: Plan) -> float | None:
+    """The share of right answers that guessing gets, 1/K; None for a text file, where nothing is right."""
+    options = tested_set(plan, plan.subjects[0])[0].options
+    return 1 / len(options) if options else None
+
+
+def one_letter(rows: pd.DataFrame, measure: str, rate: float) -> np.ndarray:
+    """Right (1) or wrong (0) of always giving one answer: the one that the broken model gives most often.
+
+    That answer is taken for each subject and calibration set by itself. Shape as in `answers_of`.
+    """
+    lines = []
+    for _, part in _own(rows, measure, rate).groupby("seed"):
+        always = [max(sorted(set(said)), key=said.count) for said in part.said]
+        lines.append([c == a for right, a in zip(part.right, always, strict=True) for c in right])
+    return np.array(lines, dtype=float)
+
+
+def left_above_one_letter(
+    rows: pd.DataFrame, measure: str, rate: float, seed: int
+) -> tuple[float, float, float]:
+    """Accuracy after zeroing minus that of `one_letter`, paired, with its interval as in `difference`."""
+    return crossed_difference(answers_of(rows, measure, rate), one_letter(rows, measure, rate), seed=seed)
 
 
 def overlaps(scores: dict[str, Scores], share: float) -> pd.DataFrame:
@@ -266,10 +302,11 @@ def _one_calibration(
     model: LanguageModel, plan: Plan, evaluators: dict[str, Evaluator], subject: str, k: int
 ) -> list[dict]:
     examples = calibration_set(plan, subject, plan.seed + k)
-    measures: list[Measure] = [find_measure(m) for m in dict.fromkeys((*plan.measures, *plan.low_of))]
+    names = [m for m in plan.measures if k == 0 or m != MAGNITUDE]
+    measures: list[Measure] = [find_measure(m) for m in dict.fromkeys((*names, *plan.low_of))]
     measures = [Random(plan.seed + k) if m.name == RANDOM else m for m in measures]
     scores = score_weights(model, examples, measures, only=linear_names(model.network))
-    top: list[tuple[str, str, Which]] = [(m, m, "top") for m in plan.measures]
+    top: list[tuple[str, str, Which]] = [(m, m, "top") for m in names]
     low: list[tuple[str, str, Which]] = [(m, f"{m}, low half", "low half") for m in plan.low_of]
     rows = []
     for measure, label, which in top + low:
@@ -296,5 +333,11 @@ def _row(subject: str, tested_on: str, seed: int, measure: str, rate: float, out
         "n": len(correct),
         "accuracy": float(correct.double().mean()),
         "log_prob": float(outcome.log_prob.double().mean()),
-        "correct": "".join("01"[int(c)] for c in correct),
+        "correct": _as_symbols(correct),
+        "said": _as_symbols(outcome.predicted),
+        "right": _as_symbols(outcome.answer),
     }
+
+
+def _as_symbols(classes: torch.Tensor) -> str:
+    return "".join(SYMBOLS[int(c)] for c in classes)

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -134,11 +135,18 @@ def _by_row(values: Tensor, share: float, which: Which, generator: torch.Generat
     return chosen.flatten().nonzero()[:, 0]
 
 
+def _nth(flat: Tensor, place: int) -> Tensor:
+    """The value at a place of the sorted values; on a CPU numpy finds it several times faster than torch."""
+    if flat.device.type == "cpu" and flat.dtype in (torch.float32, torch.float64):
+        return torch.from_numpy(np.partition(flat.detach().numpy(), place))[place]
+    return flat.kthvalue(place + 1).values
+
+
 def _largest(flat: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Positions of the `count` largest values; among equal ones at the border, a random draw."""
     if count == 0:
         return torch.zeros(0, dtype=torch.long, device=flat.device)
-    border = flat.kthvalue(len(flat) - count + 1).values
+    border = _nth(flat, len(flat) - count)
     above = (flat > border).nonzero()[:, 0]
     tied = (flat == border).nonzero()[:, 0]
     order = torch.randperm(len(tied), generator=generator).to(tied.device)
