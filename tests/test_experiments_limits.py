@@ -99,8 +99,10 @@ def test_the_sweep_runs_from_exact_to_the_jacobian(model: LanguageModel, names: 
     assert table.loc["intact", "accuracy"] == sweep.answers[sweep.answers["seed"] == -1]["correct"].mean()
     assert (table["low"] <= table["accuracy"]).all() and (table["accuracy"] <= table["high"]).all()
     assert (table["n"] == 4).all() and table.loc["FI exact", "seeds"] == 2
-    same = limits.log_probs_after(sweep, "FI exact"), limits.log_probs_after(sweep, "FI cut 1e-12")
-    assert np.allclose(*same)
+    assert np.allclose(limits.minus(sweep, "FI exact", "FI cut 1e-12", "log_prob", 0), 0)
+    gap, low, high = limits.minus(sweep, "FI exact", "random", "correct", 0)
+    assert gap == pytest.approx(table.loc["FI exact", "accuracy"] - table.loc["random", "accuracy"])
+    assert low <= gap <= high
     figure = figures.draw_sweep(sweep.ranks, limits.damage(sweep), [1e-8, 1e-6, 1e-4])
     figure.canvas.draw()
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from fihelpers.answers import Answers, Groups, Top, letters, usual_answers
-from fihelpers.evaluate import Evaluator, Outcome, answer_all, mean_interval, wilson
+from fihelpers.evaluate import Evaluator, Outcome, answer_all, mean_interval, paired_difference, wilson
 from fihelpers.influence import (
     Cut,
     Damped,
@@ -500,10 +500,18 @@ def damage(sweep: Sweep) -> pd.DataFrame:
     )
 
 
-def log_probs_after(sweep: Sweep, ranking: str) -> np.ndarray:
-    """Log-probability of each test question's right answer, a mean over the calibration sets."""
+def minus(sweep: Sweep, a: str, b: str, of: str, seed: int) -> tuple[float, float, float]:
+    """What is left after zeroing by ranking a minus that by ranking b: (mean difference, low, high).
+
+    of: "correct" or "log_prob". Each question's value is its mean over the calibration sets; the bootstrap
+    interval is over the questions, which both rankings share, and takes the calibration sets as given.
+    """
+    return paired_difference(_after(sweep, a, of), _after(sweep, b, of), seed=seed)
+
+
+def _after(sweep: Sweep, ranking: str, of: str) -> np.ndarray:
     part = sweep.answers[sweep.answers["ranking"] == ranking]
-    return part.groupby("question")["log_prob"].mean().to_numpy()
+    return part.groupby("question")[of].mean().to_numpy(dtype=float)
 
 
 def stripes(scores: Scores, names: Sequence[str]) -> tuple[float, float]:
