@@ -164,13 +164,24 @@ def deciding(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[(own.fi | ~has_fi) & tested]
 
 
+def shown(rows: pd.DataFrame) -> pd.DataFrame:
+    """Of the deciding settings one for every filter: that of the largest n, whatever came out.
+
+    Of several with the same n the first in the chapters' own order. The filters keep that order too.
+    """
+    counted = deciding(rows)
+    largest = counted.sort_values("n", ascending=False, kind="stable").drop_duplicates("filter")
+    filters = list(dict.fromkeys(counted["filter"]))
+    return largest.set_index("filter", drop=False).loc[filters]
+
+
 def headline(claim: Claim, rows: pd.DataFrame) -> str:
     """The verdict on a claim from all its settings (`rows` of :func:`gather`).
 
     A part of a claim holds with a filter where more than half of their settings do. The claim *holds* where
     every setting does; *only with* some filters where all parts hold with these; *only in part* where some
     parts hold, with the filters named. It *does not hold* where more than half of the settings say so, and is
-    *undecided* else. A question is *answered* by a number.
+    *undecided* otherwise. A question is *answered* by a number.
     """
     if claim.needs:
         return NEEDS
@@ -269,13 +280,13 @@ def _why(claim: Claim) -> str:
 
 
 def _numbers(claim: Claim, rows: pd.DataFrame) -> str:
-    """The first setting of every filter, in the chapters' own order, so that no outcome picks it."""
-    counted = deciding(rows)
-    first = counted.drop_duplicates("filter")
+    """The setting of every filter that :func:`shown` picks."""
+    first = shown(rows)
     if first.empty:
         return ""
     items = "".join(
-        f"<li>{escape(row.setting)}: {_number(row)}, {row.said}</li>" for row in first.itertuples()
+        f"<li>{escape(f'{row.part} ({row.setting})')}: {_number(row)}, {row.said}</li>"
+        for row in first.itertuples()
     )
     about = f"<p>{escape(claim.number[0].upper() + claim.number[1:])}.</p>" if claim.number else ""
     return f"{about}<ul>{items}</ul>"

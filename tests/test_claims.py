@@ -91,6 +91,19 @@ def test_a_question_is_answered_and_what_needs_other_models_says_so() -> None:
     assert headline(A, rows[:0]) == NOT_MEASURED
 
 
+def test_the_setting_shown_is_that_of_the_largest_n_and_not_the_best() -> None:
+    rows = rows_of(
+        ("p", "damped", H),
+        ("p", "exact", H),
+        ("p", "exact", F),
+        ("q", "exact", H),
+        ("p", judges.NO_FILTER, H),
+    )
+    found = judges.shown(rows.assign(n=[3, 3, 9, 9, 99], setting=list("abcde")))
+    assert found.setting.tolist() == ["a", "c"]  # in the chapters' order; the last does not decide
+    assert judges.shown(rows[:0]).empty
+
+
 def write(path: Path, *lines: tuple[str, str, str]) -> dict[str, Path]:
     """A chapter's table of (claim, setting, verdict)."""
     table = pd.DataFrame([(c, s, 5, -0.01, -0.02, 0.0, v) for c, s, v in lines], columns=COLUMNS)
