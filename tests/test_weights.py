@@ -278,3 +278,11 @@ def test_bad_input_is_named() -> None:
     model.network.lm_head.weight.data[0] = float("nan")
     with pytest.raises(FloatingPointError, match="tiny-qwen2"):
         score_weights(model, tiny_examples(1))
+
+
+def test_measures_without_data_need_no_gradients() -> None:
+    model = tiny_model("llama")
+    found = score_weights(model, tiny_examples(2), ["magnitude"], displaced=False)
+    assert list(found) == ["magnitude"]
+    for name, p in model.network.named_parameters():
+        assert found["magnitude"][name].equal(p.detach().abs())

@@ -37,29 +37,27 @@ ROWS = 4  # `_product` writes out the arithmetic of so many rows
 STEPS = 8  # and of so many tokens
 COLUMNS = 512  # the tiles of the class gradients of 4 classes then take 24 KB
 TOGETHER = 32  # rows whose totals stay in the second cache while sample after sample is added to them
-FAST = {
-    "contract",
-    "reassoc",
-}  # fused multiply-add, and sums in any order; NaN and infinity keep their meaning
+# fused multiply-add, and sums in any order; NaN and infinity keep their meaning
+FAST = {"contract", "reassoc"}
 DAMPED, CUT, NORM, REMOVAL, SQUARE, METRIC, LENGTH, SIGNS = range(8)
 
 Array = NDArray[np.floating[Any]]
 Formula = tuple[int, float]  # one of the above, and the number that it takes
+KNOWN: tuple[tuple[Measure, int], ...] = (
+    (JACOBIAN, NORM),
+    (SNIP, REMOVAL),
+    (SQUARED_SCORE, SQUARE),
+    (FISHER, METRIC),
+    (INFORMATION_LENGTH, LENGTH),
+    (SALIENCY, SIGNS),
+)
 
 
 def formula(measure: Measure) -> Formula | None:
     """How `_add` is told to compute a measure, None for one that it does not know."""
     if isinstance(measure, Influence):
         return _filtered(measure)
-    known = {
-        JACOBIAN: NORM,
-        SNIP: REMOVAL,
-        SQUARED_SCORE: SQUARE,
-        FISHER: METRIC,
-        INFORMATION_LENGTH: LENGTH,
-        SALIENCY: SIGNS,
-    }
-    return (known[measure], 0.0) if measure in known else None
+    return next(((kind, 0.0) for known, kind in KNOWN if known == measure), None)
 
 
 def _filtered(measure: Influence) -> Formula | None:
@@ -87,12 +85,12 @@ def add_measures(
     Returns the sums over the weights of each sample's measures, (M, B) in float64; they are NaN or infinite
     where a gradient is.
     """
-    kinds = np.array([kind for kind, _ in formulas])
+    kinds = np.array([kind for kind, _ in formulas], dtype=np.int64)
     threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
     numba.set_num_threads(threads)
     sums = np.zeros((threads, len(formulas), len(factors.x)))
-    _add(
-        tuple(g.contiguous().numpy() for g in factors.grads),
+    grads = tuple(g.contiguous().numpy() for g in factors.grads)
+    rest = (
         factors.x.contiguous().numpy(),
         factors.start,
         value.to(totals).contiguous().numpy(),
@@ -100,54 +98,26 @@ def add_measures(
         shares.to(totals).numpy(),
         kinds,
         np.array([number for _, number in formulas], dtype=totals.numpy().dtype),
-        totals.numpy(),
-        sums,
-        len(factors.grads) - (SIGNS in kinds),
+        len(grads) - (SIGNS in kinds),
     )
+    _add(grads, rest, totals.numpy(), sums)
     return torch.from_numpy(sums.sum(0))
 
 
 @njit(parallel=True, fastmath=FAST, error_model="numpy", cache=True)
-def _add(
-    grads: Any,
-    x: Array,
-    begin: int,
-    value: Array,
-    roots: Array,
-    shares: Array,
-    kinds: Array,
-    numbers: Array,
-    totals: Array,
-    sums: Array,
-    turned: int,
-) -> None:
-    """Give each thread some rows. roots: of the ceilings; sums: (threads, M, B)."""
+def _add(grads: Any, rest: Any, totals: Array, sums: Array) -> None:
+    """Give each thread some rows. grads, rest: as made by `add_measures`; sums: (threads, M, B)."""
     threads, out = len(sums), totals.shape[1]
     step = math.ceil(out / threads / ROWS) * ROWS
     for thread in prange(threads):
         start, stop = min(thread * step, out), min((thread + 1) * step, out)
-        _add_rows(
-            grads, x, begin, value, roots, shares, kinds, numbers, totals, sums[thread], turned, start, stop
-        )
+        _add_rows(grads, rest, totals, sums[thread], start, stop)
 
 
 @njit(fastmath=FAST, error_model="numpy", cache=True)
-def _add_rows(
-    grads: Any,
-    x: Array,
-    begin: int,
-    value: Array,
-    roots: Array,
-    shares: Array,
-    kinds: Array,
-    numbers: Array,
-    totals: Array,
-    sums: Array,
-    turned: int,
-    start: int,
-    stop: int,
-) -> None:
+def _add_rows(grads: Any, rest: Any, totals: Array, sums: Array, start: int, stop: int) -> None:
     """Tile after tile of some rows, sample after sample for the tiles of some columns: x stays in cache."""
+    x, begin, value, roots, shares, kinds, numbers, turned = rest
     out, width = totals.shape[1:]
     tiles = np.empty((len(grads), ROWS, COLUMNS), x.dtype)
     score, metric = np.empty(COLUMNS, x.dtype), np.empty(COLUMNS, x.dtype)
