@@ -335,3 +335,5 @@ def test_crossed_ratio_is_the_relative_gain_of_the_means() -> None:
     assert np.isfinite(crossed_ratio(a, np.zeros_like(b), seed=0)).all()
     with pytest.raises(ValueError, match="shape"):
         crossed_ratio(a[0], b[0], seed=0)
+    with pytest.raises(ValueError, match="NaN"):
+        crossed_ratio(np.full_like(a, np.nan), b, seed=0)
