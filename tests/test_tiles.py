@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numba.core.dispatcher import Dispatcher
 
 from fihelpers import influence
 from fihelpers.influence import Cut, Damped, Exact, ceiling
@@ -67,7 +68,7 @@ def close(found: torch.Tensor, truth: torch.Tensor, rtol: float) -> None:
     samples=st.integers(1, 3),
     tokens=st.integers(1, 19),
     out=st.integers(4, 14),
-    width=st.sampled_from([1, 7, 511, 512, 513, 1030]),
+    width=st.sampled_from([1, 7, 31, 32, 33, 511, 512, 513, 1030]),
     start=st.integers(0, 18),
 )
 def test_every_measure_is_that_of_torch(samples: int, tokens: int, out: int, width: int, start: int) -> None:
@@ -127,3 +128,13 @@ def test_what_is_not_known_is_left_to_torch() -> None:
     assert tiles.formula(Influence(Exact(2.0))) is None
     assert tiles.formula(Influence(Damped(0))) == tiles.formula(Influence(Exact()))
     assert tiles.formula(Influence(Cut(0.1))) == (tiles.CUT, pytest.approx(0.01))
+
+
+def test_where_no_folder_may_be_written_the_loops_are_compiled_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(self: Dispatcher) -> None:
+        raise RuntimeError("cannot cache function: no locator available")
+
+    monkeypatch.setattr(Dispatcher, "enable_caching", refuse)
+    assert tiles._compiled()(lambda x: x + 1)(1) == 2

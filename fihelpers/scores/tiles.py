@@ -9,16 +9,22 @@ memory a dozen times instead. The loops are compiled by Numba at their first use
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numba
 import numpy as np
 import torch
-from numba import njit, prange
+from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
+from numba import njit, prange, types
+from numba.core import cgutils
+from numba.extending import intrinsic
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import pad
 
 from fihelpers.influence import LEAST_DAMPING, Cut, Damped, Exact
 from fihelpers.measures import (
@@ -33,8 +39,10 @@ from fihelpers.measures import (
 )
 from fihelpers.scores.classgrads import Factors
 
-ROWS = 4  # `_product` writes out the arithmetic of so many rows
-STEPS = 8  # and of so many tokens
+BYTES = 64 if get_host_cpu_features().get("avx512f") else 32  # of a vector; half as many registers there
+VECTORS = 2  # as many columns as so many vectors hold,
+ROWS = 4  # times so many rows: their sums stay in registers while token after token is added to them
+STRIP = VECTORS * BYTES // 4  # the columns of such a strip, half of them in float64
 COLUMNS = 512  # the tiles of the class gradients of 4 classes then take 24 KB
 TOGETHER = 32  # rows whose totals stay in the second cache while sample after sample is added to them
 # fused multiply-add, and sums in any order; NaN and infinity keep their meaning
@@ -90,8 +98,9 @@ def add_measures(
     numba.set_num_threads(threads)
     sums = np.zeros((threads, len(formulas), len(factors.x)))
     grads = tuple(g.contiguous().numpy() for g in factors.grads)
+    x = pad(factors.x, (STRIP - value.shape[1], 0)) if value.shape[1] < STRIP else factors.x
     rest = (
-        factors.x.contiguous().numpy(),
+        x.contiguous().numpy(),
         factors.start,
         value.to(totals).contiguous().numpy(),
         factors.ceiling.sqrt().to(totals).numpy(),
@@ -104,7 +113,17 @@ def add_measures(
     return torch.from_numpy(sums.sum(0))
 
 
-@njit(parallel=True, fastmath=FAST, error_model="numpy", cache=True)
+def _compiled(parallel: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
+        made = njit(parallel=parallel, fastmath=FAST, error_model="numpy")(function)
+        with contextlib.suppress(RuntimeError):  # no folder may be written: compiled anew by each process
+            made.enable_caching()
+        return made
+
+    return wrap
+
+
+@_compiled(parallel=True)
 def _add(grads: Any, rest: Any, totals: Array, sums: Array) -> None:
     """Give each thread some rows. grads, rest: as made by `add_measures`; sums: (threads, M, B)."""
     threads, out = len(sums), totals.shape[1]
@@ -114,12 +133,13 @@ def _add(grads: Any, rest: Any, totals: Array, sums: Array) -> None:
         _add_rows(grads, rest, totals, sums[thread], start, stop)
 
 
-@njit(fastmath=FAST, error_model="numpy", cache=True)
+@_compiled()
 def _add_rows(grads: Any, rest: Any, totals: Array, sums: Array, start: int, stop: int) -> None:
     """Tile after tile of some rows, sample after sample for the tiles of some columns: x stays in cache."""
     x, begin, value, roots, shares, kinds, numbers, turned = rest
     out, width = totals.shape[1:]
-    tiles = np.empty((len(grads), ROWS, COLUMNS), x.dtype)
+    narrow = x.shape[2] - width  # columns of zeros before those of a layer narrower than a strip
+    tiles = np.empty((len(grads), ROWS, STRIP + COLUMNS), x.dtype)
     score, metric = np.empty(COLUMNS, x.dtype), np.empty(COLUMNS, x.dtype)
     for left in range(0, width, COLUMNS):
         right = min(left + COLUMNS, width)
@@ -129,7 +149,7 @@ def _add_rows(grads: Any, rest: Any, totals: Array, sums: Array, start: int, sto
                 for row in range(top, end, ROWS):
                     first = min(row, out - ROWS)  # the last tile reaches back over rows that are done
                     for d in range(len(grads)):
-                        _product(grads[d][b], x[b], begin, first, left, right, tiles[d])
+                        _product(grads[d][b], x[b], begin, first, narrow + left, narrow + right, tiles[d])
                     for r in range(row - first, min(end - first, ROWS)):
                         _moments(tiles, r, turned, roots[b], right - left, score, metric)
                         for m in range(len(kinds)):
@@ -138,67 +158,84 @@ def _add_rows(grads: Any, rest: Any, totals: Array, sums: Array, start: int, sto
                                 numbers[m],
                                 score,
                                 metric,
-                                tiles[-1, r],
+                                tiles[-1, r, STRIP:],
                                 value[first + r, left:right],
                                 shares[b],
                                 totals[m, first + r, left:right],
                             )
 
 
-@njit(fastmath=FAST, error_model="numpy", cache=True)
+@_compiled()
 def _product(g: Array, x: Array, begin: int, first: int, left: int, right: int, tile: Array) -> None:
-    """The product of g (T, out) and x (T, in) for `ROWS` rows from `first` on and some columns."""
-    n, tokens = right - left, len(x)
-    a, b, c, d = tile[0], tile[1], tile[2], tile[3]
-    for i in range(n):
-        a[i] = b[i] = c[i] = d[i] = 0
-    whole = tokens - (tokens - begin) % STEPS
-    for t in range(begin, whole, STEPS):
-        x0, x1, x2, x3 = x[t, left:right], x[t + 1, left:right], x[t + 2, left:right], x[t + 3, left:right]
-        x4, x5, x6, x7 = (
-            x[t + 4, left:right],
-            x[t + 5, left:right],
-            x[t + 6, left:right],
-            x[t + 7, left:right],
-        )
-        a0, b0, c0, d0 = g[t, first], g[t, first + 1], g[t, first + 2], g[t, first + 3]
-        a1, b1, c1, d1 = g[t + 1, first], g[t + 1, first + 1], g[t + 1, first + 2], g[t + 1, first + 3]
-        a2, b2, c2, d2 = g[t + 2, first], g[t + 2, first + 1], g[t + 2, first + 2], g[t + 2, first + 3]
-        a3, b3, c3, d3 = g[t + 3, first], g[t + 3, first + 1], g[t + 3, first + 2], g[t + 3, first + 3]
-        a4, b4, c4, d4 = g[t + 4, first], g[t + 4, first + 1], g[t + 4, first + 2], g[t + 4, first + 3]
-        a5, b5, c5, d5 = g[t + 5, first], g[t + 5, first + 1], g[t + 5, first + 2], g[t + 5, first + 3]
-        a6, b6, c6, d6 = g[t + 6, first], g[t + 6, first + 1], g[t + 6, first + 2], g[t + 6, first + 3]
-        a7, b7, c7, d7 = g[t + 7, first], g[t + 7, first + 1], g[t + 7, first + 2], g[t + 7, first + 3]
-        for i in range(n):
-            u0, u1, u2, u3, u4, u5, u6, u7 = x0[i], x1[i], x2[i], x3[i], x4[i], x5[i], x6[i], x7[i]
-            a[i] += a0 * u0 + a1 * u1 + a2 * u2 + a3 * u3 + a4 * u4 + a5 * u5 + a6 * u6 + a7 * u7
-            b[i] += b0 * u0 + b1 * u1 + b2 * u2 + b3 * u3 + b4 * u4 + b5 * u5 + b6 * u6 + b7 * u7
-            c[i] += c0 * u0 + c1 * u1 + c2 * u2 + c3 * u3 + c4 * u4 + c5 * u5 + c6 * u6 + c7 * u7
-            d[i] += d0 * u0 + d1 * u1 + d2 * u2 + d3 * u3 + d4 * u4 + d5 * u5 + d6 * u6 + d7 * u7
-    for t in range(whole, tokens):
-        u = x[t, left:right]
-        a0, b0, c0, d0 = g[t, first], g[t, first + 1], g[t, first + 2], g[t, first + 3]
-        for i in range(n):
-            a[i] += a0 * u[i]
-            b[i] += b0 * u[i]
-            c[i] += c0 * u[i]
-            d[i] += d0 * u[i]
+    """The product of g (T, out) and x (T, in) for `ROWS` rows from `first` on and some columns.
+
+    It is put into the tile from column `STRIP` on, strip by strip. The last one reaches back over columns
+    that are done, or over some before the tile's own.
+    """
+    step = VECTORS * BYTES // x.itemsize
+    for start in range(left, right, step):
+        column = min(start, right - step)
+        _strip(g, x, begin, first, column, tile, STRIP + column - left)  # type: ignore[call-arg]
 
 
-@njit(fastmath=FAST, error_model="numpy", cache=True)
+@intrinsic
+def _strip(_: Any, g: Any, x: Any, begin: Any, first: Any, column: Any, tile: Any, place: Any) -> Any:
+    """tile[r, place + i] = the sum of g[t, first + r] * x[t, column + i] over t from `begin` on.
+
+    r goes over `ROWS` rows and i over `VECTORS` vectors. Written in the words of LLVM: what Numba makes of
+    such loops keeps the sums in memory instead of in registers: with vectors of 64 bytes half as long again.
+    """
+
+    def build(context: Any, builder: Any, signature: Any, args: Sequence[Any]) -> Any:
+        number, index = context.get_data_type(g.dtype), context.get_value_type(types.intp)
+        size = context.get_abi_sizeof(number)
+        vector = ir.VectorType(number, BYTES // size)
+        arrays = {i: context.make_array(signature.args[i])(context, builder, args[i]) for i in (0, 1, 5)}
+
+        def element(i: int, row: Any, column: Any) -> Any:
+            return cgutils.get_item_pointer(context, builder, signature.args[i], arrays[i], (row, column))
+
+        def vectors(i: int, row: Any, column: Any) -> list[Any]:
+            start = builder.bitcast(element(i, row, column), vector.as_pointer())
+            return [builder.gep(start, [index(v)]) for v in range(VECTORS)]
+
+        def everywhere(one: Any) -> Any:
+            lanes, empty = ir.VectorType(ir.IntType(32), vector.count), ir.Constant(vector, ir.Undefined)
+            filled = builder.insert_element(empty, one, ir.IntType(32)(0))
+            return builder.shuffle_vector(filled, empty, ir.Constant(lanes, None))
+
+        zero = ir.Constant(vector, None)
+        sums = [[cgutils.alloca_once_value(builder, zero) for _ in range(VECTORS)] for _ in range(ROWS)]
+        tokens = cgutils.unpack_tuple(builder, arrays[1].shape)[0]
+        with cgutils.for_range(builder, tokens, args[2]) as loop:
+            inputs = [builder.load(p, align=size) for p in vectors(1, loop.index, args[4])]
+            for r in range(ROWS):
+                grad = everywhere(builder.load(element(0, loop.index, builder.add(args[3], index(r)))))
+                for total, one in zip(sums[r], inputs, strict=True):
+                    product = builder.fmul(grad, one, flags=["contract"])
+                    builder.store(builder.fadd(builder.load(total), product, flags=["contract"]), total)
+        for r in range(ROWS):
+            for total, p in zip(sums[r], vectors(5, index(r), args[6]), strict=True):
+                builder.store(builder.load(total), p, align=size)
+        return context.get_dummy_value()
+
+    return types.void(g, x, begin, first, column, tile, place), build
+
+
+@_compiled()
 def _moments(tiles: Array, r: int, turned: int, root: float, n: int, score: Array, metric: Array) -> None:
-    """Scores and metric of a row of the tiles (D, ROWS, COLUMNS), see `influence.moments_of_turned`."""
-    first = tiles[0, r]
+    """Scores and metric of a row, which begins at column `STRIP`, see `influence.moments_of_turned`."""
+    first = tiles[0, r, STRIP:]
     for i in range(n):
         score[i] = first[i] * root
         metric[i] = first[i] * first[i]
     for d in range(1, turned):
-        other = tiles[d, r]
+        other = tiles[d, r, STRIP:]
         for i in range(n):
             metric[i] += other[i] * other[i]
 
 
-@njit(fastmath=FAST, error_model="numpy", cache=True)
+@_compiled()
 def _measure(
     kind: int,
     number: float,
