@@ -4,6 +4,8 @@ Every row of the table sets a piece of work beside a peer that ran in turn with 
 busy machine slows both; the ratio is the median over the rounds, with the smallest and the largest. The
 floors count the multiplications of matrices alone (2 operations for each weight and token, 1 of them an
 addition): a forward pass is one unit, and so is pulling a gradient back to the inputs or to the weights.
+A ratio may lie on the far side of its floor, as the peer too does more than multiply: plain autograd writes
+every gradient of a weight to memory, FI does not.
 """
 
 from __future__ import annotations
