@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+ORACLES := .venv/oracles/.installed
 
 .PHONY: book publish test lab clean
 
@@ -11,7 +12,7 @@ book: $(INSTALLED)
 publish: $(INSTALLED)
 	$(BIN)/python -m fihelpers build --profile embedded --check
 
-test: $(INSTALLED)
+test: $(INSTALLED) $(ORACLES)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -29,6 +30,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("fihelpers needs Python 3.11 or newer")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[book,test]"
-	# torchao checks our quantization; outside the import path, because transformers loads it wherever it finds it
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .venv/oracles -c constraints.txt torchao
+	touch $@
+
+# torchao checks our quantization, and Triton runs the kernel of GPUs where there is none; outside the import
+# path, because transformers and torch load them wherever they find them
+$(ORACLES): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/oracles -c constraints.txt torchao triton
 	touch $@

@@ -3,7 +3,8 @@
 Forward hooks keep each layer's input, K - 1 backward passes give the class gradients of each layer's
 output, and a weight's class gradient is formed for one block of rows at a time, used and dropped:
 s[k, sample, out, in] = sum over positions of g[k, sample, position, out] x[sample, position, in].
-Who combines these products without forming them (`tiles`, on a CPU) takes their `Factors` instead.
+Who combines these products without forming them (`tiles` on a CPU, `fused` on a GPU) takes their `Factors`
+instead.
 No `.grad` is ever stored. The predicted class needs no pass of its own (method 1b.7).
 
 Whatever is linear in the class gradients can be had in their place at no cost, since a backward pass may
@@ -37,8 +38,8 @@ class Factors:
     """What the class gradients of a linear layer's weight are products of: g^T x, summed over the positions.
 
     grads: of the layer's output along D directions, each (B, T, out); x: the layer's input (B, T, in); both
-    in float32 or better, finite or not. start: the first position that has a gradient. ceiling: of FI, (B,);
-    index: the places of the samples' examples.
+    in the precision of the model, finite or not. start: the first position that has a gradient. ceiling: of
+    FI, (B,); index: the places of the samples' examples.
     """
 
     name: str
@@ -417,7 +418,7 @@ def _is_product(uses: Sequence[Use]) -> bool:
 
 
 def _factors(use: Use) -> tuple[list[Tensor], Tensor, int]:
-    """The gradients (B, T, out) of a linear layer's output and its input (B, T, in), float32 or better.
+    """The gradients (B, T, out) of a linear layer's output, and its input (B, T, in).
 
     Also the first position that has a gradient: padding comes before, and all but the last position in the
     last block.
@@ -428,15 +429,17 @@ def _factors(use: Use) -> tuple[list[Tensor], Tensor, int]:
     if not any(g[:, 0].any() for g in grads):
         live = torch.stack([g.any(-1).any(0) for g in grads]).any(0)
         start = min(int((~live).cumprod(0).sum()), len(live) - 1)
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return [g.to(dtype) for g in grads], x.to(dtype), start
+    return grads, x, start
 
 
 def _products(
     name: str, uses: Sequence[Use], parameter: nn.Parameter
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """Blocks of the weight of a linear layer: the products g^T x of each sample, summed over the uses."""
-    factors = [([g[:, start:] for g in gs], x[:, start:]) for gs, x, start in map(_factors, uses)]
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    factors = [
+        ([g[:, start:].to(dtype) for g in gs], x[:, start:].to(dtype)) for gs, x, start in map(_factors, uses)
+    ]
     (grads, x), width = factors[0], parameter.shape[1]
     if not all(torch.isfinite(t.sum()) or torch.isfinite(t).all() for gs, x in factors for t in (*gs, x)):
         raise not_finite(name)

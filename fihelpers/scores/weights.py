@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Collection, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -33,10 +34,13 @@ from fihelpers.scores.classgrads import (
     not_finite,
 )
 from fihelpers.scores.store import Scores, provenance
+from fihelpers.scores.tiles import Formula
 from fihelpers.tasks import Example
 
 DISPLACED = (SQUARED_SCORE, FISHER)
-TILED = frozenset({"cpu"})  # types of devices on which linear layers are scored tile by tile
+Adder = Callable[[Factors, Tensor, Tensor, Sequence[Formula], Tensor], Tensor]
+
+TILED = frozenset({"cpu", "cuda"})  # types of devices on which linear layers are scored tile by tile
 
 
 def score_weights(
@@ -198,15 +202,15 @@ class Totals:
         return torch.cat([turned, log_p.sum(-1, keepdim=True)], -1) if self.others else turned
 
     def take(self, factors: Factors, shares: Tensor) -> bool:
-        """Add a linear layer tile by tile, where `tiles` can; each sample counts with its share (B,).
+        """Add a linear layer tile by tile, where that can be done; each sample counts with its share (B,).
 
         Raises FloatingPointError for NaN or infinite gradients.
         """
-        name, known = factors.name, [formula for formula in self.formulas if formula is not None]
-        value, device = self.values[factors.name], factors.x.device.type
-        if device not in TILED or len(known) < len(self.formulas) or len(value) < tiles.ROWS:
+        name, known = factors.name, tuple(formula for formula in self.formulas if formula is not None)
+        add = _in_tiles(factors, self.sums[name], known) if len(known) == len(self.formulas) else None
+        if add is None:
             return False
-        found = tiles.add_measures(factors, value, shares, known, self.sums[name])
+        found = add(factors, self.values[name], shares, known, self.sums[name])
         if not torch.isfinite(found).all():
             raise not_finite(name)
         self._count(factors.ceiling, shares)
@@ -262,6 +266,33 @@ class Totals:
             for number, (name, p) in enumerate(self.parameters.items())
         }
         return found, torch.zeros(self.n)
+
+
+def _in_tiles(factors: Factors, totals: Tensor, formulas: tuple[Formula, ...]) -> Adder | None:
+    """What adds the measures of a linear layer to the totals tile by tile, None where nothing can."""
+    device = totals.device
+    if device.type not in TILED:
+        return None
+    if device.type == "cpu":
+        return tiles.add_measures if totals.shape[1] >= tiles.ROWS else None
+    return _kernel(device, factors.x.dtype, formulas) if totals.dtype == torch.float32 else None
+
+
+@functools.cache
+def _kernel(device: torch.device, dtype: torch.dtype, formulas: tuple[Formula, ...]) -> Adder | None:
+    """The kernel of a GPU, None (and a warning) where it does not do what a CPU does: it is tried once."""
+    try:
+        from fihelpers.scores import fused  # Triton is there where torch is made for GPUs, and only there
+
+        fused.check(device, dtype, formulas)
+    except Exception as error:  # Triton, the compiler that it calls and the driver raise errors of many types
+        warnings.warn(
+            "Linear layers are scored by single operations of torch, which takes longer: the kernel does not "
+            f"work on {device} ({type(error).__name__}: {error}).",
+            stacklevel=2,
+        )
+        return None
+    return fused.add_measures
 
 
 def _working(parameter: Tensor) -> torch.dtype:
