@@ -38,7 +38,7 @@ for (grads, x, start, top), value, shares, formulas in torch.load(sys.argv[2]):
     factors = Factors("", list(grads.to(device)), x.to(device), start, top.to(device), torch.arange(len(x)))
     totals = torch.zeros(len(formulas), *value.shape, device=device)
     sums = fused.add_measures(factors, value.to(device), shares, formulas, totals)
-    made.append((totals.cpu(), sums))
+    made.append((totals.cpu(), sums.cpu()))
 torch.save(made, sys.argv[3])
 """
 
@@ -68,14 +68,14 @@ fused.tiles.add_measures = lambda *given: (right(*given), given[-1].mul_(1.01))
 COMPILE = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-pointers = {"roots": "fp32", "shares": "fp32", "numbers": "fp32", "totals": "fp32", "sums": "fp64"}
+pointers = {"roots": "fp32", "shares": "fp32", "totals": "fp32", "sums": "fp64"}
 sizes = ("samples", "tokens", "start", "out", "width")
 for capability in (80, 90):
     for precision in ("bf16", "fp16", "fp32"):
         of_factors = dict.fromkeys(("grads", "x", "value"), precision)
         types = {name: f"*{of}" for name, of in (of_factors | pointers).items()}
         types |= dict.fromkeys(sizes, "i32")
-        fixed = {"directions": 4, "turned": 3, "kinds": tuple(range(8))}
+        fixed = {"directions": 4, "turned": 3, "kinds": tuple(range(8)), "numbers": (0.1,) * 8}
         fixed |= {"rows": fused.ROWS, "columns": fused.COLUMNS, "steps": fused.STEPS}
         source = ASTSource(fused._add, types | dict.fromkeys(fixed, "constexpr"), fixed)
         made = triton.compile(source, GPUTarget("cuda", capability, 32), {"num_warps": fused.WARPS})

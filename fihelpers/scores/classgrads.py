@@ -421,12 +421,12 @@ def _factors(use: Use) -> tuple[list[Tensor], Tensor, int]:
     """The gradients (B, T, out) of a linear layer's output, and its input (B, T, in).
 
     Also the first position that has a gradient: padding comes before, and all but the last position in the
-    last block.
+    last block. On a GPU it is the first, since to look for it is to wait.
     """
     grads = [g.reshape(len(g), -1, g.shape[-1]) for g in use.grads]
     x = use.x.reshape(len(use.x), -1, use.x.shape[-1])
     start = 0
-    if not any(g[:, 0].any() for g in grads):
+    if x.device.type == "cpu" and not any(g[:, 0].any() for g in grads):
         live = torch.stack([g.any(-1).any(0) for g in grads]).any(0)
         start = min(int((~live).cumprod(0).sum()), len(live) - 1)
     return grads, x, start

@@ -41,7 +41,7 @@ def add_measures(
     """As `tiles.add_measures`, on the GPU that holds the totals (M, out, in), which are float32.
 
     The layer may be of any size, and its factors in any precision of at most 32 bits.
-    Returns the sums (M, B) in float64, on the CPU.
+    Returns the sums (M, B) in float64 on the GPU, which is not waited for.
     """
     grads, x = torch.stack(list(factors.grads)), factors.x.contiguous()
     directions, samples, tokens, out = grads.shape
@@ -53,8 +53,7 @@ def add_measures(
             x,
             value.contiguous(),
             factors.ceiling.sqrt().to(totals),
-            shares.to(totals),
-            totals.new_tensor(numbers),
+            shares.to(totals, non_blocking=True),
             totals,
             sums,
             samples,
@@ -65,12 +64,13 @@ def add_measures(
             directions=directions,
             turned=directions - (tiles.SIGNS in kinds),
             kinds=kinds,
+            numbers=numbers,
             rows=ROWS,
             columns=COLUMNS,
             steps=STEPS,
             num_warps=WARPS,
         )
-    return sums.cpu()
+    return sums
 
 
 def check(device: torch.device, dtype: torch.dtype, formulas: Sequence[Formula]) -> None:
@@ -102,7 +102,6 @@ def _add(
     value,
     roots,
     shares,
-    numbers,
     totals,
     sums,
     samples,
@@ -113,14 +112,15 @@ def _add(
     directions: tl.constexpr,
     turned: tl.constexpr,
     kinds: tl.constexpr,
+    numbers: tl.constexpr,
     rows: tl.constexpr,
     columns: tl.constexpr,
     steps: tl.constexpr,
 ):
     """One tile of the weight, sample after sample.
 
-    grads (D, B, T, out); x (B, T, in); value (out, in); roots, shares (B,); numbers (M,); totals
-    (M, out, in); sums (M, B).
+    grads (D, B, T, out); x (B, T, in); value (out, in); roots, shares (B,); totals (M, out, in);
+    sums (M, B). kinds, numbers: the formulas of M measures.
     """
     top, left = tl.program_id(1) * rows, tl.program_id(0) * columns
     row, column = tl.arange(0, rows), tl.arange(0, columns)
@@ -144,9 +144,8 @@ def _add(
         score *= tl.load(roots + b)
         share = tl.load(shares + b)
         for m in tl.static_range(len(kinds)):
-            found = share * _measure(
-                kinds[m], tl.load(numbers + m), score, metric, others, value + corner + place, inside
-            )
+            given = value + corner + place
+            found = share * _measure(kinds[m], numbers[m], score, metric, others, given, inside)
             total = totals + (far * m * out * width + corner) + place
             tl.store(total, tl.load(total, inside, 0) + found, inside)
             tl.atomic_add(sums + m * samples + b, tl.sum(found).to(tl.float64))
@@ -186,7 +185,7 @@ def _product(
 
 
 @triton.jit
-def _measure(kind: tl.constexpr, number, score, metric, others, value, inside):
+def _measure(kind: tl.constexpr, number: tl.constexpr, score, metric, others, value, inside):
     """One measure of a tile, by the formulas of `measures`. Comparisons are such that NaN passes on."""
     if kind == DAMPED:
         found = score * score / (metric + number)

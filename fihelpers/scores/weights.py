@@ -137,6 +137,7 @@ def accumulate(
                 model, batch, classes, parameters, missed, totals.directions, save_memory, take
             ):
                 totals.add(block, shares[block.samples])
+            totals.settle()
             yield done
 
 
@@ -182,6 +183,7 @@ class Totals:
         self.weights = sum(p.numel() for p in parameters.values())
         self.tops = torch.zeros(2, dtype=torch.float64)  # sums of the ceilings and of the shares they count
         self.others = any(m.reads_others for m in chosen.values())
+        self.taken: list[tuple[str, Tensor, Tensor, Tensor, Tensor]] = []
         self.formulas = [tiles.formula(m) for m in self.grown.values()]
 
     def tensors(self) -> dict[str, Tensor]:
@@ -204,19 +206,28 @@ class Totals:
     def take(self, factors: Factors, shares: Tensor) -> bool:
         """Add a linear layer tile by tile, where that can be done; each sample counts with its share (B,).
 
-        Raises FloatingPointError for NaN or infinite gradients.
+        What the samples added is booked by `settle`, since a GPU is still at work on it.
         """
         name, known = factors.name, tuple(formula for formula in self.formulas if formula is not None)
         add = _in_tiles(factors, self.sums[name], known) if len(known) == len(self.formulas) else None
         if add is None:
             return False
         found = add(factors, self.values[name], shares, known, self.sums[name])
-        if not torch.isfinite(found).all():
-            raise not_finite(name)
-        self._count(factors.ceiling, shares)
-        for total, of_each in zip(self.per_example.values(), found, strict=True):
-            total.index_add_(0, factors.index, of_each)
+        self.taken.append((name, factors.index, factors.ceiling, shares, found))
         return True
+
+    def settle(self) -> None:
+        """Book what the samples of a batch added to the layers that were taken.
+
+        Raises FloatingPointError for NaN or infinite gradients.
+        """
+        for name, index, top, shares, found in self.taken:
+            if not torch.isfinite(found).all():
+                raise not_finite(name)
+            self._count(top, shares)
+            for total, of_each in zip(self.per_example.values(), found.cpu(), strict=True):
+                total.index_add_(0, index, of_each)
+        self.taken.clear()
 
     def add(self, block: Block, shares: Tensor) -> None:
         """Add a block of gradients along the directions, of which each sample counts with its share (B,)."""
