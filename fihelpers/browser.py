@@ -39,6 +39,7 @@ BROWSER_FLAGS = [
 ]
 PATIENCE = 30_000  # milliseconds a page has to show its mathematics and widgets
 REACTION = 1_500  # milliseconds an explorer has to answer a click or a key
+SETTLING = 10_000  # milliseconds the theme has to follow a new width
 TABS = 2  # pages open at a time
 FIRST_VISITED = ("intro.html", "search.html")  # by a reader whose system is dark
 SOUGHT = "saturation"  # a word of the book's that its search must find
@@ -205,7 +206,7 @@ async def _faults(page: "Page", site: _Site, name: str) -> list[str]:
     for width, scheme in zip(WIDTHS, SCHEMES, strict=True):
         await _show(page, width, scheme)
         with suppress(TimeoutError):
-            await page.wait_for_function(_SETTLED, timeout=REACTION)
+            await page.wait_for_function(_SETTLED, timeout=SETTLING)
         faults += await _ask_axe(page, again=scheme != SCHEMES[0])
     if name in FIRST_VISITED:  # menus in the dark, and a first visit there, which all pages share
         await _show(page, WIDTHS[0], "dark")
@@ -346,9 +347,9 @@ _CHANGED = f"""async (explorer, patience) => {{
   return false;
 }}"""
 
-# True once the theme lets the keys scroll what became too wide; it looks a while after the screen changed.
+# True once the theme lets the keys scroll what became too large; it looks a while after the screen changed.
 _SETTLED = """() => [...document.querySelectorAll("[tabindex='-1']")]
-  .every(part => part.scrollWidth <= part.clientWidth)"""
+  .every(part => part.scrollWidth <= part.clientWidth && part.scrollHeight <= part.clientHeight)"""
 
 # Serious and critical faults by axe-core. Formulas are left out, since they have many parts and MathJax's own
 # words for each; they were seen to be typeset before. Of what is made alike many times, the first ones
