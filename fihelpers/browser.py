@@ -189,8 +189,6 @@ async def _all_faults(chromium: "Browser", site: _Site, names: list[str]) -> lis
 
 async def _faults(page: "Page", site: _Site, name: str) -> list[str]:
     """The faults of one page in all views; one that shows in several comes as often."""
-    from playwright.async_api import TimeoutError
-
     faults: list[str] = []
     _listen(page, site.address, faults)
     await _show(page, WIDTHS[0], "light")
@@ -205,8 +203,6 @@ async def _faults(page: "Page", site: _Site, name: str) -> list[str]:
     await page.evaluate(site.axe)
     for width, scheme in zip(WIDTHS, SCHEMES, strict=True):
         await _show(page, width, scheme)
-        with suppress(TimeoutError):
-            await page.wait_for_function(_SETTLED, timeout=SETTLING)
         faults += await _ask_axe(page, again=scheme != SCHEMES[0])
     if name in FIRST_VISITED:  # menus in the dark, and a first visit there, which all pages share
         await _show(page, WIDTHS[0], "dark")
@@ -221,6 +217,10 @@ async def _faults(page: "Page", site: _Site, name: str) -> list[str]:
 
 async def _ask_axe(page: "Page", again: bool) -> list[str]:
     """What axe-core finds in the page as it is shown; again: only what colours and width can change."""
+    from playwright.async_api import TimeoutError
+
+    with suppress(TimeoutError):
+        await page.wait_for_function(_SETTLED, timeout=SETTLING)
     return await page.evaluate(_AXE, [list(AXE_NOT_ASKED), AXE_ALIKE, AXE_AGAIN if again else None])
 
 

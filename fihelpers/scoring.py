@@ -35,7 +35,7 @@ from tqdm import tqdm
 from fihelpers.answers import Answers, usual_answers
 from fihelpers.files import package_sha256
 from fihelpers.influence import EXACT, Spectral
-from fihelpers.measures import DataFree, Measure, find_measure
+from fihelpers.measures import Measure, find_measure
 from fihelpers.models import Batch, LanguageModel
 from fihelpers.preflight import Estimate, plan_scores, prompt_lengths
 from fihelpers.scores.classgrads import named_parameters
@@ -344,7 +344,7 @@ def _add_up(
     """
     start = kept.load(totals)
     steps: Iterable[int] = ()
-    if contexts and _gradients(totals):
+    if contexts:
         steps = accumulate(model, contexts, totals, classes, start, save_memory=save_memory)
     if start and kept.team.first:
         print(f"fihelpers: going on after {start} of {len(contexts)} batches", file=sys.stderr)
@@ -357,10 +357,6 @@ def _add_up(
                 kept.save(totals, done)
             if asked and done < len(contexts):
                 raise RuntimeError(f"stopped after {done} of {len(contexts)} batches; {kept.hint()}")
-
-
-def _gradients(totals: Totals) -> bool:
-    return any(not isinstance(measure, DataFree) for measure in totals.measures.values())
 
 
 @contextmanager

@@ -43,6 +43,7 @@ torch.save(made, sys.argv[3])
 """
 
 SCORE = """
+import json
 from unittest import mock
 sys.path.append(sys.argv[2])
 from tiny import tiny_examples, tiny_model
@@ -55,6 +56,8 @@ for engine in (fused.add_measures, None):
     with mock.patch.object(weights, "_in_tiles", lambda *_: engine):
         found.append(weights.score_weights(model, examples, spectral=Damped(1e-4), batch_size=2))
 for name, kernel in found[0].items():
+    of_each = [json.loads(scores[name].metadata["per_example"]) for scores in found]
+    assert all(abs(a - b) <= 1e-3 * b for a, b in zip(*of_each, strict=True)), name
     largest = max(float(v.max()) for v in found[1][name].values.values())
     for key, value in kernel.values.items():
         assert (value - found[1][name][key]).abs().max() <= 1e-3 * largest, (name, key)

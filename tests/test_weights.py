@@ -280,8 +280,10 @@ def test_bad_input_is_named() -> None:
         score_weights(model, tiny_examples(1))
 
 
-def test_measures_without_data_need_no_gradients() -> None:
+def test_measures_without_data_need_no_gradients(monkeypatch) -> None:
     model = tiny_model("llama")
+    monkeypatch.setattr(weights, "class_grad_blocks", None)
+    monkeypatch.setattr(weights, "missed_by_hooks", None)
     found = score_weights(model, tiny_examples(2), ["magnitude"], displaced=False)
     assert list(found) == ["magnitude"]
     for name, p in model.network.named_parameters():

@@ -126,8 +126,11 @@ def accumulate(
 ) -> Iterator[int]:
     """Add the contexts from number `start` on to the running totals; yields how many are in, batch by batch.
 
-    Totals kept at one of these points and taken up again at it end as if there had been no stop.
+    Totals kept at one of these points and taken up again at it end as if there had been no stop. There are
+    none of these points where no measure needs data.
     """
+    if not totals.grown:
+        return
     parameters = totals.parameters
     with frozen(model.network):
         missed = missed_by_hooks(model, contexts[0][0], classes, parameters, save_memory)
