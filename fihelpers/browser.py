@@ -227,6 +227,7 @@ async def _ask_axe(page: "Page", again: bool) -> list[str]:
 async def _show(page: "Page", width: int, scheme: Scheme) -> None:
     await page.set_viewport_size({"width": width, "height": 900})
     await page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
+    await page.evaluate(_LAID_OUT)
 
 
 async def _open(page: "Page", address: str) -> None:
@@ -346,6 +347,15 @@ _CHANGED = f"""async (explorer, patience) => {{
   }}
   return false;
 }}"""
+
+# Ends when the sidebars have their places: for a moment after a new width the text takes the whole of it.
+_LAID_OUT = """async () => {
+  const width = () => document.querySelector("#main-content article")?.clientWidth;
+  for (let same = 0, last = width(); same < 5; last = width()) {
+    await new Promise(done => setTimeout(done, 50));
+    same = width() === last ? same + 1 : 0;
+  }
+}"""
 
 # True once the theme lets the keys scroll what became too large; it looks a while after the screen changed.
 _SETTLED = """() => [...document.querySelectorAll("[tabindex='-1']")]

@@ -38,13 +38,6 @@
     for (const arrow of document.querySelectorAll("summary:has(.toctree-toggle)"))
       arrow.setAttribute("aria-label", "Show or hide the pages below");
     new MutationObserver(name).observe(document.body, { childList: true, subtree: true });
-    // The theme lets the keys scroll what is too large for its place, but looks at the window's size alone:
-    // a place also changes while the page is laid out, or when the sidebar is hidden.
-    const places = new ResizeObserver((changed) => {
-      for (const { target: place } of changed)
-        place.tabIndex = place.scrollWidth > place.clientWidth || place.scrollHeight > place.clientHeight ? 0 : -1;
-    });
-    for (const place of document.querySelectorAll("pre, .cell_output > .output")) places.observe(place);
     // From the disk, a page may not read others to quote from them.
     if (location.protocol === "file:" && typeof DOCUMENTATION_OPTIONS !== "undefined")
       DOCUMENTATION_OPTIONS.SHOW_SEARCH_SUMMARY = false;
