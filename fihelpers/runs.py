@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fihelpers.data import MANIFEST, data_folder, file_sha256
-from fihelpers.files import PACKAGE, package_sha256, write_atomically
+from fihelpers.files import PACKAGE, lasting_files, package_sha256, write_atomically
 from fihelpers.parameters import NOTEBOOKS, declared, nearest, read_profile, settle
 from fihelpers.results import RAW, results_beside
 
@@ -153,8 +153,8 @@ def _key(notebook: Path, settings: Mapping[str, Any], out: Path) -> str:
 
 def _stamps(path: Path) -> list[tuple[str, int, int]]:
     """Names, sizes and times of the files that a parameter names, such as a model's folder."""
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    return [(str(file), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files if file.is_file()]
+    files = lasting_files(path) if path.is_dir() else [path]
+    return [(str(file), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
 
 
 def _is_current(done: Path, key: str) -> bool:
