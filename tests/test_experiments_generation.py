@@ -70,6 +70,15 @@ def test_an_interrupted_sweep_goes_on(
     pd.testing.assert_frame_equal(found, rows)
 
 
+def test_an_answer_with_any_line_breaks_is_kept_as_it_stands(
+    plan: lab.Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd, compare = "a\rb\r\nc\nd\u2028e", lab.Bench.compare
+    monkeypatch.setattr(lab.Bench, "compare", lambda *a: compare(*a) | {"first": odd})
+    rows = lab.run_sweep(tiny_model("qwen2"), replace(plan, seeds=1, rates=(0.5,)), tmp_path / "cache")
+    assert rows["first"].tolist() == [odd] * (2 + len(MEASURES))
+
+
 def test_summary_and_differences(plan: lab.Plan, rows: pd.DataFrame) -> None:
     table = lab.summary(rows)
     part = rows[(rows.measure == "SNIP") & (rows.rate == 0.5)]

@@ -6,6 +6,7 @@ intact model's own: ROUGE-1, and the win rate by a judge, raw and at equal lengt
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import io
 import json
@@ -177,7 +178,8 @@ def run_sweep(model: LanguageModel, plan: Plan, cache: Path, judge: Judge | None
         path = cache / f"{key}.{k}.csv"
         if not path.is_file():
             found = pd.DataFrame(_one_calibration(plan, bench, k, cache / f"{key}.samples.jsonl"))
-            write_atomically(path, found.to_csv(index=False).encode())
+            # quoted, for a lone carriage return in an answer would end its row
+            write_atomically(path, found.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC).encode())
         parts.append(pd.read_csv(io.BytesIO(path.read_bytes()), keep_default_na=False))
     return pd.concat(parts, ignore_index=True)
 
