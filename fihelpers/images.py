@@ -1,9 +1,11 @@
 """Reading an image file into grey levels, and writing them back."""
 
+import base64
 import io
 import re
 import warnings
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import torch
@@ -17,6 +19,8 @@ MAX_ASPECT = 200  # the longer side over the shorter one; Qwen2-VL's processor r
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM")  # Pillow's others may start other programs
 WHITE = (255, 255, 255, 255)
 MAX_16_BIT = 65535
+DATA_URL = re.compile(r"\s*data:([^,]*),", re.IGNORECASE)
+URL_SAFE = str.maketrans("-_", "+/")
 
 
 def read_image(source: bytes | Path) -> Tensor:
@@ -34,6 +38,30 @@ def read_image(source: bytes | Path) -> Tensor:
 def check_image(source: bytes | Path) -> None:
     """Raise what :func:`read_image` would raise."""
     _decode(source)
+
+
+def is_data_url(text: str) -> bool:
+    """Whether a text is a file as an address, "data:image/png;base64,iVBOR…" (RFC 2397)."""
+    return DATA_URL.match(text) is not None
+
+
+def decode_base64(text: str) -> bytes:
+    """Decode base64, plain or in a data URL, as forgivingly as browsers do (WHATWG, Infra, section 7).
+
+    White space and line breaks may stand anywhere, the padding may be missing, and the alphabet may be the
+    one for URLs (RFC 4648, section 5). Raises ValueError for anything else.
+    """
+    url = DATA_URL.match(text)
+    if url and not re.search(r";\s*base64\s*$", url[1], re.IGNORECASE):
+        raise ValueError(f"the image is not base64 (it begins with {url[0].strip()[:40]!r}); replace it.")
+    encoded = unquote(text[url.end() :]) if url else text
+    encoded = "".join(encoded.split()).translate(URL_SAFE)
+    if not encoded.endswith("="):
+        encoded += "=" * (-len(encoded) % 4)
+    try:
+        return base64.b64decode(encoded, validate=True)
+    except ValueError as error:
+        raise ValueError(f"the image is not base64 ({error}); replace it.") from error
 
 
 def to_pil(image: Tensor) -> Image.Image:

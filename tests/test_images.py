@@ -1,5 +1,6 @@
 """Reading images: every kind becomes RGB grey levels as it is meant to look, or is refused by name."""
 
+import base64
 import io
 import struct
 import zlib
@@ -12,7 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from fihelpers.images import MAX_ASPECT, MAX_PIXELS, check_image, encode_png, read_image, to_pil
+from fihelpers.images import (
+    MAX_ASPECT,
+    MAX_PIXELS,
+    check_image,
+    decode_base64,
+    encode_png,
+    is_data_url,
+    read_image,
+    to_pil,
+)
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
@@ -204,3 +214,37 @@ def test_the_limits_themselves_are_allowed() -> None:
 def test_a_missing_file_is_an_os_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"none\.png"):
         read_image(tmp_path / "none.png")
+
+
+@given(st.binary(max_size=200), st.integers(1, 80), st.sampled_from(["\n", "\r\n", " ", "\t", "\u2028"]))
+def test_base64_is_decoded_in_every_valid_spelling(content: bytes, width: int, gap: str) -> None:
+    plain, safe = base64.b64encode(content).decode(), base64.urlsafe_b64encode(content).decode()
+    broken = gap.join(plain[i : i + width] for i in range(0, len(plain), width)) + gap
+    for text in (plain, safe, broken, plain.rstrip("="), safe.rstrip("=")):
+        assert decode_base64(text) == content
+        assert not is_data_url(text)
+        for start in ("data:image/jpeg;base64,", "DATA:image/png;charset=x;Base64,", " data:; base64 ,\n"):
+            assert is_data_url(start + text)
+            assert decode_base64(start + text) == content
+    assert decode_base64("data:image/png;base64," + plain.replace("=", "%3D").replace("+", "%2B")) == content
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "*" * 100,
+        "é" * 100,
+        "\0" * 100,
+        "A" * 101,  # one character, 6 bits, over
+        "QQ=",
+        "QQ==QQ==",
+        "data:image/svg+xml,%3Csvg/%3E",
+        "data:image/png;base64,*",
+        "data:image/png;base64,data:image/png;base64,QQ==",
+        "image/png;base64,QQ==",
+        "cat.png",
+    ],
+)
+def test_what_is_no_base64_is_named(text: str) -> None:
+    with pytest.raises(ValueError, match=r"^the image is not base64 \(.*\); replace it\.$"):
+        decode_base64(text)

@@ -149,6 +149,27 @@ def test_quoted_line_breaks_and_spaces_around_values_are_read(tmp_path: Path) ->
     assert (example.question, example.options, example.answer) == ("Which\nlaw?", ("a,b", 'c"d', "e", "f"), 3)
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("blank", ["", " ", "\t \t", "\u3000", "\x0c"])
+def test_blank_lines_are_passed_over_and_counted(tmp_path: Path, blank: str, end: str) -> None:
+    path = tmp_path / "test" / "law_test.csv"
+    path.parent.mkdir()
+    lines = [blank, "Q1?,a,b,c,d,A", blank, blank, '"Q2', "", 'more?",a,b,c,d,B', blank]
+    path.write_text(end.join(lines), encoding="utf-8", newline="")
+    first, second = load_task(tmp_path, "law")
+    assert (first.id, first.question, first.answer) == ("law/test/1", "Q1?", 0)
+    assert (second.id, second.question, second.answer) == ("law/test/2", f"Q2{end}{end}more?", 1)
+    path.write_text(end.join([*lines, "Q3?,a,b"]), encoding="utf-8", newline="")
+    with pytest.raises(ValueError, match=r"^test/law_test\.csv, line 9: 3 columns"):
+        load_task(tmp_path, "law")
+    path.write_text(end.join([*lines, '"Q3?,a,b', ""]), encoding="utf-8", newline="")
+    with pytest.raises(ValueError, match=r"^test/law_test\.csv, line 9: unexpected end of data"):
+        load_task(tmp_path, "law")
+    path.write_bytes(end.join(lines).encode() + end.encode() + b"\xff")
+    with pytest.raises(ValueError, match=r"^test/law_test\.csv, line 9: .*utf-8"):
+        load_task(tmp_path, "law")
+
+
 GOOD = ["Q?", "a", "b", "c", "d", "A"]
 
 
@@ -157,7 +178,7 @@ GOOD = ["Q?", "a", "b", "c", "d", "A"]
     [
         (["Q?", "a", "b", "c", "A"], "5 columns"),
         ([*GOOD, "more"], "7 columns"),
-        ([], "0 columns"),
+        ([""] * 6, "the question is empty"),
         (["Q?", "a", "b", "c", "d", "E"], "the answer 'E' is not among"),
         (["Q?", "a", "b", "c", "d", "AB"], "the answer 'AB' is not among"),
         (["Q?", "a", "b", "c", "d", ""], "the answer '' is not among"),
@@ -177,6 +198,8 @@ def test_a_malformed_row_is_named_by_file_and_line(tmp_path: Path, bad: list[str
     ("content", "message"),
     [
         (b"", "is empty"),
+        (b"\n \n\r\n\t\n", "is empty"),
+        (b"\xef\xbb\xbf\n", "is empty"),
         (b'Q?,a,b,c,d,A\n"Q?,a,b,c,d,A\n', "line 2: "),
         (b"Q?,a,b,c,\xff,A\n", "line 1: .*utf-8"),
     ],
@@ -285,6 +308,15 @@ def test_text_has_one_context_a_line_and_no_answer(write_text) -> None:
     assert [example.id for example in task] == ["text/1", "text/3", "text/4"]
     assert (task.name, task.subject, task.split) == ("openings", "text", "all")
     assert len(load_task(write_text(b"a\nb\nc\n"), "text", n=2)) == 2
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("mark", list("\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"))
+def test_only_line_ends_part_contexts(write_text, mark: str, end: str) -> None:
+    lines = [f"Once{mark}upon a time", f"{mark}Tom", f"ate{mark}"]
+    task = load_task(write_text(end.join([*lines, mark, ""]).encode()))
+    assert [example.prompt for example in task] == lines
+    assert [example.id for example in task] == ["text/1", "text/2", "text/3"]
 
 
 @pytest.mark.parametrize(

@@ -210,6 +210,9 @@ def test_of_several_splits_the_one_asked_for_is_read(write_table: WriteTable) ->
         ({"image": ""}, "the image '' is neither"),
         ({"image": "*" * 100}, "the image is not base64"),
         ({"image": "é" * 100}, "the image is not base64"),
+        ({"image": "data:image/png;base64,"}, "the image is empty"),
+        ({"image": "data:image/png,%89PNG"}, "the image is not base64 (it begins with 'data:image/png,')"),
+        ({"image": "data:image/png;base64,*"}, "the image is not base64"),
         ({"image": base64.b64encode(b"GIF89a" * 20).decode()}, "the image is corrupt"),
         ({"image": base64.b64encode(png(size=(1, 5000))).decode()}, "the image has 1 x 5000 pixels"),
     ],
@@ -226,16 +229,119 @@ def test_a_bad_row_is_named_and_the_others_are_kept(
     assert "\n" not in line
 
 
-def test_a_row_with_too_few_or_too_many_fields_is_named(write_table: WriteTable) -> None:
-    path = write_table(mmbench_row(1))
-    with open(path, "a", encoding="utf-8") as file:
-        file.write("2\tQ2?\n")
-        file.write("\t".join([*mmbench_row(3).values(), "more", "still more"]) + "\n")
-    task = load_task(path)
-    assert len(task) == 1
-    assert [line.split(";")[0] for line in task.skipped] == [
-        f"row {number}: the row does not have as many columns as the header" for number in (2, 3)
+COLUMNS_FAULT = "the row does not have as many columns as the header; correct line {}."
+QUOTE_FAULT = "a quoted field is not closed, or followed by text; correct line {}."
+NUL_FAULT = "line {} holds a NUL character; remove it."
+UTF8_FAULT = "line {} is not UTF-8; save it as UTF-8."
+
+
+def raw_row(index: int, **changes: str) -> bytes:
+    """A row as it stands in the file, without any quoting; "\\udcff" becomes the byte ff."""
+    row = mmbench_row(index, **changes)
+    return "\t".join(row[name] for name in COLUMNS).encode(errors="surrogateescape")
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
+@pytest.mark.parametrize(
+    ("bad", "fault"),
+    [
+        (b"2\tQ2?", COLUMNS_FAULT),
+        (raw_row(2) + b"\tmore\tstill more", COLUMNS_FAULT),
+        (raw_row(2, question='"Q2?'), QUOTE_FAULT),
+        (raw_row(2, question='"'), QUOTE_FAULT),
+        (raw_row(2, split='"dev'), QUOTE_FAULT),
+        (raw_row(2, question='"Q2?" she said'), QUOTE_FAULT),
+        (raw_row(2, question='"Is "this" it?"'), QUOTE_FAULT),
+        (raw_row(2, question='"Q2\nmore?" he said'), QUOTE_FAULT),
+        (raw_row(2, question='"Is "this"\nit?"'), QUOTE_FAULT),
+        (raw_row(2, question='"Q2\nmore?"') + b"\tmore", COLUMNS_FAULT),
+        (raw_row(2, question="Q\0?"), NUL_FAULT),
+        (raw_row(2, image="\0" * 200_000), NUL_FAULT),
+        (raw_row(2, question="Q\udcff?"), UTF8_FAULT),
+        (raw_row(2, question='"' + "Q" * 200_000), QUOTE_FAULT),
+    ],
+)
+def test_a_malformed_row_is_named_by_its_line_and_takes_no_other_along(
+    write_table: WriteTable, bad: bytes, fault: str, end: bytes
+) -> None:
+    header, before = "\t".join(COLUMNS).encode(), raw_row(1, question='"Two\n\n""lines""?"')
+    questions = {3: '"Q3\n""?"', 4: '""', 5: 'A 5"', 6: "é"}
+    for after in ([raw_row(i, question=text) for i, text in questions.items()], []):
+        path = write_table()
+        path.write_bytes(end.join(line.replace(b"\n", end) for line in (header, before, bad, *after)))
+        task = load_task(path)
+        check_invariants(task)
+        asked = [example.question.replace(end.decode(), "\n") for example in task]
+        assert asked == ['Two\n\n"lines"?', *(['Q3\n"?', 'A 5"', "é"] if after else [])]
+        empty = ["row 4: the question is empty; write one."] if after else []
+        assert task.skipped == ("row 2: " + fault.format(5), *empty)
+        assert load_task(path, "action_recognition").skipped == task.skipped  # it may be of any subject
+
+
+def test_malformed_rows_one_after_the_other_are_counted_each(write_table: WriteTable) -> None:
+    changes = [
+        *({"question": '"Q1?'}, {"question": '"Q2?'}, {"A": 'a 5"'}, {"A": '"a"b'}, {"A": "a\tmore"}),
+        *({"hint": '"'}, {"hint": '"'}, {"hint": 'x"'}, {"split": '"'}),
     ]
+    lines = [raw_row(i, **change) for i, change in enumerate(changes, start=1)]
+    path = write_table()
+    path.write_bytes(b"\n".join(["\t".join(COLUMNS).encode(), *lines, b"", raw_row(10)]))
+    task = load_task(path)
+    assert [example.id.split("/")[1] for example in task] == ["3", "8", "10"]
+    faults = {1: QUOTE_FAULT, 2: QUOTE_FAULT, 4: QUOTE_FAULT, 5: COLUMNS_FAULT}
+    faults |= {6: QUOTE_FAULT, 7: QUOTE_FAULT, 9: QUOTE_FAULT}
+    assert task.skipped == tuple(f"row {i}: {fault.format(i + 1)}" for i, fault in faults.items())
+
+
+@pytest.mark.parametrize("first", ["question", "index"])
+def test_valid_quoted_fields_are_read_as_they_stand(write_table: WriteTable, first: str) -> None:
+    texts = ["one\ntwo", 'a "word"', "tab\there", '"', "\n\n", '5" wide', '""\n""', "\u2028\x0c\x85x"]
+    rows = [mmbench_row(i, hint=text, question=f"{text} {i}") for i, text in enumerate(texts)]
+    task = load_task(write_table(*rows, columns=sorted(COLUMNS, key=lambda name: name != first)))
+    assert task.skipped == ()
+    assert [example.hint for example in task] == [text.strip() for text in texts]
+    assert [example.question for example in task] == [f"{text} {i}".strip() for i, text in enumerate(texts)]
+
+
+def test_blank_lines_of_a_table_are_passed_over(write_table: WriteTable) -> None:
+    path = write_table()
+    header = "\t".join(COLUMNS).encode()
+    path.write_bytes(b"\n".join([b"", header, b"", b" ", raw_row(1), b"\t" * 10, b"", b"2\tQ2?", b" \n"]))
+    task = load_task(path)
+    assert [example.question for example in task] == ["Q1?"]
+    assert task.skipped == ("row 2: " + COLUMNS_FAULT.format(8),)
+
+
+def lined(text: str, end: str = "\n") -> str:
+    return end.join(text[i : i + 76] for i in range(0, len(text), 76)) + end
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda text: f"data:image/png;base64,{text}",
+        lambda text: f"data:;base64,{text}",
+        lined,
+        lambda text: lined(text, "\r\n"),
+        lambda text: f"data:image/png;base64,\n{lined(text)}",
+        lambda text: " ".join(text),
+        lambda text: text.replace("+", "-").replace("/", "_"),
+    ],
+)
+def test_base64_of_an_image_may_have_a_prefix_or_line_breaks(
+    write_table: WriteTable, write: Callable[[str], str]
+) -> None:
+    rows = [mmbench_row(1), mmbench_row(2, image="1")]
+    expected = load_task(write_table(*rows)).examples
+    rows[0]["image"] = write(rows[0]["image"])
+    task = load_task(write_table(*rows))
+    assert (task.examples, task.skipped) == (expected, ())
+
+
+def test_a_data_url_may_be_shorter_than_the_index_of_a_row(write_table: WriteTable) -> None:
+    short = "data:;base64," + base64.b64encode(b"P5 1 1 255\n\7").decode()
+    assert len(short) < 64
+    assert load_task(write_table(mmbench_row(1, image=short))).examples[0].image == b"P5 1 1 255\n\7"
 
 
 def test_where_no_row_is_left_the_first_reasons_are_given(write_table: WriteTable) -> None:
@@ -251,7 +357,12 @@ def test_where_no_row_is_left_the_first_reasons_are_given(write_table: WriteTabl
         (b"", "lacks the columns index, question, A, B, answer, category, image"),
         (b"index,question\n1,2\n", "lacks the columns"),
         (b"\xff\xfe\n", r"mmbench_dev\.tsv is no tab-separated table in UTF-8"),
-        ("\t".join(COLUMNS).encode() + b'\n1\t"Q?\n', r"mmbench_dev\.tsv is no tab-separated table"),
+        (
+            b'index\t"question\n1\t2\n',
+            r"mmbench_dev\.tsv is no tab-separated table in UTF-8: a quoted.* line 1",
+        ),
+        ("\t".join(COLUMNS).encode() + b'\n1\t"Q?\n', "no row that can be used.* row 1: a quoted.* line 2"),
+        (b"\n\n", "lacks the columns index"),
         ("\t".join(COLUMNS).encode() + b"\n", "has no examples"),
     ],
 )
@@ -271,6 +382,7 @@ def problem(**changes: object) -> dict[str, object]:
 
 
 WriteScience = Callable[..., Path]
+WritePuzzles = Callable[..., Path]
 
 
 @pytest.fixture
@@ -311,6 +423,15 @@ def test_scienceqa_is_read_and_questions_without_image_are_counted(write_science
         load_task(write_science(problem(image=None)))
 
 
+def test_an_image_may_stand_in_the_file_itself(
+    write_science: WriteScience, write_puzzles: WritePuzzles
+) -> None:
+    url = "data:image/png;base64," + lined(base64.b64encode(png(9)).decode())
+    for folder in (write_science(problem(image=url)), write_puzzles(puzzle(image=url))):
+        (example,) = load_task(folder)
+        assert example.image == png(9)
+
+
 @pytest.mark.parametrize(
     ("bad", "reason"),
     [
@@ -324,6 +445,7 @@ def test_scienceqa_is_read_and_questions_without_image_are_counted(write_science
         (problem(choices=["x", None]), "None is neither text nor a number"),
         (problem(image="../1/../../../problems.json"), "the image is corrupt"),  # inside the folder, no image
         (problem(image="../../../../outside.png"), r"the image .* lies outside the folder"),
+        (problem(image="data:image/png;base64,*"), "the image is not base64"),
         (problem(image="other.png"), r"the image 'images/test/2/other\.png' is missing"),
         (problem(image="a\0b"), ".*null"),  # in Python's words
         ({"subject": "natural science"}, "the field 'image' is missing"),
@@ -356,9 +478,6 @@ def test_a_malformed_scienceqa_folder_is_named(
     (folder / "problems.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match=r"has no pid_splits\.json"):
         load_task(folder)
-
-
-WritePuzzles = Callable[..., Path]
 
 
 @pytest.fixture
@@ -418,6 +537,7 @@ def test_puzzles_with_options_of_mixed_type_are_read_as_text(write_puzzles: Writ
         (puzzle(image="images/b.png"), "the image 'images/b.png' is missing"),
         (puzzle(image="x" * 5000), ""),  # in the words of the file system
         (puzzle(image="link.png"), "the image 'link.png' lies outside the folder"),
+        (puzzle(image="data:image/png,a"), "the image is not base64"),
         (puzzle(image=None), "the image 'None' is missing"),
         ({"image": "images/a.png"}, "the field 'answer' is missing"),
         ([1, 2], "the record is missing or no object"),

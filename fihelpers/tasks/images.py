@@ -1,7 +1,5 @@
 """Questions about images with two to six options: bundled, MMBench, ScienceQA and PuzzleVQA."""
 
-import base64
-import csv
 import json
 import math
 import re
@@ -15,8 +13,9 @@ import yaml
 from tqdm import tqdm
 
 from fihelpers.data import check_file, data_folder
-from fihelpers.images import check_image
+from fihelpers.images import check_image, decode_base64, is_data_url
 from fihelpers.tasks.base import Example
+from fihelpers.tasks.tables import TableRow, read_tsv
 
 LETTERS = "ABCDEF"
 BUNDLED = "bundled-images"
@@ -35,7 +34,6 @@ ONE_SPLIT = "all"  # of a source that is not split
 NO_SUBJECT = "no subject"
 MMBENCH_COLUMNS = ("index", "question", "A", "B", "answer", "category", "image")
 LONGEST_REFERENCE = 64  # characters; MMBench's own tools take a longer image field for an image
-LONGEST_FIELD = 2**31 - 1  # of a .tsv file; Python's csv takes 131,072 characters, fewer than an image has
 PUZZLE_IMAGE = re.compile(r"(\w+)_\d+\.\w+")  # the kind of puzzle and its number
 
 
@@ -45,10 +43,13 @@ class NoImageError(ValueError):
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a source; ``make`` turns it into an example, or raises ValueError or OSError."""
+    """One row of a source; ``make`` turns it into an example, or raises ValueError or OSError.
+
+    ``subject`` is None where the row is too damaged to tell.
+    """
 
     where: str
-    subject: str
+    subject: str | None
     make: Callable[[], Example]
 
 
@@ -106,13 +107,14 @@ def load_instructions() -> dict[str, Wordings]:
 def make_examples(rows: Sequence[Row], subject: str | None) -> tuple[list[Example], list[str]]:
     """Turn the rows of one subject, or of all, into examples, and say of every other row why it is left out.
 
-    Every image is decoded once. Questions of a mixed source that have no image are counted in one line.
+    Every image is decoded once. Questions of a mixed source that have no image are counted in one line. A
+    row whose subject cannot be told may be of any, so each subject leaves it out.
     Raises ValueError for an unknown subject.
     """
-    known = sorted({row.subject for row in rows})
-    if subject is not None and subject not in known:
+    known = sorted({row.subject for row in rows if row.subject is not None})
+    if known and subject is not None and subject not in known:
         raise ValueError(f"unknown subject {subject!r}; use one of {', '.join(known)}.")
-    chosen = [row for row in rows if subject in (None, row.subject)]
+    chosen = [row for row in rows if subject is None or row.subject in (None, subject)]
     examples: list[Example] = []
     skipped: list[str] = []
     without = 0
@@ -152,23 +154,25 @@ def read_mmbench(path: Path, split: str) -> Source:
     """Read a file in the layout of MMBench: tab-separated, with a header and images in base64.
 
     A file whose rows are all of one split, as published, is taken whole. Empty options after the second
-    drop out, and an image field may name another row's index. Where a file asks a question again with its
-    options rotated, each row is an example of its own. Raises FileNotFoundError for a missing file and
-    ValueError for one that is no such table or has several splits but not this one.
+    drop out. An image field may be a data URL, hold line breaks, or name another row's index. Where a file
+    asks a question again with its options rotated, each row is an example of its own. Raises
+    FileNotFoundError for a missing file and ValueError for one that is no such table or has several splits
+    but not this one.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no table {str(path)!r}; give a .tsv file in the layout of MMBench.")
-    records = _read_table(path)
-    images = {str(record["index"]).strip(): str(record["image"] or "") for record in records}
-    splits = sorted({_cell(record, "split") for record in records if _is_whole(record)})
+    table = read_tsv(path, MMBENCH_COLUMNS, "the layout of MMBench")
+    whole = [row for row in table if not row.fault]
+    images = {row.fields["index"].strip(): row.fields["image"] for row in whole}
+    splits = sorted({_cell(row, "split") for row in whole})
     if len(splits) < 2:
         split = "".join(splits) or ONE_SPLIT
     elif split not in splits:
         raise ValueError(f"{path.name} has no split {split!r}; use one of {', '.join(splits)}.")
     rows = [
-        Row(f"row {number}", _mmbench_subject(record), partial(_mmbench, record, images))
-        for number, record in enumerate(records, start=1)
-        if len(splits) < 2 or not _is_whole(record) or _cell(record, "split") == split
+        Row(f"row {number}", _mmbench_subject(row), partial(_mmbench, row, images))
+        for number, row in enumerate(table, start=1)
+        if len(splits) < 2 or row.fault or _cell(row, "split") == split
     ]
     return Source(rows, split)
 
@@ -285,68 +289,46 @@ def _as_text(value: object) -> str:
     return str(int(value)) if value == int(value) else str(value)
 
 
-def _mmbench(record: Mapping[str | None, Any], images: Mapping[str, str]) -> Example:
-    if not _is_whole(record):
-        raise ValueError("the row does not have as many columns as the header; correct it.")
-    letters = [letter for letter in LETTERS if letter in "AB" or _cell(record, letter)]
-    answer = _cell(record, "answer")
+def _mmbench(row: TableRow, images: Mapping[str, str]) -> Example:
+    if row.fault:
+        raise ValueError(row.fault)
+    letters = [letter for letter in LETTERS if letter in "AB" or _cell(row, letter)]
+    answer = _cell(row, "answer")
     if answer not in letters:
         raise ValueError(f"the answer {answer!r} is not among {', '.join(letters)}; use a file with answers.")
-    subject = _mmbench_subject(record)
+    subject = _cell(row, "category") or NO_SUBJECT
     return _example(
-        f"{subject}/{_cell(record, 'index')}",
+        f"{subject}/{_cell(row, 'index')}",
         subject,
-        _cell(record, "question"),
-        [_cell(record, letter) for letter in letters],
+        _cell(row, "question"),
+        [_cell(row, letter) for letter in letters],
         letters.index(answer),
-        _mmbench_image(_cell(record, "image"), images),
-        _cell(record, "hint"),
+        _mmbench_image(_cell(row, "image"), images),
+        _cell(row, "hint"),
     )
 
 
-def _is_whole(record: Mapping[str | None, Any]) -> bool:
-    """Whether the row has as many fields as the header: csv fills up with None, and puts more under None."""
-    return None not in record and None not in record.values()
-
-
-def _mmbench_subject(record: Mapping[str | None, Any]) -> str:
-    return (_cell(record, "category") if _is_whole(record) else "") or NO_SUBJECT
+def _mmbench_subject(row: TableRow) -> str | None:
+    return None if row.fault else _cell(row, "category") or NO_SUBJECT
 
 
 def _mmbench_image(field: str, images: Mapping[str, str]) -> bytes:
-    encoded = field if len(field) > LONGEST_REFERENCE else images.get(field, "")
-    if len(encoded) <= LONGEST_REFERENCE:
+    encoded = field if _holds_image(field) else images.get(field, "")
+    if not _holds_image(encoded):
         raise ValueError(
             f"the image {field!r} is neither base64 nor the index of a row that has one; add it."
         )
-    try:
-        return base64.b64decode(encoded, validate=True)
-    except ValueError as error:
-        raise ValueError(f"the image is not base64 ({error}); replace it.") from error
+    return decode_base64(encoded)
 
 
-def _cell(record: Mapping[str | None, Any], name: str) -> str:
+def _holds_image(field: str) -> bool:
+    return len(field) > LONGEST_REFERENCE or is_data_url(field)
+
+
+def _cell(row: TableRow, name: str) -> str:
     """The text of one field, "" where the table has no such column, or "nan", as pandas writes a gap."""
-    text = str(record.get(name) or "").strip()
+    text = row.fields.get(name, "").strip()
     return "" if text.casefold() == "nan" else text
-
-
-def _read_table(path: Path) -> list[dict[str | None, Any]]:
-    limit = csv.field_size_limit(LONGEST_FIELD)
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, delimiter="\t", strict=True)
-            missing = [name for name in MMBENCH_COLUMNS if name not in (reader.fieldnames or ())]
-            if missing:
-                raise ValueError(
-                    f"{path.name} lacks the columns {', '.join(missing)}; give a tab-separated file in the "
-                    "layout of MMBench."
-                )
-            return list(reader)
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path.name} is no tab-separated table in UTF-8 ({error}); correct it.") from error
-    finally:
-        csv.field_size_limit(limit)
 
 
 def _scienceqa(record: object, id: str, read: Callable[[], bytes]) -> Example:
@@ -364,7 +346,7 @@ def _scienceqa(record: object, id: str, read: Callable[[], bytes]) -> Example:
 
 
 def _scienceqa_file(folder: Path, key: str, problem: object) -> bytes:
-    return _inside(folder, f"images/{_get(problem, 'split')}/{key}/{_get(problem, 'image')}").read_bytes()
+    return _read_image(folder, f"images/{_get(problem, 'split')}/{key}/", _get(problem, "image"))
 
 
 def _puzzlevqa_line(folder: Path, line: str, subject: str, number: int) -> Example:
@@ -372,9 +354,7 @@ def _puzzlevqa_line(folder: Path, line: str, subject: str, number: int) -> Examp
         record = json.loads(line)
     except ValueError as error:
         raise ValueError(f"the line is not JSON ({error}); correct it.") from error
-    return _puzzlevqa(
-        record, subject, number, lambda: _inside(folder, str(_get(record, "image"))).read_bytes()
-    )
+    return _puzzlevqa(record, subject, number, lambda: _read_image(folder, "", _get(record, "image")))
 
 
 def _puzzlevqa(record: object, subject: str, number: int, read: Callable[[], bytes]) -> Example:
@@ -388,6 +368,12 @@ def _hub_image(record: object) -> bytes:
     if not content:
         raise ValueError("the image has no content; leave the row out.")
     return bytes(content)
+
+
+def _read_image(folder: Path, where: str, image: object) -> bytes:
+    """The image of that name, or the one that stands in a data URL."""
+    name = str(image)
+    return decode_base64(name) if is_data_url(name) else _inside(folder, where + name).read_bytes()
 
 
 def _inside(folder: Path, name: str) -> Path:

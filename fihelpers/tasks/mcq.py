@@ -1,6 +1,7 @@
 """Multiple-choice questions: the MMLU CSV layout, the hub's ``cais/mmlu``, and the MMLU prompt."""
 
 import csv
+import io
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -76,9 +77,9 @@ def make_examples(rows: Rows, split: str, solved: Rows, shots: int) -> list[Exam
 def read_folder(folder: Path, subject: str | None, split: str, bundled: bool) -> Rows:
     """Read ``{split}/{subject}_{split}.csv`` without header, for one subject or all in the folder.
 
-    Bundled files are checked against the manifest. Elsewhere a question may repeat an option, as some of
-    the published MMLU questions do. Raises ValueError, naming file and line, for a malformed row, and
-    ValueError for an unknown subject.
+    Blank lines are passed over. Bundled files are checked against the manifest. Elsewhere a question may
+    repeat an option, as some of the published MMLU questions do. Raises ValueError, naming file and line,
+    for a malformed row, and ValueError for an unknown subject.
     """
     known = sorted(path.stem.removesuffix(f"_{split}") for path in (folder / split).glob(f"*_{split}.csv"))
     if not known:
@@ -103,17 +104,27 @@ def _known(subject: str, known: Sequence[str]) -> str:
 
 
 def _read_csv(path: Path, repeats: bool) -> Iterator[Row]:
-    line = 0  # the last line of the previous row: a quoted question may hold line breaks
+    where = f"{path.parent.name}/{path.name}"
+    reader = csv.reader(io.StringIO(_decode(path, where), newline=""), strict=True)
+    line, empty = 0, True  # the last line of the previous row: a quoted question may hold line breaks
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, strict=True)
-            for values in reader:
-                yield _make_row(values, f"{path.parent.name}/{path.name}, line {line + 1}", repeats)
-                line = reader.line_num
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path.parent.name}/{path.name}, line {line + 1}: {error}; correct it.") from error
-    if line == 0:
-        raise ValueError(f"{path.parent.name}/{path.name} is empty; give at least one question.")
+        for values in reader:
+            if "".join(values).strip() or len(values) > 1:  # not a blank line
+                yield _make_row(values, f"{where}, line {line + 1}", repeats)
+                empty = False
+            line = reader.line_num
+    except csv.Error as error:
+        raise ValueError(f"{where}, line {line + 1}: {error}; correct it.") from error
+    if empty:
+        raise ValueError(f"{where} is empty; give at least one question.")
+
+
+def _decode(path: Path, where: str) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = len((error.object[: error.start] + b"?").splitlines())
+        raise ValueError(f"{where}, line {line}: {error}; correct it.") from error
 
 
 def _make_row(values: Sequence[str], where: str, repeats: bool) -> Row:

@@ -1,0 +1,107 @@
+"""Tab-separated tables, row by row: a malformed row is named by its line and takes no other row along."""
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+LONGEST_FIELD = 2**31 - 1  # Python's csv takes 131,072 characters, fewer than an image in base64 has
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """The fields of one row by their column, or what is wrong with it, by its first line."""
+
+    fields: dict[str, str]
+    fault: str = ""
+
+
+def read_tsv(path: Path, columns: Sequence[str], layout: str) -> list[TableRow]:
+    """Read the rows of a tab-separated file in UTF-8 with a header; blank lines are passed over.
+
+    A quoted field may hold tabs, line breaks and doubled quotes; a quote inside a field that is not quoted
+    stands for itself. A row with a quote that is never closed or text after a closing one, another number of
+    fields than the header, a NUL, or bytes that are not UTF-8, has a fault. Raises ValueError for a header
+    with one, or without one of the columns; ``layout`` says whose they are.
+    """
+    limit = csv.field_size_limit(LONGEST_FIELD)
+    try:
+        with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+            lines = list(file)
+        place = _skip_blank(lines, 0)
+        header, used, fault = _row(lines, place, None)
+        if fault:
+            raise ValueError(f"{path.name} is no tab-separated table in UTF-8: {fault}")
+        missing = [name for name in columns if name not in header]
+        if missing:
+            raise ValueError(
+                f"{path.name} lacks the columns {', '.join(missing)}; give a tab-separated file in {layout}."
+            )
+        return _rows(lines, place + used, header)
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _rows(lines: Sequence[str], place: int, header: Sequence[str]) -> list[TableRow]:
+    rows = []
+    while (place := _skip_blank(lines, place)) < len(lines):
+        fields, used, fault = _row(lines, place, len(header))
+        rows.append(TableRow({} if fault else dict(zip(header, fields, strict=True)), fault))
+        place += used
+    return rows
+
+
+def _skip_blank(lines: Sequence[str], place: int) -> int:
+    while place < len(lines) and not lines[place].strip():
+        place += 1
+    return place
+
+
+def _row(lines: Sequence[str], place: int, width: int | None) -> tuple[list[str], int, str]:
+    """Fields of the row that begins at a place, the number of its lines, and its fault, "" for none."""
+    reader = csv.reader(map(lines.__getitem__, range(place, len(lines))), delimiter="\t", strict=True)
+    try:
+        fields, torn = next(reader, []), False
+    except csv.Error:
+        fields, torn = [], True
+    used = reader.line_num
+    # an open quote that meets the quote of a later row makes one row out of many
+    torn = torn or any(_is_whole(line, width) for line in lines[place + 1 : place + used])
+    if torn:
+        used = _torn_lines(lines, place, width)
+    return fields, used, _fault("".join(lines[place : place + used]), place + 1, torn, fields, width)
+
+
+def _fault(text: str, line: int, torn: bool, fields: Sequence[str], width: int | None) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # of the surrogates that stand for bytes that are not UTF-8
+        return f"line {line} is not UTF-8; save it as UTF-8."
+    if "\0" in text:
+        return f"line {line} holds a NUL character; remove it."
+    if torn:
+        return f"a quoted field is not closed, or followed by text; correct line {line}."
+    if width is not None and len(fields) != width:
+        return f"the row does not have as many columns as the header; correct line {line}."
+    return ""
+
+
+def _is_whole(line: str, width: int | None) -> bool:
+    """Whether a line, although read as part of a quoted field, is a row of its own.
+
+    Where the line closes a quoted first field, the quote stands before its first tab.
+    """
+    return width is not None and line.count("\t") >= width - 1 and '"' not in line.partition("\t")[0]
+
+
+def _torn_lines(lines: Sequence[str], place: int, width: int | None) -> int:
+    """How many lines a row with a bad quote takes: those that together have the header's tabs, or one."""
+    wanted = (width or 1) - 1
+    tabs = accumulate(lines[k].count("\t") for k in range(place, len(lines)))
+    for used, found in enumerate(tabs, start=1):
+        if found == 0 or found > wanted:
+            break
+        if found == wanted:
+            return used
+    return 1
