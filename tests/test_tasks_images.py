@@ -253,7 +253,8 @@ def raw_row(index: int, **changes: str) -> bytes:
         (raw_row(2, question='"Q2?" she said'), QUOTE_FAULT),
         (raw_row(2, question='"Is "this" it?"'), QUOTE_FAULT),
         (raw_row(2, question='"Q2\nmore?" he said'), QUOTE_FAULT),
-        (raw_row(2, question='"Is "this"\nit?"'), QUOTE_FAULT),
+        (raw_row(2, question='"Is "this"\n\nit?"'), QUOTE_FAULT),
+        (raw_row(2, split='"de"v\n\ndev"'), QUOTE_FAULT),
         (raw_row(2, question='"Q2\nmore?"') + b"\tmore", COLUMNS_FAULT),
         (raw_row(2, question="Q\0?"), NUL_FAULT),
         (raw_row(2, image="\0" * 200_000), NUL_FAULT),
@@ -295,12 +296,35 @@ def test_malformed_rows_one_after_the_other_are_counted_each(write_table: WriteT
 
 @pytest.mark.parametrize("first", ["question", "index"])
 def test_valid_quoted_fields_are_read_as_they_stand(write_table: WriteTable, first: str) -> None:
-    texts = ["one\ntwo", 'a "word"', "tab\there", '"', "\n\n", '5" wide', '""\n""', "\u2028\x0c\x85x"]
+    texts = [
+        "one\ntwo",
+        'a "word"',
+        "if x:\n\treturn\ty",
+        "def f(x):\n\treturn",
+        "x\n\ny = 1\t# one",
+        "tab\there",
+        '"',
+        "\n\n",
+        '5" wide',
+        '""\n""',
+        "\u2028\x0c\x85x",
+    ]
     rows = [mmbench_row(i, hint=text, question=f"{text} {i}") for i, text in enumerate(texts)]
     task = load_task(write_table(*rows, columns=sorted(COLUMNS, key=lambda name: name != first)))
     assert task.skipped == ()
     assert [example.hint for example in task] == [text.strip() for text in texts]
     assert [example.question for example in task] == [f"{text} {i}".strip() for i, text in enumerate(texts)]
+
+
+def test_a_quote_that_a_later_row_closes_swallows_no_row(write_table: WriteTable) -> None:
+    cut = b'1\t"Q1?'  # one tab, and its quote meets that of row 4
+    for bad in (raw_row(1, question='"Q1?'), cut):
+        rest = [raw_row(2), raw_row(3), raw_row(4, question='A 5"')]
+        path = write_table()
+        path.write_bytes(b"\n".join(["\t".join(COLUMNS).encode(), bad, *rest]))
+        task = load_task(path)
+        assert [example.question for example in task] == ["Q2?", "Q3?", 'A 5"']
+        assert task.skipped == ("row 1: " + QUOTE_FAULT.format(2),)
 
 
 def test_blank_lines_of_a_table_are_passed_over(write_table: WriteTable) -> None:

@@ -3,7 +3,6 @@
 import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 
 LONGEST_FIELD = 2**31 - 1  # Python's csv takes 131,072 characters, fewer than an image in base64 has
@@ -66,9 +65,8 @@ def _row(lines: Sequence[str], place: int, width: int | None) -> tuple[list[str]
     except csv.Error:
         fields, torn = [], True
     used = reader.line_num
-    # an open quote that meets the quote of a later row makes one row out of many
-    torn = torn or any(_is_whole(line, width) for line in lines[place + 1 : place + used])
-    if torn:
+    if torn or _swallows(lines[place : place + used], width):
+        torn = True
         used = _torn_lines(lines, place, width)
     return fields, used, _fault("".join(lines[place : place + used]), place + 1, torn, fields, width)
 
@@ -87,21 +85,32 @@ def _fault(text: str, line: int, torn: bool, fields: Sequence[str], width: int |
     return ""
 
 
-def _is_whole(line: str, width: int | None) -> bool:
-    """Whether a line, although read as part of a quoted field, is a row of its own.
+def _swallows(lines: Sequence[str], width: int | None) -> bool:
+    """Whether the lines are several rows, of which one opened a quote that a later one happened to close.
 
-    Where the line closes a quoted first field, the quote stands before its first tab.
+    A line of a quoted field may look like a row too, where tabs stand in its text; least so between the
+    first and the last line, and seldom both of them.
     """
-    return width is not None and line.count("\t") >= width - 1 and '"' not in line.partition("\t")[0]
+    first, *between, last = [_is_whole(line, width) for line in lines] if len(lines) > 1 else [False, False]
+    return any(between) or (first and last)
+
+
+def _is_whole(line: str, width: int | None) -> bool:
+    """Whether a line, its quotes aside, is a row of the table, and begins with a field that is not quoted."""
+    start = line.partition("\t")[0]
+    return line.count("\t") + 1 == width and start.strip() != "" and '"' not in start
 
 
 def _torn_lines(lines: Sequence[str], place: int, width: int | None) -> int:
-    """How many lines a row with a bad quote takes: those that together have the header's tabs, or one."""
+    """How many lines a row with a bad quote takes: those that together have the header's tabs, or one.
+
+    What follows without any tab is the rest of its last field.
+    """
     wanted = (width or 1) - 1
-    tabs = accumulate(lines[k].count("\t") for k in range(place, len(lines)))
-    for used, found in enumerate(tabs, start=1):
-        if found == 0 or found > wanted:
+    used, tabs = 1, lines[place].count("\t")
+    while tabs and place + used < len(lines):
+        more = lines[place + used].count("\t")
+        if tabs + more > wanted:
             break
-        if found == wanted:
-            return used
-    return 1
+        used, tabs = used + 1, tabs + more
+    return used if tabs == wanted else 1
