@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -17,6 +18,7 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
+from fihelpers.experiments import pixels, prompts
 from fihelpers.images import read_image
 from fihelpers.minis.manifest import write_manifest
 from fihelpers.tasks import Example, Task, image_prompt, load_task, with_instruction
@@ -277,6 +279,17 @@ def test_a_malformed_row_is_named_by_its_line_and_takes_no_other_along(
         empty = ["row 4: the question is empty; write one."] if after else []
         assert task.skipped == ("row 2: " + fault.format(5), *empty)
         assert load_task(path, "action_recognition").skipped == task.skipped  # it may be of any subject
+
+
+@pytest.mark.parametrize("lab", [pixels, prompts])
+def test_chapters_that_ask_by_subject_count_a_malformed_row_once(write_table: WriteTable, lab: Any) -> None:
+    rows = [mmbench_row(i, category="xy"[i % 2], split="test") for i in range(4)]
+    path = write_table(*rows)
+    with open(path, "ab") as file:
+        file.write(b'4\t"Q4?')
+    examples, skipped = lab.load_pictures(str(path), ["x", "y"], 2, 0)
+    assert [example.subject for example in examples] in (["x", "x", "y", "y"], ["x", "y", "x", "y"])
+    assert skipped == ["row 5: " + QUOTE_FAULT.format(6)]
 
 
 def test_malformed_rows_one_after_the_other_are_counted_each(write_table: WriteTable) -> None:

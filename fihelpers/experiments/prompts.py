@@ -97,7 +97,8 @@ def load_pictures(task: str, subjects: Sequence[str], n_each: int, seed: int) ->
     """Draw `n_each` pictures of each subject's test split, subjects taking turns."""
     tasks = [load_task(task, subject, "test", n_each, seed) for subject in subjects]
     examples = [example for turn in zip(*tasks, strict=True) for example in turn]
-    return Pictures(examples, [line for t in tasks for line in t.skipped])
+    # a row too damaged to tell its subject is named by every task
+    return Pictures(examples, list(dict.fromkeys(line for t in tasks for line in t.skipped)))
 
 
 def prompts() -> list[Prompt]:
