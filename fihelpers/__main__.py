@@ -193,6 +193,8 @@ def _score(options: argparse.Namespace) -> None:
     from fihelpers.tasks import load_task
 
     spectral = spectral_of(options.spectral)
+    for name in options.measures:
+        scoring.measure_of(name, spectral)
     device = scoring.own_device(options.device, options.device_map)
     task = load_task(options.task, options.subject, options.split, options.n, options.seed, options.shots)
     with scoring.processes(find_device(device), len(task)) as team:

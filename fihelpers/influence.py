@@ -125,7 +125,8 @@ def spectral_of(text: str) -> Spectral:
     try:
         return kinds[kind](*(float(part) for part in number.split()))
     except (KeyError, TypeError, ValueError):
-        raise ValueError(f"unknown filter {text!r}; write exact, 'cut 0.001' or 'damped 0.0001'.") from None
+        forms = "exact, 'cut 0.001' or 'damped 0.0001', with any number of at least 0"
+        raise ValueError(f"unknown filter {text!r}; write {forms}.") from None
 
 
 class Moments(NamedTuple):

@@ -10,7 +10,7 @@ set it is the mean of the per-sample values.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,7 @@ from fihelpers.influence import (
     fi,
     fi_of_moments,
     moments,
+    spectral_of,
 )
 
 Formula = Callable[[Moments, Tensor], Tensor]
@@ -226,17 +227,33 @@ MEASURES: dict[str, Measure] = {
 
 
 def find_measure(measure: str | Measure, spectral: Spectral = EXACT) -> Measure:
-    """A measure by its registered name; plain "FI" takes the filter `spectral`. A measure is returned as is.
+    """A measure by its name: a registered one, "FI" with the filter `spectral`, or FI as any filter prints.
 
-    Raises ValueError that lists the known names.
+    That is "FI" and what `spectral_of` reads, such as "FI damped 0.01". A measure is returned as is. Raises
+    ValueError that lists the known names.
     """
     if not isinstance(measure, str):
         return measure
     if measure == "FI":
         return Influence(spectral)
-    if measure not in MEASURES:
-        raise ValueError(f"Unknown measure {measure!r}; known: FI, {', '.join(MEASURES)}.")
-    return MEASURES[measure]
+    if measure in MEASURES:
+        return MEASURES[measure]
+    kind, _, filter_ = measure.partition(" ")
+    if kind != "FI":
+        known = f"FI, {', '.join(MEASURES)}"
+        raise ValueError(f"Unknown measure {measure!r}; known: {known}, and FI with other filters.")
+    try:
+        return Influence(spectral_of(filter_))
+    except ValueError as error:
+        raise ValueError(f"Unknown measure {measure!r}: {error}") from None
+
+
+def names_of(measures: Iterable[str]) -> tuple[str, ...]:
+    """The names under which results keep measures, each once: "FI damped 0.0001" for "FI damped 1e-4".
+
+    Raises what `find_measure` raises.
+    """
+    return tuple(dict.fromkeys(find_measure(measure).name for measure in measures))
 
 
 def _join(values: Tensor, over: Over, how: str) -> Tensor:

@@ -15,9 +15,15 @@ from typing import Any
 
 import yaml
 
+from fihelpers.settings import agreed
+
 NOTEBOOKS = "[0-9][0-9]_*.ipynb"  # other notebooks in the folder are the reader's own
 INJECTED = "# Parameters"  # the first line of the cell that papermill injects
 EVERY_CHAPTER = "all"  # the section of a profile that holds for each chapter that declares its names
+# parameters that may be None, each with an example of its other values
+OR_NONE: Mapping[str, Any] = {"REVISION": "main", "LAYERS": [0], "N_IMAGES": 1, "N_QUESTIONS": 1}
+# groups of settings whose names are not all in the default: what reads them checks them
+FREE = ("DOMAINS", "TEXT", "OPTIONS", "NONSENSE", "LARGE.hardware")
 
 Section = Mapping[str, Any]
 
@@ -108,8 +114,10 @@ def read_profile(folder: Path, profile: str) -> dict[str, Section]:
 def settle(chapter: str, defaults: Section, profile: Mapping[str, Section], given: Section) -> dict[str, Any]:
     """Return one value for each declared name: the given one, else the profile's, else the default.
 
-    Raises ValueError for a name the chapter does not declare, a value of another type than the default's (an
-    int may stand for a float, and a default of None takes anything), and a profile that sets PROFILE.
+    Values that have to be in a list join it (:func:`fihelpers.settings.agreed`). Raises ValueError for a name
+    the chapter does not declare, a value of another type than the default's (an int may stand for a float,
+    and a default of None takes anything, but for OR_NONE), settings in a group that the default's has not,
+    or lacks, what `agreed` refuses, and a profile that sets PROFILE.
     """
     own = profile.get(chapter, {})
     shared = {name: value for name, value in profile.get(EVERY_CHAPTER, {}).items() if name in defaults}
@@ -119,11 +127,35 @@ def settle(chapter: str, defaults: Section, profile: Mapping[str, Section], give
     if "PROFILE" in {**shared, **own}:
         raise ValueError("a profile cannot set PROFILE; choose the profile with --profile or -p PROFILE.")
     settled = {**defaults, **shared, **own, **given}
-    for name, value in settled.items():
-        if not _fits(value, defaults[name]):
-            wanted = f"of the type of its default {defaults[name]!r}"
-            raise ValueError(f"{chapter}: the parameter {name} must be {wanted}, not {value!r}.")
-    return settled
+    try:
+        for name, value in settled.items():
+            if not (value is None and name in OR_NONE):
+                check_value(name, value, defaults[name])
+        return agreed(settled, defaults)
+    except ValueError as error:
+        raise ValueError(f"{chapter}: {error}") from None
+
+
+def check_value(name: str, value: Any, default: Any) -> None:
+    """Raise ValueError for a value of another type than a default, or a setting of a group that is so."""
+    wanted = f"of the type of its default {default!r}"
+    if default is None and name in OR_NONE:
+        default = OR_NONE[name]
+        wanted = f"of the type of {default!r}, or null"
+    if not _fits(value, default):
+        raise ValueError(f"the parameter {name} must be {wanted}, not {value!r}.")
+    if not isinstance(default, dict):
+        return
+    for key in value:
+        if key not in default and name not in FREE:
+            raise ValueError(
+                f"the parameter {name} has no {key!r} (given {value[key]!r}){nearest(key, default)}"
+            )
+        if key in default:
+            check_value(f"{name}.{key}", value[key], default[key])
+    missing = [key for key in default if key not in value and name not in FREE]
+    if missing:
+        raise ValueError(f"the parameter {name} lacks {missing[0]!r}; give {', '.join(default)}.")
 
 
 def nearest(name: str, known: Collection[str]) -> str:

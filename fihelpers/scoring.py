@@ -132,7 +132,7 @@ def foresee(
             lengths = prompt_lengths(model_name, [example.prompt for example in task], revision)
             found[0] = plan_scores(
                 model_name,
-                measures=[_measure(name, spectral) for name in measures],
+                measures=[measure_of(name, spectral) for name in measures],
                 revision=revision,
                 device=device,
                 device_map=device_map,
@@ -169,7 +169,7 @@ def score_task(
 ) -> list[Path]:
     """Score every weight as `score_weights` does, and write each measure's `Scores`; returns their paths.
 
-    measures: names of the registry, "FI" with the filter `spectral`, or "squared score". One is written to
+    measures: names as in `find_measure`, "FI" with the filter `spectral`, or "squared score". One goes to
     `out`, of several each to its own file beside it: scores.safetensors becomes scores.SNIP.safetensors.
     save_memory: go through the model block by block; the scores are the same but for rounding.
     checkpoint_every: seconds between checkpoints (0: one after every batch) in the folder `out`.checkpoint,
@@ -181,7 +181,7 @@ def score_task(
     if any(example.image for example in task):
         raise ValueError(f"task {task.name!r} asks about images; weights are scored on text.")
     classes = usual_answers(model.tokenizer, lettered=bool(task.examples[0].options))
-    chosen = {m.name: m for m in (_measure(name, spectral) for name in measures)}
+    chosen = {m.name: m for m in (measure_of(name, spectral) for name in measures)}
     size = _even(len(task), team.count, batch_size)
     kept = Checkpoint(out, _settings(model, task, chosen, classes, size, team), checkpoint_every, team)
     with _told_of_losses(kept):
@@ -273,7 +273,8 @@ class Checkpoint:
             )
 
 
-def _measure(name: str, spectral: Spectral) -> Measure:
+def measure_of(name: str, spectral: Spectral) -> Measure:
+    """A measure that a file of scores may hold, by its name. Raises ValueError for an unknown one."""
     return next((m for m in DISPLACED if m.name == name), None) or find_measure(name, spectral)
 
 

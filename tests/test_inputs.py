@@ -100,6 +100,9 @@ def test_fi_of_inputs_is_that_of_their_class_gradients() -> None:
     torch.testing.assert_close(found["FI damped 0.1"], fi(grads, probs, over=1, spectral=Damped(0.1)))
     single = fi(grads, probs, spectral=Damped(0.1))
     torch.testing.assert_close(found["FI damped 0.1 summed"], single.sum(1))
+    named = score_inputs(log_probs, x, over=0, measures=["FI damped 0.10", "FI damped 0.10 summed"])
+    assert list(named) == list(found)
+    assert all(torch.equal(values, found[name]) for name, values in named.items())
 
 
 def test_ten_classes_of_digits_are_ranked_and_two_are_not() -> None:

@@ -1,9 +1,13 @@
 """The other measures: hand-computed cases, relations between them, and what they ask for (method 3)."""
 
+import re
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from fihelpers.influence import Damped, fi
+from fihelpers.influence import Cut, Damped, Exact, Spectral, fi
 from fihelpers.measures import (
     FISHER,
     INFORMATION_LENGTH,
@@ -13,8 +17,10 @@ from fihelpers.measures import (
     SALIENCY,
     SNIP,
     DataFree,
+    Influence,
     Random,
     find_measure,
+    names_of,
 )
 
 PROBS = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
@@ -78,6 +84,42 @@ def test_registry() -> None:
     assert {n for n, m in MEASURES.items() if isinstance(m, DataFree)} == {"magnitude", "random"}
     with pytest.raises(ValueError, match="Unknown measure 'snip'; known: FI, FI exact"):
         find_measure("snip")
+
+
+@given(
+    spectral=st.one_of(
+        st.builds(Exact, st.none() | st.floats(0, 10)),
+        st.builds(Cut, st.floats(0, 10)),
+        st.builds(Damped, st.floats(0, 1e6)),
+    )
+)
+def test_fi_is_found_under_the_name_that_it_prints(spectral: Spectral) -> None:
+    name = Influence(spectral).name
+    assert find_measure(name).name == name
+    assert type(find_measure(name).spectral) is type(spectral)  # type: ignore[attr-defined]
+
+
+def test_fi_with_a_filter_of_no_table_is_that_filter() -> None:
+    g = grads(6, 3)
+    for name, spectral in {"FI damped 0.01": Damped(0.01), "FI cut 0.1": Cut(0.1)}.items():
+        assert name not in MEASURES
+        torch.testing.assert_close(find_measure(name)(g, PROBS), fi(g, PROBS, spectral=spectral))
+    assert names_of(["FI damped 1e-4", "FI", "FI damped 0.0001", "SNIP"]) == (
+        "FI damped 0.0001",
+        "FI exact",
+        "SNIP",
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["FI damped -1", "FI foo", "FI ", "FI cut nan", "FI damped 1 2", "FI exact inf", "FI damped x"]
+)
+def test_a_filter_that_is_none_is_named(name: str) -> None:
+    wrong = re.escape(name.partition(" ")[2])
+    message = rf"^Unknown measure '{name}': unknown filter '{wrong}'; write exact, 'cut 0\.001' or"
+    with pytest.raises(ValueError, match=message) as said:
+        find_measure(name)
+    assert "\n" not in str(said.value)
 
 
 def test_random_is_seeded() -> None:

@@ -506,6 +506,28 @@ def test_bad_input_is_one_sentence(
     assert not list(tmp_path.iterdir())
 
 
+def test_fi_with_any_filter_is_scored(saved: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.safetensors"
+    names = ["FI damped 0.01", "FI cut 1e-1", "SNIP"]
+    places = [str(saved / "model"), str(saved / "contexts.txt"), "--out", str(out)]
+    assert main(["score", *places, "-n", "2", "--measures", *names]) == 0
+    one = tmp_path / "one.safetensors"
+    assert main(["score", *places[:2], "--out", str(one), "-n", "2", "--spectral", "damped 0.01"]) == 0
+    found = Scores.load(tmp_path / "out.FI-damped-0.01.safetensors")
+    assert found.metadata["measure"] == "FI damped 0.01"
+    for name, values in Scores.load(one).values.items():
+        assert torch.allclose(found[name], values)
+    assert Scores.load(tmp_path / "out.FI-cut-0.1.safetensors").metadata["measure"] == "FI cut 0.1"
+
+
+def test_an_unknown_measure_is_said_before_a_task_is_loaded(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    places = ["no/model", "no/task", "--out", str(tmp_path / "out.safetensors")]
+    assert main(["score", *places, "--measures", "FI", "FI damped -1"]) == 1
+    assert "Unknown measure 'FI damped -1': unknown filter 'damped -1'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("spectral", [Exact(), Exact(1e-6), Cut(1e-3), Damped(1e-4)])
 def test_a_filter_is_read_as_it_prints(spectral: Any) -> None:
     assert spectral_of(str(spectral)) == spectral

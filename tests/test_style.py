@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 import pytest
 from matplotlib.colors import to_rgb
 
-from fihelpers.figures.style import LOOKS, legend_outside, look, new_figure, use_style
+from fihelpers.figures.style import LOOKS, legend_outside, look, look_of, new_figure, use_style
 from fihelpers.measures import MEASURES
 
 
@@ -25,6 +25,17 @@ def test_a_colour_shows_on_white(name: str) -> None:
     assert 1.05 / (luminance(LOOKS[name].colour) + 0.05) > 3  # WCAG 2 for graphics
 
 
+def test_fi_with_a_filter_of_no_table_has_the_look_of_its_family() -> None:
+    names = [f"FI {kind} {10.0**k:g}" for kind in ("damped", "cut", "exact") for k in range(-12, 3)]
+    looks = {name: look_of(name) for name in names if name not in LOOKS}
+    for name, one in looks.items():
+        assert one == look_of(name) and 1.05 / (luminance(one.colour) + 0.05) > 3
+        red, green, blue = to_rgb(one.colour)
+        assert blue > max(red, green)  # warm colours are those of measures that keep the gradient's size
+        assert (red > green) == ("damped" in name)
+    assert len({one.colour for one in looks.values()}) > len(looks) / 2
+
+
 def test_an_unknown_measure_is_named() -> None:
     with pytest.raises(KeyError, match="'guess'"):
         look("guess")
@@ -40,6 +51,7 @@ def test_fonts_are_at_least_nine_points_and_figures_are_not_left_open() -> None:
     figure, axes = new_figure(2, 1)
     axes[0, 0].plot([0, 1], **look("FI exact"))
     axes[0, 0].plot([1, 0], **look("random"))
+    axes[1, 0].plot([1, 0], **look("FI damped 0.01"))
     legend_outside(axes[0, 0], ["random", "FI exact"])
     texts = [t.get_text() for t in axes[0, 0].get_legend().get_texts()]
     assert texts == ["random", "FI exact"] and axes.shape == (2, 1)

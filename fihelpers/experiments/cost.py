@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -46,6 +47,7 @@ from fihelpers.bench import (
 )
 from fihelpers.bench_pixels import FILTERS, captum_saliency, plain_jacobian
 from fihelpers.evaluate import mean_interval
+from fihelpers.experiments.limits import draw
 from fihelpers.influence import SaturationWarning, fi
 from fihelpers.models import LanguageModel
 from fihelpers.perturb.sparsify import linear_names
@@ -72,10 +74,35 @@ PIXEL_JACOBIAN, SALIENCY, GRADIENTS = "Jacobian norm", "Captum saliency", "class
 SCORE_BYTES = 4  # of a score and of a class gradient, float32
 ABOUT_TWICE = (1.5, 2.5)
 SAME_ORDER = (0.0, 10.0)
+SWEEPS = ("classes", "tokens", "prompts")  # the growths that lines are fitted to
 CLOSE = 1e-2  # relative difference up to which two values of FI count as the same
 
 
 # --- counting by hand
+
+
+def check(p: SimpleNamespace) -> None:
+    """Raise ValueError for settings that cannot be run; the chapter calls it before anything is timed.
+
+    And what `load_task` raises.
+    """
+    for name in ("SIZE", "SWEPT"):
+        size = Size(**getattr(p, name))
+        if size.layers < 1 or size.heads < 2 or size.heads % 2 or size.hidden % size.heads:
+            raise ValueError(
+                f"{name} needs layers, and an even number of heads that divides `hidden`: {size}."
+            )
+    for name, values in {**{f"GROWTH.{n}": p.GROWTH[n] for n in SWEEPS}, "SIZES": p.SIZES}.items():
+        if len(values) < 2:
+            raise ValueError(f"{name} needs at least two values, as a line is fitted to them, not {values}.")
+    for pair in p.SIZES:
+        if len(pair) != 2 or min(pair) < 1:
+            raise ValueError(f"SIZES holds pairs of a hidden size and a number of layers, not {pair}.")
+    for device, peaks in p.LARGE["hardware"].items():
+        if not isinstance(peaks, list) or len(peaks) != 3 or not all(peak > 0 for peak in peaks):
+            needed = "three numbers, 10^12 operations/s, GB/s and GB"
+            raise ValueError(f"LARGE.hardware needs of {device!r} {needed}, not {peaks}.")
+    draw(p.PRECISION["task"], p.PRECISION["subjects"], "val", p.PRECISION["n"], p.SEED)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from fihelpers.measures import MEASURES as REGISTERED
 from fihelpers.measures import Influence, Measure, Random, find_measure
 from fihelpers.models import Batch, LanguageModel
 from fihelpers.perturb.embeddings import Direction, Norm, attack, question_region, top_dimensions
-from fihelpers.scores.inputs import FI_SUMMED, EmbeddingBatch, embedding_batches
+from fihelpers.scores.inputs import EmbeddingBatch, embedding_batches
 from fihelpers.tasks import Example, load_task
 
 CLASSES = 8  # likeliest tokens that are classes of their own beside the rest
@@ -175,7 +175,6 @@ class Scored:
         batch, used = self.letters, measure
         if isinstance(measure, str) and measure.endswith(ON_TOP):
             batch, used = self.top, measure.removesuffix(ON_TOP)
-        used = FI_SUMMED if used == "FI exact summed" else used
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SaturationWarning)
             (found,) = batch.scores([used], over).values()

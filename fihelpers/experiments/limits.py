@@ -87,13 +87,35 @@ def draw(task: str, subjects: Sequence[str], split: str, n: int, seed: int) -> l
 
 
 def look_at(network: PreTrainedModel, blocks: Sequence[int] | None = None) -> list[str]:
-    """Names of the linear weights without lm_head, of all blocks or of some (-1 is the last)."""
+    """Names of the linear weights without lm_head, of all blocks or of some (-1 is the last).
+
+    Raises ValueError for a block that the network does not have.
+    """
     names = linear_names(network)
     if blocks is None:
         return names
     depth = max(map(layer_of, names)) + 1
+    missing = [b for b in blocks if not -depth <= b < depth]
+    if missing:
+        raise ValueError(
+            f"there is no block {missing[0]}: the network's {depth} blocks are 0 to {depth - 1}."
+        )
     wanted = {b % depth for b in blocks}
     return [n for n in names if layer_of(n) in wanted]
+
+
+def check_parts(network: PreTrainedModel, names: Sequence[str]) -> None:
+    """Raise ValueError where the last block is not among these weights, or no earlier one.
+
+    They are told apart by `parts_of`, which needs both.
+    """
+    blocks, last = set(map(layer_of, names)), max(map(layer_of, linear_names(network)))
+    if last not in blocks or len(blocks) < 2:
+        shown = ", ".join(map(str, sorted(blocks)))
+        raise ValueError(
+            f"the last block ({last}) and an earlier one have to be looked at, not only block {shown}; "
+            "set LAYERS to [0, -1], or take a model with more blocks."
+        )
 
 
 def layer_of(name: str) -> int:
@@ -341,13 +363,13 @@ def _mean_shares(counts: pd.DataFrame) -> pd.DataFrame:
     each["share"] = each["at"] / each["groups"].clip(lower=1)
     lines = []
     for key, part in each.groupby(by, sort=False):
-        mean, low, high = _mean_interval(part["share"])
+        mean, low, high = interval_of(part["share"])
         lines.append((*key, mean, max(low, 0.0), min(high, 1.0), len(part), int(part["groups"].sum())))
     table = pd.DataFrame(lines, columns=[*by, "share", "low", "high", "n", "groups"])
     return table.assign(key=[f"{t.k}_{KEYS[t.part]}_{t.size}" for t in table.itertuples()])
 
 
-def _mean_interval(values: pd.Series) -> tuple[float, float, float]:
+def interval_of(values: pd.Series) -> tuple[float, float, float]:
     """Mean and t interval; one value has no spread, so it is its own interval."""
     return mean_interval(values.to_numpy()) if len(values) > 1 else (float(values.mean()),) * 3
 
@@ -479,7 +501,7 @@ def damage(sweep: Sweep) -> pd.DataFrame:
     lines = []
     for ranking, part in sweep.answers.groupby("ranking", sort=False):
         n, accuracy = part["question"].nunique(), float(part["correct"].mean())
-        log_p = _mean_interval(part.groupby("seed")["log_prob"].mean())
+        log_p = interval_of(part.groupby("seed")["log_prob"].mean())
         lines.append((ranking, accuracy, *wilson(round(accuracy * n), n), *log_p, n, part["seed"].nunique()))
     columns = [
         "ranking",

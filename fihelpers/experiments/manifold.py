@@ -483,7 +483,7 @@ def weight_gradients(question: Question, name: str) -> tuple[Tensor, Tensor]:
 
     The row of the predicted class follows from sum_y P(y) s_y = 0. Raises KeyError for an unknown name.
     """
-    weight = _weight(question.model, name)
+    weight = weight_of(question.model, name)
     log_p = question.log_probs()
     probs = log_p.detach().exp().cpu()
     y_hat = int(probs.argmax())
@@ -495,7 +495,7 @@ def weight_gradients(question: Question, name: str) -> tuple[Tensor, Tensor]:
     return probs, grads
 
 
-def _weight(model: LanguageModel, name: str) -> Tensor:
+def weight_of(model: LanguageModel, name: str) -> Tensor:
     named = dict(model.network.named_parameters())
     if name not in named:
         raise KeyError(f"the model {model.name!r} has no weight {name!r}; take a name from its state dict.")
@@ -516,7 +516,7 @@ def probes(
         "median FI": int(order[len(order) // 2]),
         "largest |∂f|": int(m.score.abs().flatten().argmax()),
     }
-    weight = _weight(question.model, name)
+    weight = weight_of(question.model, name)
     typical = float(weight.detach().float().square().mean().sqrt())
     with torch.no_grad():
         before = question.log_probs()

@@ -25,8 +25,8 @@ from fihelpers.answers import usual_answers
 from fihelpers.evaluate import Evaluator, crossed_difference, crossed_ratio
 from fihelpers.experiments.tables import verdict
 from fihelpers.files import write_atomically
-from fihelpers.measures import FISHER, MEASURES, SQUARED_SCORE, Random
-from fihelpers.modelfiles import ModelWeights, TensorDict, open_weights
+from fihelpers.measures import FISHER, SQUARED_SCORE, Influence, Random, find_measure
+from fihelpers.modelfiles import ModelWeights, open_weights
 from fihelpers.models import LanguageModel, open_model
 from fihelpers.parameters import nearest
 from fihelpers.perturb.merge import (
@@ -48,6 +48,7 @@ from fihelpers.preflight import Estimate, estimate_merge, estimate_scores
 from fihelpers.scores import Scores, score_weights
 from fihelpers.scores.store import provenance
 from fihelpers.tasks import Example, load_task
+from fihelpers.tensors import TensorDict
 
 IN_MEMORY = 2**30  # bytes of a model up to which its tensors are held rather than read again for each merge
 GROUP_BYTES = 2**34  # of scores that are computed at a time
@@ -56,7 +57,8 @@ EXACT, DAMPED, RANDOM = "FI exact", "FI damped 0.0001", "random"
 PREDICTED, LENGTH = "predicted change", "information length"
 WEIGHT, STEP = "size of the weight", "size of the displacement"
 FILTERS = {"exact": EXACT, "damped": DAMPED}
-# what protection may go by: the score, and whether it is multiplied by the squared displacement (method 1b.4)
+# what protection may go by: the score, and whether it is multiplied by the squared displacement (method
+# 1b.4); beside these, FI with any other filter
 CHOICES: dict[str, tuple[str, bool]] = {
     EXACT: (EXACT, False),
     DAMPED: (DAMPED, False),
@@ -69,7 +71,6 @@ CHOICES: dict[str, tuple[str, bool]] = {
     STEP: (STEP, False),
     RANDOM: (RANDOM, False),
 }
-SCORED = {**MEASURES, SQUARED_SCORE.name: SQUARED_SCORE}
 NO_QUESTION = (WEIGHT, STEP)  # these look at no calibration question
 RESAMPLES = 2000
 # rows of Table 3: what each protects, and the merge without protection that it is compared with
@@ -119,8 +120,8 @@ class Plan:
     domains: {name of A's domain: its subjects, name of B's: its subjects}. shares: k, as shares of the linear
     weights, to search; wide: further ones for the curve. task_weights and densities: gamma, and what TIES
     keeps, to search. seeds: number of calibration sets, of n_calibration questions each. n_validation and
-    n_test: questions of each domain (None takes all). elect: TIES' election. choices: those of CHOICES to
-    compare, at the share `compared`. elsewhere: further questions to calibrate on, {name: {"task",
+    n_test: questions of each domain (None takes all). elect: TIES' election. choices: what to compare, see
+    `score_of`, at the share `compared`. elsewhere: further questions to calibrate on, {name: {"task",
     "subjects"}}.
     """
 
@@ -140,6 +141,9 @@ class Plan:
     elsewhere: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "choices", tuple(dict.fromkeys(map(_choice, self.choices))))
+
     @property
     def scored(self) -> tuple[str, ...]:
         """The choices that anything of this plan protects by."""
@@ -147,13 +151,21 @@ class Plan:
 
 
 def plan_of(p: SimpleNamespace) -> Plan:
-    """The plan from a chapter's settled parameters. Raises ValueError for an unknown name among OPTIONS."""
+    """The plan from a chapter's settled parameters. Raises ValueError for one that cannot be run.
+
+    And what `load_task` raises.
+    """
     known = ("densities", "wide", "validation", "elect", "choices", "compared", "elsewhere")
     for name in p.OPTIONS:
         if name not in known:
             raise ValueError(f"OPTIONS has no {name!r}{nearest(name, known)}")
+    for name in ("densities", "wide", "compared"):
+        if name not in p.OPTIONS:
+            raise ValueError(
+                f"OPTIONS lacks {name!r}; give densities, wide and compared, as the chapter does."
+            )
     given = dict(p.OPTIONS)
-    return Plan(
+    plan = Plan(
         task=p.TASK,
         domains={domain: tuple(subjects) for domain, subjects in p.DOMAINS.items()},
         shares=tuple(p.SHARES),
@@ -170,6 +182,24 @@ def plan_of(p: SimpleNamespace) -> Plan:
         elsewhere=given.get("elsewhere", ELSEWHERE),
         seed=p.SEED,
     )
+    check(plan)
+    return plan
+
+
+def score_of(by: str) -> tuple[str, bool]:
+    """The score that protection goes by, and whether it is multiplied by the squared displacement.
+
+    by: one of CHOICES, or FI with any filter, such as "FI damped 0.01". Raises ValueError for another one.
+    """
+    if by in CHOICES:
+        return CHOICES[by]
+    try:
+        measure = find_measure(by)
+    except ValueError:
+        measure = None
+    if not isinstance(measure, Influence):
+        raise ValueError(f"Nothing is protected by {by!r}{nearest(by, CHOICES)} FI may have another filter.")
+    return measure.name, False
 
 
 def needs(
@@ -194,7 +224,7 @@ class Alone:
 class Setting:
     """A merge: its method and what is protected.
 
-    by: one of CHOICES, or "" for a merge without protection. share, stages, whole, scope: as in `Protection`.
+    by: see `score_of`, or "" for a merge without protection. share, stages, whole, scope: as in `Protection`.
     calibrated_on: OWN, OTHER or a name of `Plan.elsewhere`. only_a: B's weights are not protected.
     """
 
@@ -253,7 +283,7 @@ class Bench:
     def __init__(
         self, base: str, a: str, b: str, plan: Plan, cache: Path, device: str = "cpu", dtype: str = "float32"
     ) -> None:
-        _check(plan)
+        check(plan)
         self.plan = plan
         self.model = open_model(base, None, device, dtype)
         opened = {"base": open_weights(base, self.model.revision), "a": open_weights(a), "b": open_weights(b)}
@@ -334,7 +364,7 @@ class Bench:
     def _protection(self, setting: Setting, k: int) -> Protection | None:
         if not setting.by:
             return None
-        name, displaced = CHOICES[setting.by]
+        name, displaced = score_of(setting.by)
         a = self.scores("a", k, setting.calibrated_on)[name]
         b = None if setting.only_a else self.scores("b", k, setting.calibrated_on)[name]
         return Protection(
@@ -777,13 +807,13 @@ def conventions(chosen: Mapping[str, Setting]) -> dict[str, Setting]:
 
 
 def overlap(bench: Bench, share: float) -> pd.DataFrame:
-    """How much of what A and B protect is the same, and how much is put back, for each of CHOICES.
+    """How much of what A and B protect is the same, and how much is put back, for each choice.
 
     Columns common (share of one's weights that the other has too), put back (share of the scored weights).
     """
     lines = {}
     for by in bench.plan.scored:
-        name, displaced = CHOICES[by]
+        name, displaced = score_of(by)
         if displaced:
             continue
         a, b = (_top(bench.scores(which, 0)[name], share) for which in ("a", "b"))
@@ -830,7 +860,7 @@ def _wanted(plan: Plan, calibrated_on: str) -> list[str]:
     """The scores that are made of an expert; for other questions than its own domain's only FI."""
     choices = plan.scored if calibrated_on == OWN else tuple(FILTERS.values())
     own = [FISHER.name] if calibrated_on == OWN else []
-    return list(dict.fromkeys([*(CHOICES[choice][0] for choice in choices), *own]))
+    return list(dict.fromkeys([*(score_of(choice)[0] for choice in choices), *own]))
 
 
 def _in_groups(
@@ -851,7 +881,8 @@ def _in_groups(
     metadata = {}
     for number, group in enumerate(groups):
         random = Random(seed + 1000 * number)
-        measures = [random if name == RANDOM else SCORED[name] for name in names]
+        known = {RANDOM: random, SQUARED_SCORE.name: SQUARED_SCORE}
+        measures = [known.get(name) or find_measure(name) for name in names]
         for name, scores in score_weights(model, examples, measures, only=group, displaced=False).items():
             values.setdefault(name, {}).update({key: value.cpu() for key, value in scores.values.items()})
             metadata[name] = scores.metadata
@@ -924,16 +955,19 @@ def _hash(content: object) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def _check(plan: Plan) -> None:
+def _choice(by: str) -> str:
+    """A choice by the name that results keep it under: "FI damped 1e-4" is "FI damped 0.0001"."""
+    return by if by in CHOICES else score_of(by)[0]
+
+
+def check(plan: Plan) -> None:
+    """Raise ValueError for a plan that cannot be run; a chapter calls it before it opens a model."""
     if len(plan.domains) != 2:
         raise ValueError(f"Two domains are needed, A's and B's, not {len(plan.domains)}.")
     if plan.seeds < 1 or plan.n_calibration < 1:
         raise ValueError(
             f"{plan.seeds} calibration sets of {plan.n_calibration} questions: both must be at least 1."
         )
-    unknown = [choice for choice in plan.choices if choice not in CHOICES]
-    if unknown:
-        raise ValueError(f"Nothing is protected by {unknown[0]!r}{nearest(unknown[0], CHOICES)}")
     for share in (*plan.shares, *plan.wide, plan.compared):
         check_share("A share", share, "k % is a hundredth of k")
     for density in plan.densities:
@@ -949,6 +983,9 @@ def _check(plan: Plan) -> None:
     for domain in plan.domains:  # the questions are there, and enough of them
         validation_set(plan, domain)
         test_set(plan, domain)
+    for domain, subjects in plan.domains.items():
+        if not isinstance(subjects, list | tuple) or not subjects:
+            raise ValueError(f"the domain {domain!r} needs a list of subjects, not {subjects!r}.")
     for name in plan.elsewhere:
         if len(_elsewhere(plan, name, plan.seeds - 1)) < plan.n_calibration:
             raise ValueError(

@@ -33,7 +33,6 @@ from fihelpers.perturb.pixels import (
     top_patches,
     top_pixels,
 )
-from fihelpers.scores.inputs import FI_SUMMED as SUMMED
 from fihelpers.scores.pixels import (
     GRAD_CAM,
     INTEGRATED_GRADIENTS,
@@ -184,7 +183,7 @@ class Scored:
                 return patch_sums(self.scores(measure), patch)
             return self.letters.scores([measure])[str(measure)].cpu()
         batch = self.top if measure == FI_TOP else self.letters
-        name = {FI_TOP: "FI exact", FI_SUMMED: SUMMED}.get(measure, measure)  # type: ignore[arg-type]
+        name = "FI exact" if measure == FI_TOP else measure
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SaturationWarning)
             return next(iter(batch.scores([name], over, patch=patch).values())).cpu()

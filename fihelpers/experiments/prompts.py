@@ -37,6 +37,7 @@ FIRSTS = tuple(f"{kind} 1" for kind in COMPARED)
 UNRELATED = "Please remember to water all the plants"  # as many words as the first aggressive wording
 TOP_CLASSES = 8
 PATCH = 14  # pixels; a quarter of what one image token of the bundled model sees
+FEWEST = 2  # pixels, or patches, that are masked, see claim 14
 FAR = 10  # a pixel this many times above its picture's mean is called an outlier
 STATS = {"median": 0.5, "q90": 0.9, "q99": 0.99}
 LOWEST, HIGHEST, BINS = -12, 2, 140  # of log10 FI, for the distributions
@@ -510,10 +511,13 @@ class Mask(NamedTuple):
 
 
 def masks_of(counts: Sequence[int]) -> list[Mask]:
-    """The top pixels by damped and exact FI and random ones, each count of them, and two patches."""
+    """The top pixels by damped and exact FI and random ones, each count of them, and two patches.
+
+    Two pixels are always among them: claim 14 is about these.
+    """
     ways = ("FI damped", "FI exact", "random")
-    pixels = [Mask(way, "pixels", count) for count in counts for way in ways]
-    return pixels + [Mask(way, "patches", 2) for way in ("FI damped", "random")]
+    pixels = [Mask(way, "pixels", count) for count in dict.fromkeys((FEWEST, *counts)) for way in ways]
+    return pixels + [Mask(way, "patches", FEWEST) for way in ("FI damped", "random")]
 
 
 def mask_top(
@@ -641,9 +645,7 @@ def case(
     seed: int,
 ) -> Case:
     """The picture, answered rightly before, whose answer loses most probability to the top-2 mask."""
-    part = rows[
-        (rows.way == "FI damped") & (rows.unit == "pixels") & (rows["number"] == rows["number"].min())
-    ]
+    part = rows[(rows.way == "FI damped") & (rows.unit == "pixels") & (rows["number"] == FEWEST)]
     part = part[part.right == 1] if part.right.any() else part
     row = part.loc[(part.p_after - part.p_before).idxmin()]
     example = prompt.ask(next(e for e in examples if e.id == row.picture))

@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 from fihelpers.answers import usual_answers
 from fihelpers.evaluate import Evaluator, Outcome, crossed_difference, mean_interval
-from fihelpers.experiments.sparsification import INTACT, RANDOM, calibration_set, tested_set
+from fihelpers.experiments.sparsification import INTACT, RANDOM, calibration_set, check_sets, tested_set
 from fihelpers.files import write_atomically
-from fihelpers.measures import MEASURES, Random
+from fihelpers.measures import Measure, Random, find_measure
 from fihelpers.models import LanguageModel
 from fihelpers.perturb.sparsify import Scope, linear_names, select, zeroed
 from fihelpers.scores import Scores, score_weights
@@ -88,6 +88,9 @@ class Plan:
     measures: tuple[str, ...] = tuple(SHORT)
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "measures", tuple(dict.fromkeys(map(_name, self.measures))))
+
 
 def usual_cuts(top: Sequence[float], bottom: Sequence[float], both: float) -> tuple[Cut, ...]:
     """Top shares of all weights, the last of each layer too; bottom shares of each layer.
@@ -111,7 +114,7 @@ def run_pruning(model: LanguageModel, plan: Plan, cache: Path) -> pd.DataFrame:
     model comes first. Finished sets lie in `cache` and are not run again after an interruption. Raises
     ValueError for an unknown measure, a share outside (0, 1], or no calibration set.
     """
-    _check(plan)
+    check(plan)
     tested = [e for s in plan.subjects for e in tested_set(plan, s)]
     ask = Evaluator(model, tested, usual_answers(model.tokenizer, lettered=bool(tested[0].options)))
     parts = [pd.DataFrame([_row(0, INTACT, Cut("top", "global", 0.0), ask())])]
@@ -132,8 +135,9 @@ def rank(model: LanguageModel, plan: Plan, k: int, names: Sequence[str] | None =
     names = plan.measures if names is None else names
     examples = [e for s in plan.subjects for e in calibration_set(plan, s, plan.seed + k)]
     linear = linear_names(model.network)
-    measures = [Random(plan.seed + k) if n == RANDOM else MEASURES[n] for n in names if n in MEASURES]
     methods = [n for n in names if n in METHODS]
+    measures: list[Measure] = [find_measure(n) for n in names if n not in METHODS]
+    measures = [Random(plan.seed + k) if m.name == RANDOM else m for m in measures]
     found = score_weights(model, examples, measures, only=linear) if measures else {}
     found |= score_pruning(model, examples, methods, only=linear) if methods else {}
     return {name: found[name] for name in names}
@@ -251,15 +255,25 @@ def _mask(scores: Scores, cut: Cut) -> torch.Tensor:
     return torch.cat(masks)
 
 
-def _check(plan: Plan) -> None:
-    unknown = [m for m in plan.measures if m not in (*MEASURES, *METHODS)]
-    if unknown:
-        raise ValueError(f"Unknown measure {unknown[0]!r}; known: {', '.join((*MEASURES, *METHODS))}.")
+def check(plan: Plan) -> None:
+    """Raise ValueError for a plan that cannot be run; a chapter calls it before it opens a model."""
     bad = [c.rate for c in plan.cuts if not 0 < c.rate <= 1]
     if bad:
         raise ValueError(f"The share to zero must lie in (0, 1], not {bad[0]}.")
     if plan.seeds < 1:
         raise ValueError(f"The number of calibration sets must be at least 1, not {plan.seeds}.")
+    check_sets(plan, plan.subjects)
+
+
+def _name(measure: str) -> str:
+    """The name under which results keep a measure or a pruning method."""
+    if measure in METHODS:
+        return measure
+    try:
+        return find_measure(measure).name
+    except ValueError as error:
+        methods = ", ".join(METHODS)
+        raise ValueError(f"{str(error).removesuffix('.')}; of pruning methods {methods}.") from None
 
 
 def _key(model: LanguageModel, plan: Plan, tested: Sequence[Example]) -> str:

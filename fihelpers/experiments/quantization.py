@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from fihelpers.answers import usual_answers
 from fihelpers.evaluate import Evaluator, Outcome, crossed_difference, mean_interval
-from fihelpers.experiments.sparsification import INTACT, RANDOM, calibration_set, tested_set
+from fihelpers.experiments.sparsification import INTACT, RANDOM, calibration_set, check_sets, tested_set
 from fihelpers.experiments.tables import RESAMPLES
 from fihelpers.files import write_atomically
 from fihelpers.influence import EXACT as EXACT_FILTER
@@ -186,8 +186,11 @@ def rounding(settings: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def check(model: LanguageModel, plan: Plan) -> None:
-    """Raise ValueError for settings that cannot be run; a chapter calls it before anything is."""
+def check_plan(plan: Plan) -> None:
+    """Raise ValueError for settings that cannot be run; a chapter calls it before it opens a model.
+
+    And what `load_task` raises.
+    """
     if len(plan.matrices) != 2 or len(plan.full) != 2:
         raise ValueError("Name two sets of matrices (they may be the same) and for each its bits in full.")
     for bits in (*plan.bits, *plan.full, *plan.swept_bits):
@@ -203,6 +206,12 @@ def check(model: LanguageModel, plan: Plan) -> None:
         )
     if plan.seeds < 1:
         raise ValueError(f"The number of calibration sets must be at least 1, not {plan.seeds}.")
+    check_sets(plan, plan.subjects)
+
+
+def check(model: LanguageModel, plan: Plan) -> None:
+    """Raise what `check_plan` raises, and ValueError for matrices or groups that the model does not have."""
+    check_plan(plan)
     for matrices in plan.matrices:
         for group in (plan.group, *plan.swept_groups):
             _check_group(model, names_of(model, matrices), group)

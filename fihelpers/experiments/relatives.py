@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,8 +22,9 @@ from fihelpers.experiments import components as lab
 from fihelpers.experiments.components import COAR, Component, Coordinates, Settings
 from fihelpers.experiments.digits import Digits
 from fihelpers.influence import SaturationWarning, fi, fi_of_moments, moments_of_others
-from fihelpers.measures import MEASURES, Random
+from fihelpers.measures import MEASURES, Random, names_of
 from fihelpers.models import LanguageModel
+from fihelpers.parameters import check_value, nearest
 from fihelpers.perturb.quantize import Scheme, pack_model, quantized, select_channels
 from fihelpers.perturb.sparsify import linear_names, select, zeroed
 from fihelpers.results import Record, load_results
@@ -130,6 +133,11 @@ QUOTED = {  # numbers of other chapters that answer a reviewer, by the end of th
 DIRECTIONS = ("natural gradient", "gradient", "its signs", "removal", "random")
 COLUMNS = {"Fisher length": "fisher", "Euclidean length": "euclid", "measured": "real"}  # that are recorded
 LENGTHS = ("Fisher length", "Euclidean length", "largest entry")
+
+
+def short(name: str) -> str:
+    """What the names of a relative's records are made of."""
+    return SHORT.get(name) or re.sub(r"[^\w.-]+", "_", name)
 
 
 def interleaved(tasks: Sequence[Task]) -> list[Example]:
@@ -278,7 +286,11 @@ def directions(
     step, as a share of FI; and a row for each question with FI, its ceiling, and the largest distance of the
     classes' leverages from 1 - P.
     """
-    names = [n for n in linear_names(model.network) if n.split(".")[-2].endswith(tuple(matrices))]
+    linear = linear_names(model.network)
+    names = [n for n in linear if n.split(".")[-2].endswith(tuple(matrices))]
+    if not names:
+        known = ", ".join(dict.fromkeys(n.split(".")[-2] for n in linear))
+        raise ValueError(f"The model has no matrix whose name ends in any of {matrices!r}; known: {known}.")
     parameters = [model.network.get_parameter(name) for name in names]
     classes = letters(model.tokenizer)
     generator = torch.Generator().manual_seed(seed)
@@ -468,6 +480,32 @@ class Nonsense:
     bits: int
     measures: tuple[str, ...] = (EXACT, DAMPED, LENGTH)
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "measures", names_of(self.measures))
+
+
+def nonsense_plan(settings: Mapping[str, Any], task: str, subjects: Sequence[str], seed: int) -> Nonsense:
+    """The plan with these settings, by name; measures are run beside those that the chapter speaks of.
+
+    Raises ValueError for a setting that is missing, unknown or cannot be run, and what `load_task` raises.
+    """
+    known = [f.name for f in fields(Nonsense) if f.name not in ("task", "subjects", "seed")]
+    for name in settings:
+        if name not in known:
+            raise ValueError(f"NONSENSE has no {name!r}{nearest(name, known)}")
+    missing = [name for name in known if name != "measures" and name not in settings]
+    if missing:
+        raise ValueError(f"NONSENSE lacks {missing[0]!r}; give {', '.join(known[:-1])}.")
+    measures = settings.get("measures", [])
+    check_value("NONSENSE.measures", measures, list(Nonsense.measures))
+    given = {**settings, "shares": tuple(settings["shares"]), "measures": (*Nonsense.measures, *measures)}
+    plan = Nonsense(task, tuple(subjects), **given, seed=seed)
+    Scheme(plan.bits)
+    for subject in subjects:
+        load_task(task, subject, "val", 2 * plan.n // len(subjects), seed)
+        load_task(task, subject, "test", plan.n_test, seed)
+    return plan
 
 
 def nonsense(examples: Sequence[Example], source: str, model: LanguageModel, seed: int) -> list[Example]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
@@ -18,7 +18,7 @@ from tqdm import tqdm
 from fihelpers.answers import usual_answers
 from fihelpers.evaluate import Evaluator, Outcome, crossed_difference, mean_interval
 from fihelpers.files import write_atomically
-from fihelpers.measures import MEASURES, Measure, Random, find_measure
+from fihelpers.measures import MEASURES, Measure, Random, find_measure, names_of
 from fihelpers.models import LanguageModel
 from fihelpers.perturb.sparsify import Which, linear_names, select, zeroed
 from fihelpers.scores import Scores, score_weights
@@ -61,6 +61,10 @@ class Plan:
     transfer_of: str = "FI damped 0.0001"
     transfer_rate: float = 0.02
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("measures", "low_of"):
+            object.__setattr__(self, name, names_of(getattr(self, name)))
 
 
 class Draw(Protocol):
@@ -109,7 +113,7 @@ def run_sweep(model: LanguageModel, plan: Plan, cache: Path) -> pd.DataFrame:
     of subject and seed lie in `cache` and are not run again after an interruption. Raises ValueError for an
     unknown measure or a rate outside [0, 1].
     """
-    _check(plan)
+    check(plan)
     tested = {s: tested_set(plan, s) for s in plan.subjects}
     evaluators = {s: _evaluator(model, examples) for s, examples in tested.items()}
     key = _key(model, plan, tested)
@@ -275,14 +279,21 @@ def transfer(rows: pd.DataFrame, plan: Plan) -> pd.DataFrame:
     return part.pivot_table(index="subject", columns="tested_on", values="accuracy")
 
 
-def _check(plan: Plan) -> None:
-    for measure in (*plan.measures, *plan.low_of):
-        find_measure(measure)
+def check(plan: Plan) -> None:
+    """Raise ValueError for a plan that cannot be run; a chapter calls it before it opens a model."""
     bad = [r for r in (*plan.rates, plan.transfer_rate) if not 0 <= r <= 1]
     if bad:
         raise ValueError(f"The share to zero must lie in [0, 1], not {bad[0]}.")
     if plan.seeds < 1:
         raise ValueError(f"The number of calibration sets must be at least 1, not {plan.seeds}.")
+    check_sets(plan, plan.subjects)
+
+
+def check_sets(plan: Draw, subjects: Iterable[str | None]) -> None:
+    """Draw a calibration and a test set of every subject. Raises what `load_task` raises."""
+    for subject in subjects:
+        calibration_set(plan, subject, plan.seed)
+        tested_set(plan, subject)
 
 
 def _key(model: LanguageModel, plan: Plan, tested: dict[str, Sequence[Example]]) -> str:

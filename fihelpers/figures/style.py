@@ -6,6 +6,8 @@ gradient's size), and dash and marker tell its members apart for readers who do 
 
 from __future__ import annotations
 
+import colorsys
+import zlib
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
@@ -14,9 +16,11 @@ import numpy as np
 import seaborn as sns
 from IPython import get_ipython
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from fihelpers.figures.described import DescribedFigure, show_described
+from fihelpers.measures import Influence, find_measure
 
 INK = "#262626"
 GREY = "#767676"
@@ -53,9 +57,10 @@ LOOKS: dict[str, Look] = {
     "Taylor": Look("#E0457B", (1.5, 1), "1"),
     "random": Look(GREY, (1, 1), "."),
 }
+FAMILY = {"exact": 0.60, "cut": 0.58, "damped": 0.76}  # hues of the filters that have no look of their own
+SHAPES = ("o", "v", "^", "<", ">", "s", "D", "P", "X", "h", "d", "p", "H", "8")
+PATTERNS: tuple[tuple[float, ...] | str, ...] = ("", (4, 1.5), (1.5, 1), (6, 1.5, 1.5, 1.5), (3, 1, 1, 1))
 PALETTE: dict[str, str] = {name: look.colour for name, look in LOOKS.items()}
-DASHES: dict[str, tuple[float, ...] | str] = {name: look.dash for name, look in LOOKS.items()}
-MARKERS: dict[str, str] = {name: look.marker for name, look in LOOKS.items()}
 
 _RC = {
     "axes.edgecolor": INK,
@@ -92,14 +97,29 @@ def use_style() -> None:
     show_described(get_ipython())
 
 
-def look(name: str) -> dict[str, Any]:
-    """Keyword arguments of `Axes.plot` for one measure, by its name in `fihelpers.measures.MEASURES`.
+def look_of(name: str) -> Look:
+    """The look of a measure, by its name as `fihelpers.measures.find_measure` knows it.
 
-    Raises KeyError, in words, for a name that has no look here.
+    FI with a filter that is in no table gets one of its family, always the same for the same filter. Raises
+    KeyError, in words, for another name that has none here.
     """
-    if name not in LOOKS:
+    if name in LOOKS:
+        return LOOKS[name]
+    try:
+        measure = find_measure(name)
+    except ValueError:
+        measure = None
+    if not isinstance(measure, Influence):
         raise KeyError(f"No look is set for {name!r}; add it to LOOKS in fihelpers/figures/style.py.")
-    colour, dash, marker = LOOKS[name]
+    kind = str(measure.spectral).partition(" ")[0]
+    drawn = zlib.crc32(name.encode())
+    colour = colorsys.hls_to_rgb(FAMILY[kind], 0.25 + 0.2 * (drawn % 97) / 96, 0.55)
+    return Look(to_hex(colour), PATTERNS[drawn % len(PATTERNS)], SHAPES[drawn % len(SHAPES)])
+
+
+def look(name: str) -> dict[str, Any]:
+    """Keyword arguments of `Axes.plot` for one measure; raises what `look_of` raises."""
+    colour, dash, marker = look_of(name)
     line = "-" if isinstance(dash, str) else (0, dash)
     return {"color": colour, "linestyle": line, "marker": marker, "label": name}
 

@@ -36,7 +36,8 @@ from fihelpers.tasks import Example
 LogProbs = Callable[[Tensor], Tensor]
 EmbeddingGrouping = Literal["dimension", "token"]
 
-FI_SUMMED = "FI summed"
+SUMMED = " summed"  # after FI: the sum of the single entries' FI in place of their joint FI
+FI_SUMMED = "FI" + SUMMED
 AT_ONCE = 16  # inputs x classes in one backward pass; larger batches keep a processor busy by themselves
 
 
@@ -345,6 +346,12 @@ def _in_order(made: list[Tensor], probs: Tensor, predicted: Tensor, others: Tens
 
 
 def _find(measure: str | Measure, spectral: Spectral) -> Measure:
-    if measure == FI_SUMMED:
-        return Elementwise(f"FI {spectral} summed", lambda m, _: fi_of_moments(m, spectral), reduce="sum")
+    if isinstance(measure, str) and measure.endswith(SUMMED):
+        one = find_measure(measure.removesuffix(SUMMED), spectral)
+        if isinstance(one, Influence):
+            return _summed(one)
     return find_measure(measure, spectral)
+
+
+def _summed(one: Influence) -> Measure:
+    return Elementwise(one.name + SUMMED, lambda m, _: fi_of_moments(m, one.spectral), reduce="sum")
