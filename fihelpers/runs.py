@@ -136,8 +136,7 @@ def _key(notebook: Path, settings: Mapping[str, Any], out: Path) -> str:
 
     For a chapter that reads others' results, those that it would find beside `out` count as well.
     """
-    nested = [value for group in settings.values() if isinstance(group, dict) for value in group.values()]
-    named = [Path(value) for value in [*settings.values(), *nested] if isinstance(value, str) and value]
+    named = [Path(text).expanduser() for text in _texts(settings) if text]
     read = results_beside(out, settings[READS]) if READS in settings else {}
     parts = {
         "notebook": file_sha256(notebook),
@@ -149,6 +148,15 @@ def _key(notebook: Path, settings: Mapping[str, Any], out: Path) -> str:
         "results": {name: file_sha256(path) for name, path in read.items()},
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _texts(settings: Mapping[str, Any]) -> Iterator[str]:
+    """The settings that are text, those in groups too."""
+    for value in settings.values():
+        if isinstance(value, dict):
+            yield from _texts(value)
+        elif isinstance(value, str):
+            yield value
 
 
 def _stamps(path: Path) -> list[tuple[str, int, int]]:

@@ -98,6 +98,13 @@ def test_the_key_sees_all_that_a_run_depends_on(
         keys.append(key())
     assert len(set(keys)) == len(keys)
 
+    monkeypatch.setenv("HOME", str(tmp_path))
+    nested = {"elsewhere": {"one": {"task": "~/model", "subjects": []}}}
+    before = key(OPTIONS=nested)
+    (model / "weights").write_text("other")
+    assert key(OPTIONS=nested) != before
+    keys = [key()]
+
     reading = [key(READS="*.claims.csv")]
     for path in (Path("data/results/04.claims.csv"), OUT / "04.claims.csv", OUT / "05.claims.csv"):
         path.parent.mkdir(parents=True, exist_ok=True)
