@@ -13,7 +13,8 @@ import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -21,6 +22,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
+from scipy.optimize import minimize
 from scipy.special import expit
 from torch import Tensor
 from tqdm import tqdm
@@ -32,8 +34,12 @@ from fihelpers.models import LanguageModel
 log = logging.getLogger(__name__)
 
 KEY = "FIHELPERS_JUDGE_KEY"  # the environment variable that holds the key of a judge behind an API
-LENGTH_PRIOR = 1.0  # inverse variance of the length term's weight, a weak pull towards no effect of length
-NEWTON_STEPS = 50
+FEWEST_SETTINGS = 3  # of which the difficulties of prompts can be learnt
+# Inverse variances of the normal prior on the weight of length. Alone, a setting is pulled weakly towards no
+# effect; among others more firmly towards their mean, since it is one judge who likes length or does not (the
+# published fit holds the weight by long and short answers of the baseline itself).
+ALONE, AMONG_OTHERS = 1.0, 5.0
+STEPS = 20_000  # at most, of a fit
 WORTH_ANOTHER_TRY = (408, 409, 425, 429, 500, 502, 503, 504)  # HTTP states that may pass
 LOCAL = ("localhost", "127.0.0.1", "::1")
 
@@ -212,46 +218,108 @@ def win_rate(preferences: ArrayLike, seed: int = 0) -> tuple[float, float, float
     return paired_difference(values, np.zeros(len(values)), seed=seed)
 
 
-def length_controlled_win_rate(preferences: ArrayLike, lengths_a: ArrayLike, lengths_b: ArrayLike) -> float:
-    """Return the win rate that would be left if both answers were as long (Dubois et al. 2024).
+@dataclass(frozen=True)
+class LengthControlled:
+    """Win rates (M,) at equal length, the difficulties (N,) they were fitted with, and how, in words."""
 
-    The preferences p (N,) are fitted by logit p = quality + weight * tanh(difference), with the difference
-    of the lengths (of a minus of b, in characters) in units of its standard deviation over the prompts; the
-    result is the win rate at difference 0. The published model also has a term for the difficulty of
-    each instruction, fitted on a leaderboard, which is left out. A normal prior of variance 1 on `weight`
-    (the published fit shrinks it too) keeps the fit finite where length separates wins from losses.
+    win_rates: np.ndarray
+    difficulties: np.ndarray
+    fit: str
 
-    Raises ValueError for preferences outside [0, 1], or other numbers of lengths.
+
+def length_controlled_win_rates(
+    preferences: ArrayLike, lengths_a: ArrayLike, lengths_b: ArrayLike, difficulties: ArrayLike | None = None
+) -> LengthControlled:
+    """Return the win rates that would be left if both answers were as long (Dubois et al. 2024).
+
+    preferences (M, N): of M settings (models, say) for their answers to the same N prompts over another's.
+    lengths_a (M, N), lengths_b (N,) or (M, N): of these answers and the other's, in characters. The fit is
+    logit p = quality + weight * tanh(difference) + sensitivity * difficulty, with the difference of the
+    lengths (of a minus of b) in units of its standard deviation over the setting's prompts; the win rate is
+    the mean of p over the prompts at difference 0.
+
+    As in the published procedure the difficulties of the prompts (high where a is preferred) are estimated
+    first, over all settings with sensitivity 1, and then held while every setting is fitted by itself, so
+    that both steps are convex. Given difficulties (N,) replace the first step. Of fewer than three settings
+    nothing can be learnt of the prompts: each is fitted without difficulty, which is said and logged. A
+    setting whose preferences are all one number has that win rate, and no part in the fit.
+
+    Raises ValueError for preferences outside [0, 1], or lengths or difficulties of another number or not
+    finite.
     """
-    p = _preferences(preferences)
-    difference = np.asarray(lengths_a, dtype=float) - np.asarray(lengths_b, dtype=float)
-    if difference.shape != p.shape or not np.isfinite(difference).all():
-        raise ValueError(f"{len(p)} preferences need as many finite lengths, got {difference.shape}.")
-    spread = difference.std(ddof=1) if len(p) > 1 else 0.0
-    if spread == 0 or p.min() == p.max():  # nothing to control for, or nothing that length could explain
-        return float(p.mean())
-    x = np.stack([np.ones(len(p)), np.tanh(difference / spread)], 1)
-    return float(expit(_fit(x, p, np.array([0.0, LENGTH_PRIOR]))[0]))
+    p = _preferences(preferences, axes=2)
+    a = _numbers(lengths_a, "lengths of the answers", p.shape)
+    b = _numbers(lengths_b, "lengths of what they are compared with", p.shape, p.shape[1:])
+    known = None if difficulties is None else _numbers(difficulties, "difficulties", p.shape[1:])
+    found, varied = p.mean(1), p.min(1) < p.max(1)
+    found[~varied] = p[~varied, 0]  # the mean but for rounding
+    p, x = p[varied], _length_terms(a - b)[varied]
+    fit, weight = "given difficulties", (0.0, ALONE)
+    if known is None and len(p) >= FEWEST_SETTINGS:
+        fit, (known, weight) = f"jointly over {len(p)} settings", _difficulties(p, x)
+    elif known is None:
+        fit, known = f"without difficulties: fewer than {FEWEST_SETTINGS} settings", np.zeros(p.shape[1])
+        log.warning("fewer than %d settings have preferences that vary, too few to tell which prompts are "
+                    "difficult; win rates at equal length are fitted without", FEWEST_SETTINGS)  # fmt: skip
+    found[varied] = [_at_equal_length(row, terms, known, weight) for row, terms in zip(p, x, strict=True)]
+    return LengthControlled(found, known, fit)
 
 
-def _fit(x: np.ndarray, p: np.ndarray, penalty: np.ndarray) -> np.ndarray:
-    """Logistic regression of shares p (N,) on x (N, k) by Newton's method with halved steps."""
+def _length_terms(difference: np.ndarray) -> np.ndarray:
+    """tanh of the differences (M, N) in units of each row's standard deviation; 0 where a row has none."""
+    if difference.shape[1] < 2:
+        return np.zeros_like(difference)
+    spread = difference.std(1, ddof=1, keepdims=True)
+    return np.tanh(difference / np.where(spread > 0, spread, np.inf))
 
-    def loss(weights: np.ndarray) -> float:
-        z = x @ weights
-        return float((np.logaddexp(0, z) - p * z).sum() + (penalty * weights**2).sum() / 2)
 
-    weights = np.zeros(x.shape[1])
-    for _ in range(NEWTON_STEPS):
-        q = expit(x @ weights)
-        slope = x.T @ (q - p) + penalty * weights
-        step = np.linalg.solve((x * (q * (1 - q))[:, None]).T @ x + np.diag(penalty + 1e-12), slope)
-        while loss(weights - step) > loss(weights) and np.abs(step).max() > 1e-12:
-            step = step / 2
-        weights = weights - step
-        if np.abs(step).max() < 1e-10:
-            break
-    return weights
+def _difficulties(p: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, tuple[float, float]]:
+    """Difficulties (N,) of prompts by logit p = quality + weight * x + difficulty over all settings (M, N).
+
+    Weights and difficulties have a standard normal prior. Returned too is the prior that this makes for the
+    weight of a single setting: its mean and inverse variance.
+    """
+    m = len(p)
+
+    def loss(values: np.ndarray) -> tuple[float, np.ndarray]:
+        quality, weight, difficulty = np.split(values, [m, 2 * m])
+        z = quality[:, None] + weight[:, None] * x + difficulty
+        rest = expit(z) - p
+        slope = [rest.sum(1), (rest * x).sum(1) + weight, rest.sum(0) + difficulty]
+        return _log_loss(z, p) + (weight @ weight + difficulty @ difficulty) / 2, np.concatenate(slope)
+
+    _, weight, difficulty = np.split(_minimum(loss, np.zeros(2 * m + p.shape[1])), [m, 2 * m])
+    return difficulty, (float(weight.mean()), AMONG_OTHERS)
+
+
+def _at_equal_length(
+    p: np.ndarray, x: np.ndarray, difficulty: np.ndarray, weight: tuple[float, float]
+) -> float:
+    """The win rate at x = 0 of one setting (N,).
+
+    weight: the mean and inverse variance of the normal prior on the weight of x. The sensitivity to the
+    difficulty has one of mean 1, what it is in `_difficulties`, and variance 1.
+    """
+    terms = np.stack([np.ones(len(p)), x, difficulty], 1)
+    centre, firm = np.array([0, weight[0], 1]), np.array([0, weight[1], 1])
+
+    def loss(values: np.ndarray) -> tuple[float, np.ndarray]:
+        z, off = terms @ values, values - centre
+        return _log_loss(z, p) + firm @ off**2 / 2, terms.T @ (expit(z) - p) + firm * off
+
+    quality, _, sensitivity = _minimum(loss, centre)
+    return float(expit(quality + sensitivity * difficulty).mean())
+
+
+def _log_loss(z: np.ndarray, p: np.ndarray) -> float:
+    """The sum of the cross entropies of shares p with the probabilities whose logits are z."""
+    return float((np.logaddexp(0, z) - p * z).sum())
+
+
+def _minimum(loss: Callable[[np.ndarray], tuple[float, np.ndarray]], start: np.ndarray) -> np.ndarray:
+    """Where a convex function that gives its value and slope is least, to rounding."""
+    options = {"maxiter": STEPS, "maxfun": STEPS, "ftol": 0, "gtol": 1e-9}
+    return minimize(loss, start, jac=True, method="L-BFGS-B", options=options).x
 
 
 @torch.inference_mode()
@@ -291,14 +359,29 @@ def _check_pairs(prompts: Sequence[str], a: Sequence[Response], b: Sequence[Resp
         )
 
 
-def _preferences(preferences: ArrayLike) -> np.ndarray:
-    values = np.asarray(preferences, dtype=float)
-    if values.ndim != 1 or len(values) == 0:
-        raise ValueError(f"preferences must be a non-empty list, got shape {values.shape}.")
+def _preferences(preferences: ArrayLike, axes: int = 1) -> np.ndarray:
+    values = _numbers(preferences, "preferences")
+    if values.ndim != axes or values.size == 0:
+        form = "list" if axes == 1 else "table (settings, prompts)"
+        raise ValueError(f"preferences must be a non-empty {form}, got shape {values.shape}.")
     if not ((values >= 0) & (values <= 1)).all():
         worst = values[~((values >= 0) & (values <= 1))][0]
-        raise ValueError(f"a preference lies between 0 and 1, not {worst}.")
+        raise ValueError(f"a preference lies between 0 and 1, not {worst}; leave out a prompt without one.")
     return values
+
+
+def _numbers(values: ArrayLike, what: str, *shapes: tuple[int, ...]) -> np.ndarray:
+    """The values as finite numbers of one of the shapes; of any shape, and finite or not, without shapes."""
+    try:
+        numbers = np.asarray(values, dtype=float)
+    except (TypeError, ValueError) as error:  # a text, or rows of several lengths
+        raise ValueError(f"{what} must be numbers in rows of one length ({error}).") from error
+    if shapes and numbers.shape not in shapes:
+        wanted = " or ".join(map(str, shapes))
+        raise ValueError(f"{what} have the shape {numbers.shape}; give one each, in the shape {wanted}.")
+    if shapes and not np.isfinite(numbers).all():
+        raise ValueError(f"{what} must be finite, not {numbers[~np.isfinite(numbers)][0]}.")
+    return numbers
 
 
 def _content(answer: Any) -> str:

@@ -12,7 +12,7 @@ from tiny import tiny_model
 from fihelpers.experiments import generation as lab
 from fihelpers.figures import generation as draw
 from fihelpers.generate import Response, greedy
-from fihelpers.judges import LikelihoodJudge
+from fihelpers.judges import LikelihoodJudge, length_controlled_win_rates
 from fihelpers.models import LanguageModel, open_model
 from fihelpers.tasks import Example
 
@@ -48,6 +48,64 @@ def test_sweep(plan: lab.Plan, rows: pd.DataFrame, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(lab, "score_sequences", lambda *a, **k: pytest.fail("finished work was done again"))
     again = lab.run_sweep(tiny_model("qwen2"), plan, tmp_path / "cache")
     pd.testing.assert_frame_equal(again, rows)
+
+
+def test_win_rates_at_equal_length_are_fitted_over_the_whole_sweep(
+    plan: lab.Plan, rows: pd.DataFrame, tmp_path: Path
+) -> None:
+    said = f"jointly over {(rows.win_rate != 0.5).sum()} settings"
+    assert set(rows.length_fit) == set(lab.summary(rows).length_fit) == {said}
+    assert not {"preferences", "lengths"} & set(rows)
+    # the same numbers by hand, from what each answer was preferred by and how long it is
+    model, examples = tiny_model("qwen2"), lab.tested_set(plan, None)
+    bench = lab.Bench(model, examples, plan.length)
+    answers = [[replace(answer, text=answer.text[: 9 * k]) for answer in bench.intact] for k in range(1, 4)]
+    table = pd.DataFrame([bench.compare(texts) for texts in [bench.intact, *answers]])
+    found = lab.at_equal_length(table, bench.intact, None, " (as told)")
+    preferences = [bench.judge.prefer(bench.prompts, texts, bench.intact) for texts in answers]
+    lengths = [[len(answer.text) for answer in texts] for texts in [*answers, bench.intact]]
+    expected = length_controlled_win_rates(preferences, lengths[:3], lengths[3])
+    assert list(found.length_controlled) == [0.5, *expected.win_rates]
+    assert set(found.length_fit) == {expected.fit + " (as told)"}
+    assert list(table.win_rate) == list(found.win_rate)
+
+    # one setting beside the intact model says nothing of the prompts, and the table says that
+    few = replace(plan, seeds=1, rates=(0.5,), measures=("SNIP",), low_of=())
+    alone = lab.run_sweep(tiny_model("qwen2"), few, tmp_path / "few")
+    assert set(lab.summary(alone).length_fit) == {"without difficulties: fewer than 3 settings"}
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_difficulties_of_alpaca_eval_come_from_the_hub_where_it_answers(
+    there: bool, plan: lab.Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Info:
+        sha = "c" * 40
+
+    csv = tmp_path / "difficulty.csv"
+    csv.write_text("index,instruction_difficulty\n" + "".join(f"{i},{i / 4 - 1}\n" for i in range(12)))
+
+    def download(_: str, name: str, **options: str) -> str:
+        assert options == {"repo_type": "dataset", "revision": Info.sha}
+        if name == "alpaca_eval.json":
+            return plan.task
+        if not there:
+            raise OSError("no network")
+        return str(csv)
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_: Info)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    asked = replace(plan, task="tatsu-lab/alpaca_eval", n_test=4)
+    known, source = lab.known_difficulties(asked.task, lab.tested_set(asked, None))
+    said = set(lab.run_sweep(tiny_model("qwen2"), asked, tmp_path / "cache").length_fit)
+    if there:
+        rows = [int(example.id.rpartition("/")[2]) - 1 for example in lab.tested_set(asked, None)]
+        assert known is not None and list(known) == [i / 4 - 1 for i in rows]
+        assert said == {"given difficulties" + source} and Info.sha in source
+    else:
+        assert known is None and "the published difficulties could not be had" in source
+        assert said.pop().startswith("jointly over")
+    assert lab.known_difficulties(plan.task, []) == (None, "")
 
 
 def test_an_interrupted_sweep_goes_on(
@@ -149,7 +207,7 @@ def test_the_model_is_intact_again_and_its_answers_are_ties(plan: lab.Plan) -> N
     bench = lab.Bench(model, examples, 6)
     assert bench.intact == greedy(model, [e.prompt for e in examples], 6) == bench.answers()
     found = bench.compare(bench.intact)
-    assert (found["rouge1"], found["win_rate"], found["length_controlled"]) == (1, 0.5, 0.5)
+    assert (found["rouge1"], found["win_rate"]) == (1, 0.5)
     assert 0 <= bench.floor() <= 1
     nothing = [Response((), True, "") for _ in examples]  # answers that end at once
     silent = bench.compare(nothing)

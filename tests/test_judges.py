@@ -8,10 +8,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import ArrayLike
+from scipy.optimize import minimize, root
 from scipy.special import expit
 from tiny import tiny_model
 
@@ -20,7 +23,7 @@ from fihelpers.judges import (
     KEY,
     ApiJudge,
     LikelihoodJudge,
-    length_controlled_win_rate,
+    length_controlled_win_rates,
     rouge1,
     win_rate,
 )
@@ -209,25 +212,30 @@ def test_win_rate() -> None:
             win_rate(bad)
 
 
-def test_length_controlled_win_rate_by_hand() -> None:
+def _alone(p: object, a: object, b: ArrayLike) -> float:
+    """The win rate at equal length of one setting, which says nothing of the prompts."""
+    return float(length_controlled_win_rates(np.array([p]), np.array([a]), b).win_rates[0])
+
+
+def test_a_single_setting_by_hand() -> None:
     # Half of a's answers are longer by 10 and win with .8, half are shorter by 10 and win with .2: only the
     # length speaks, so at equal length nobody wins.
     half = [10] * 20 + [0] * 20
-    assert length_controlled_win_rate([0.8] * 20 + [0.2] * 20, half, half[::-1]) == pytest.approx(0.5)
+    assert _alone([0.8] * 20 + [0.2] * 20, half, half[::-1]) == pytest.approx(0.5)
     # Preferences drawn without noise from the model itself, so often that the prior has no weight.
     lengths = np.array([30, 10, 25, 40] * 5000)
     others = np.array([10, 20, 20, 25] * 5000)
     difference = (lengths - others) / (lengths - others).std(ddof=1)
     preferences = expit(-0.7 + 1.1 * np.tanh(difference))
-    found = length_controlled_win_rate(preferences, lengths, others)
+    found = _alone(preferences, lengths, others)
     assert found == pytest.approx(expit(-0.7), abs=1e-3)
     assert abs(found - preferences.mean()) > 0.01  # the lengths did matter
 
 
-def test_length_controlled_win_rate_solves_its_equations() -> None:
+def test_a_single_setting_solves_its_equations() -> None:
     rng = np.random.default_rng(0)
     p, a, b = rng.random(40), rng.integers(1, 99, 40), rng.integers(1, 99, 40)
-    quality = np.log(found := length_controlled_win_rate(p, a, b)) - np.log(1 - found)
+    quality = np.log(found := _alone(p, a, b)) - np.log(1 - found)
     t = np.tanh((a - b) / (a - b).std(ddof=1))
     # the second equation gives the weight of the length, by bisection; it then solves the first
     low, high = -5.0, 5.0
@@ -238,13 +246,156 @@ def test_length_controlled_win_rate_solves_its_equations() -> None:
     assert (expit(quality + middle * t) - p).sum() == pytest.approx(0, abs=1e-6)
 
 
-def test_length_controlled_win_rate_at_its_limits() -> None:
-    assert length_controlled_win_rate([0.2, 0.9], [5, 5], [5, 5]) == pytest.approx(0.55)  # no difference
-    assert length_controlled_win_rate([0, 0, 0], [1, 9, 3], [5, 5, 5]) == 0
-    separated = length_controlled_win_rate([1, 1, 0, 0], [9, 8, 1, 2], [5, 5, 5, 5])
-    assert separated == pytest.approx(0.5)
+def test_a_single_setting_at_its_limits() -> None:
+    assert _alone([0.2, 0.9], [5, 5], [5, 5]) == pytest.approx(0.55)  # no difference
+    assert _alone([0, 0, 0], [1, 9, 3], [5, 5, 5]) == 0 and _alone([0.3], [4], [9]) == 0.3
+    assert _alone([1, 1, 0, 0], [9, 8, 1, 2], [5, 5, 5, 5]) == pytest.approx(0.5)  # separated by length
     rng = np.random.default_rng(1)
     p, a, b = rng.random(30), rng.integers(1, 99, 30), rng.integers(1, 99, 30)
-    assert length_controlled_win_rate(1 - p, b, a) == pytest.approx(1 - length_controlled_win_rate(p, a, b))
-    with pytest.raises(ValueError, match="2 preferences need as many"):
-        length_controlled_win_rate([0, 1], [3], [3])
+    assert _alone(1 - p, b, a) == pytest.approx(1 - _alone(p, a, b))
+
+
+Sweep = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
+
+def _sweep(settings: int = 30, prompts: int = 300, likes_length: float = 1.5, seed: int = 0) -> Sweep:
+    """Preferences and lengths (M, N), others' lengths (N,), win rates at equal length, and difficulties.
+
+    The preferences are the model's own, without noise. Where the others wrote much, winning is difficult.
+    """
+    rng = np.random.default_rng(seed)
+    others = rng.integers(100, 3000, prompts)
+    lengths = rng.integers(50, 1500, (settings, prompts))
+    difficulty = rng.standard_normal(prompts) + np.tanh((1500 - others) / 900)
+    quality = np.linspace(-4, 1, settings)
+    gap = lengths - others
+    x = np.tanh(gap / gap.std(1, ddof=1, keepdims=True))
+    level = quality[:, None] + rng.uniform(0.8, 1.2, (settings, 1)) * difficulty
+    return expit(level + likes_length * x), lengths, others, expit(level).mean(1), difficulty
+
+
+def test_the_joint_fit_finds_what_the_preferences_were_drawn_from() -> None:
+    p, a, b, truth, difficulty = _sweep()
+    found = length_controlled_win_rates(p, a, b)
+    assert found.fit == "jointly over 30 settings"
+    assert np.abs(found.win_rates - truth).max() < 0.025
+    assert np.corrcoef(found.difficulties, difficulty)[0, 1] > 0.95
+    alone = np.array([_alone(*row, b) for row in zip(p, a, strict=True)])
+    assert np.abs(alone - truth).max() > 0.05  # what the difficulties are there for
+
+
+def test_the_joint_fit_solves_its_equations() -> None:
+    p, a, b, *_ = _sweep(4, 20)
+    found = length_controlled_win_rates(p, a, b)
+    x = np.tanh((a - b) / (a - b).std(1, ddof=1, keepdims=True))
+
+    # the difficulties by another method, as the least of the sum that the docstring describes
+    def loss(values: np.ndarray) -> float:
+        quality, weight, difficulty = np.split(values, [4, 8])
+        q = expit(quality[:, None] + weight[:, None] * x + difficulty)
+        priors = np.log(2 * np.pi) * 24 / 2 + (weight**2).sum() / 2 + (difficulty**2).sum() / 2
+        return float(-(p * np.log(q) + (1 - p) * np.log(1 - q)).sum() + priors)
+
+    least = minimize(loss, np.zeros(28), method="BFGS", options={"gtol": 1e-6}).x
+    assert found.difficulties == pytest.approx(least[8:], abs=1e-4)
+    # and the first setting's own fit, held to the mean weight
+    terms = np.stack([np.ones(20), x[0], least[8:]], 1)
+    centre, firm = [0, least[4:8].mean(), 1], np.array([0, 5, 1])
+
+    def own(values: np.ndarray) -> np.ndarray:
+        return terms.T @ (expit(terms @ values) - p[0]) + firm * (values - centre)
+
+    quality, _, sensitivity = root(own, centre).x
+    assert found.win_rates[0] == pytest.approx(expit(quality + sensitivity * least[8:]).mean(), abs=1e-5)
+
+
+def test_the_joint_fit_knows_no_order_unit_or_side() -> None:
+    p, a, b, *_ = _sweep(5, 40)
+    found = length_controlled_win_rates(p, a, b)
+    rng = np.random.default_rng(2)
+    rows, columns = rng.permutation(5), rng.permutation(40)
+    shuffled = length_controlled_win_rates(p[rows][:, columns], a[rows][:, columns], b[columns])
+    assert shuffled.win_rates == pytest.approx(found.win_rates[rows], abs=1e-6)
+    assert shuffled.difficulties == pytest.approx(found.difficulties[columns], abs=1e-5)
+    in_other_units = length_controlled_win_rates(p, 7.0 * a, np.broadcast_to(7.0 * b, a.shape))
+    assert in_other_units.win_rates == pytest.approx(found.win_rates, abs=1e-6)
+    swapped = length_controlled_win_rates(1 - p, np.broadcast_to(b, a.shape), a)
+    assert swapped.win_rates == pytest.approx(1 - found.win_rates, abs=1e-6)
+    assert swapped.difficulties == pytest.approx(-found.difficulties, abs=1e-5)
+
+
+def test_settings_that_say_nothing_have_no_part_in_the_fit() -> None:
+    p, a, b, *_ = _sweep(5, 40)
+    found = length_controlled_win_rates(p, a, b)
+    constant = np.repeat([[0.0], [0.5], [1.0], [0.1]], 40, 1)
+    with_constant = length_controlled_win_rates(np.vstack([p, constant]), np.vstack([a, a[:4]]), b)
+    assert list(with_constant.win_rates[5:]) == [0, 0.5, 1, 0.1]  # as the intact model against itself
+    assert list(with_constant.win_rates[:5]) == list(found.win_rates)
+    assert with_constant.fit == found.fit == "jointly over 5 settings"
+    # answers as long as the others' have nothing to control for, whatever the prompts
+    equal = length_controlled_win_rates(p, np.vstack([b, a[1:]]), b)
+    assert equal.win_rates[0] == pytest.approx(p[0].mean(), abs=1e-6)
+    # wins and losses that are separated leave every number finite
+    hard = (p > np.median(p, 0)).astype(float)
+    rates = length_controlled_win_rates(hard, a, b).win_rates
+    assert ((rates >= 0) & (rates <= 1)).all()
+
+
+def test_two_settings_are_fitted_alone_and_it_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    p, a, b, *_ = _sweep(3, 40)
+    p[2] = 0.5  # a setting that does not vary says nothing of the prompts
+    found = length_controlled_win_rates(p, a, b)
+    assert found.fit == "without difficulties: fewer than 3 settings" and not found.difficulties.any()
+    assert "fewer than 3 settings" in caplog.text
+    each = [_alone(*row, b) for row in zip(p, a, strict=True)]
+    assert list(found.win_rates) == each
+
+
+def test_given_difficulties_leave_the_settings_apart() -> None:
+    p, a, b, truth, difficulty = _sweep()
+    found = length_controlled_win_rates(p, a, b, difficulty)
+    assert found.fit == "given difficulties" and list(found.difficulties) == list(difficulty)
+    assert np.abs(found.win_rates - truth).max() < 0.025
+    one = length_controlled_win_rates(p[2:3], a[2:3], b, difficulty)
+    assert one.win_rates[0] == found.win_rates[2]
+
+
+def test_what_cannot_be_fitted_at_equal_length_is_named() -> None:
+    p, a, b, *_ = _sweep(3, 4)
+    for bad, text in [
+        ((p[0], a, b), r"non-empty table \(settings, prompts\), got shape \(4,\)"),
+        ((p[:0], a[:0], b), "non-empty table"),
+        ((np.where(p == p.max(), np.nan, p), a, b), "between 0 and 1, not nan; leave out a prompt"),
+        ((p + 1, a, b), "between 0 and 1, not 1"),
+        (([[0, 1], [1]], a, b), "preferences must be numbers in rows of one length"),
+        ((p, a[:2], b), r"lengths of the answers have the shape \(2, 4\).*in the shape \(3, 4\)"),
+        ((p, a, b[:1]), r"compared with have the shape \(1,\).*in the shape \(3, 4\) or \(4,\)"),
+        ((p, a, [1, np.inf, 1, 1]), "compared with must be finite, not inf"),
+        ((p, a, b, [1, 2]), r"difficulties have the shape \(2,\).*in the shape \(4,\)"),
+        ((p, a, b, ["hard"] * 4), "difficulties must be numbers"),
+    ]:
+        with pytest.raises(ValueError, match=text):
+            length_controlled_win_rates(*bad)  # type: ignore[arg-type]
+
+
+def test_win_rates_of_a_public_leaderboard(real_data: Path) -> None:
+    """AlpacaEval 2 as published: all models, half of them, the other half by the difficulties of these."""
+    folder = real_data / "alpaca_eval"
+    rows = pd.read_parquet(folder / "preferences.parquet").drop_duplicates(["model", "prompt"])
+    table = rows.pivot(index="model", columns="prompt").dropna(axis=1)  # prompts that all models answered
+    p, a, b = (table[name].to_numpy(float) for name in ("preference", "length", "baseline_length"))
+    published = pd.read_csv(folder / "leaderboard.csv").drop_duplicates("model").set_index("model")
+    published = published.loc[table.index].length_controlled.to_numpy() / 100
+    compared = ~table.index.isin(["NullModel", "gpt4_gamed"]) & (a.min(1) < a.max(1))
+
+    def check(chosen: np.ndarray, difficulties: np.ndarray | None = None) -> np.ndarray:
+        found = length_controlled_win_rates(p[chosen], a[chosen], b[chosen], difficulties)
+        ours, theirs = found.win_rates[compared[chosen]], published[chosen][compared[chosen]]
+        assert np.median(np.abs(ours - theirs)) < 0.015
+        assert np.corrcoef(ours, theirs)[0, 1] > 0.99
+        return found.difficulties
+
+    check(np.arange(len(p)))
+    halves = np.arange(0, len(p), 2), np.arange(1, len(p), 2)
+    for half, others in (halves, halves[::-1]):
+        check(others, check(half))

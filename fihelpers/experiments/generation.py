@@ -10,7 +10,8 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from fihelpers.evaluate import mean_interval
 from fihelpers.experiments.sparsification import calibration_set, tested_set
 from fihelpers.files import write_atomically
 from fihelpers.generate import Response, greedy
-from fihelpers.judges import ApiJudge, Judge, LikelihoodJudge, length_controlled_win_rate, rouge1
+from fihelpers.judges import ApiJudge, Judge, LikelihoodJudge, length_controlled_win_rates, rouge1
 from fihelpers.measures import find_measure
 from fihelpers.minis.facts import instruction_prompt, load_instructions
 from fihelpers.models import LanguageModel, open_model
@@ -32,12 +33,15 @@ from fihelpers.parameters import nearest as nearest_name
 from fihelpers.perturb.sparsify import Which, linear_names, select, zeroed
 from fihelpers.scores.sequences import score_sequences
 from fihelpers.tasks import Example
-from fihelpers.tasks.instructions import SUBJECT
+from fihelpers.tasks.instructions import ALPACA, SUBJECT, published_difficulties
+
+log = logging.getLogger(__name__)
 
 INTACT = "intact"
 RANDOM = "random"
 LOW = ", low half"
 SCORED = ("rouge1", "win_rate", "length_controlled")  # what is measured of a set of answers
+ANSWERED = ("preferences", "lengths")  # of each prompt, from which the length-controlled win rates are fitted
 STORY_LENGTH = 60  # tokens
 BATCH = 64  # answers written at a time: a small model's time goes by steps, not by prompts
 
@@ -115,23 +119,23 @@ class Bench:
         return greedy(self.model, self.prompts, self.length, BATCH)
 
     def compare(self, answers: Sequence[Response]) -> dict[str, object]:
-        """Scores of answers against the intact model's, which must be intact again: see SCORED.
+        """ROUGE-1 and win rate of answers against the intact model's, which must be intact again.
 
-        Beside them there are the mean length in characters, the share of answers that ended, and the first
-        one as it stands.
+        Beside them there are the mean length in characters, the share of answers that ended, the first
+        answer as it stands, and as JSON what `at_equal_length` needs: see ANSWERED.
         """
         own = [answer.text for answer in answers]
         earlier = [answer.text for answer in self.intact]
         preferences = self.judge.prefer(self.prompts, answers, self.intact)
-        lengths = [[len(text) for text in texts] for texts in (own, earlier)]
+        lengths = _lengths(own)
         return {
             "rouge1": float(rouge1(own, earlier).mean()),
             "win_rate": float(preferences.mean()),
-            "length_controlled": length_controlled_win_rate(preferences, *lengths),
-            "characters": float(np.mean(lengths[0])),
+            "characters": float(np.mean(lengths)),
             "ended": float(np.mean([answer.ended for answer in answers])),
             "n": len(answers),
             "first": own[0],
+            **dict(zip(ANSWERED, map(json.dumps, (preferences.tolist(), lengths)), strict=True)),
         }
 
     def floor(self) -> float:
@@ -166,12 +170,14 @@ def framed(model: LanguageModel, example: Example) -> Example:
 def run_sweep(model: LanguageModel, plan: Plan, cache: Path, judge: Judge | None = None) -> pd.DataFrame:
     """Zero shares of the linear weights by every measure, for every calibration set, and read the answers.
 
-    Returns one row for each (seed, measure, rate) and one for the intact model: what `Bench.compare` says.
-    The judge is by default that of `judge_of`. Finished parts lie in `cache` and are not
-    made again after an interruption. Raises ValueError for an unknown measure, a bad rate or no seeds.
+    Returns one row for each (seed, measure, rate) and one for the intact model: what `Bench.compare` and
+    `at_equal_length` say of it. The judge is by default that of `judge_of`. Finished parts lie in `cache` and
+    are not made again after an interruption. Raises ValueError for an unknown measure, a bad rate or no
+    seeds.
     """
     _check(plan)
-    bench = Bench(model, tested_set(plan, None), plan.length, judge or judge_of(model, plan, cache))
+    examples = tested_set(plan, None)
+    bench = Bench(model, examples, plan.length, judge or judge_of(model, plan, cache))
     key = _key(model, plan, bench)
     parts = [pd.DataFrame([{"seed": 0, "measure": INTACT, "rate": 0.0, **bench.compare(bench.intact)}])]
     for k in tqdm(range(plan.seeds), desc="answers of sparse models", unit="calibration set"):
@@ -181,14 +187,51 @@ def run_sweep(model: LanguageModel, plan: Plan, cache: Path, judge: Judge | None
             # quoted, for a lone carriage return in an answer would end its row
             write_atomically(path, found.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC).encode())
         parts.append(pd.read_csv(io.BytesIO(path.read_bytes()), keep_default_na=False))
-    return pd.concat(parts, ignore_index=True)
+    known, source = known_difficulties(plan.task, examples)
+    return at_equal_length(pd.concat(parts, ignore_index=True), bench.intact, known, source)
+
+
+def known_difficulties(task: str, examples: Sequence[Example]) -> tuple[np.ndarray | None, str]:
+    """The published difficulties (N,) of AlpacaEval's instructions and where they come from.
+
+    None for another task, and where the hub does not answer, which is said and logged.
+    """
+    if task != ALPACA:
+        return None, ""
+    try:
+        known, commit = published_difficulties(examples)
+    except ConnectionError as error:
+        log.warning("difficulties of instructions are estimated from the sweep: %s", error)
+        return None, " (the published difficulties could not be had)"
+    return known, f" ({ALPACA} at {commit})"
+
+
+def at_equal_length(
+    rows: pd.DataFrame, intact: Sequence[Response], known: np.ndarray | None, source: str
+) -> pd.DataFrame:
+    """The rows with `length_controlled`, fitted over all of them, in the place of ANSWERED.
+
+    Every row is a setting: a measure, a rate and a calibration set. known, source: from
+    `known_difficulties`. The column `length_fit` says how the difficulties of the prompts came about.
+    """
+    preferences, lengths = ([json.loads(text) for text in rows[name]] for name in ANSWERED)
+    others = _lengths(answer.text for answer in intact)
+    found = length_controlled_win_rates(preferences, lengths, others, known)
+    return rows.drop(columns=list(ANSWERED)).assign(
+        length_controlled=found.win_rates, length_fit=found.fit + source
+    )
+
+
+def _lengths(texts: Iterable[str]) -> list[int]:
+    """The length of each text in characters."""
+    return [len(text) for text in texts]
 
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
     """Mean over calibration sets of each score, with its t interval cut to [0, 1], for each measure and rate.
 
-    Columns: measure, rate, seeds, n, and for each of SCORED the mean, {name}_low and {name}_high. Rate 0 is
-    the intact model, the same for every measure.
+    Columns: measure, rate, seeds, n, for each of SCORED the mean, {name}_low and {name}_high, and what
+    `at_equal_length` says in `length_fit`. Rate 0 is the intact model, the same for every measure.
     """
     intact = rows[rows.measure == INTACT].iloc[0]
     lines = []
@@ -198,7 +241,8 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
         {"measure": m, "rate": 0.0, "seeds": 1, "n": intact.n, **{s: intact[s] for s in SCORED}}
         for m in dict.fromkeys(line["measure"] for line in lines)
     ]
-    return pd.DataFrame(start + lines).drop_duplicates(["measure", "rate"], ignore_index=True)
+    table = pd.DataFrame(start + lines).drop_duplicates(["measure", "rate"], ignore_index=True)
+    return table.assign(length_fit=intact.length_fit)
 
 
 def table_of(table: pd.DataFrame, score: str, rates: Sequence[float]) -> pd.DataFrame:
