@@ -100,7 +100,7 @@ class Questions:
 
     def batches(self, size: int) -> list[Batch]:
         places = [range(i, min(i + size, len(self.ids))) for i in range(0, len(self.ids), size)]
-        return [left_padded(p, [self.ids[i] for i in p], 0, self.model.device) for p in places]
+        return [left_padded(p, [self.ids[i] for i in p], self.model.device) for p in places]
 
 
 @dataclass(frozen=True)

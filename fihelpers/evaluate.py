@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fihelpers.answers import Answers, FixedTop, Groups
-from fihelpers.models import Batch, LanguageModel
+from fihelpers.models import Batch, LanguageModel, at_columns
 from fihelpers.scores.pixels import image_of, option_letters
 from fihelpers.tasks import Example
 from fihelpers.vision import VisionModel
@@ -92,7 +92,7 @@ class Evaluator:
         """Answer every example with the model as it is now."""
         start = self._answers if self.reference is None else self.reference.classes
         index, log_probs, predicted, classes = [], [], [], []
-        with torch.inference_mode(), _last_mlp_at_last_position(self.model.network):
+        with torch.inference_mode():
             for batch, logits in self._logits():
                 fixed = start.rows(batch.index).fix(logits)
                 index.append(batch.index)
@@ -121,10 +121,7 @@ class Evaluator:
             prompts = [self.examples[position].prompt for position in positions]
             prefix, batches = self.model.prefixed_batches(prompts, batch_size)
             place = torch.tensor(positions)
-            yield (
-                prefix,
-                [Batch(place[b.index], b.input_ids, b.attention_mask, b.position_ids) for b in batches],
-            )
+            yield prefix, [batch.named(place[batch.index]) for batch in batches]
 
     def _logits(self) -> Iterator[tuple[Batch, Tensor]]:
         bar = tqdm(total=len(self.examples), desc="answering", unit="prompt", delay=3, leave=False)
@@ -132,7 +129,9 @@ class Evaluator:
             for prefix, batches in self._groups:
                 past = self.model.read(prefix)
                 for batch in batches:
-                    yield batch, self.model.last_logits(batch, past)
+                    with _last_mlp_at(self.model.network, batch.last):
+                        logits = self.model.last_logits(batch, past)
+                    yield batch, logits
                     bar.update(len(batch.index))
 
 
@@ -261,11 +260,11 @@ def _joined(classes: Sequence[Answers], order: Tensor) -> Answers:
 
 
 @contextmanager
-def _last_mlp_at_last_position(network: nn.Module) -> Iterator[None]:
-    """Let the last block's MLP see the last position only, as nothing reads its output elsewhere.
+def _last_mlp_at(network: nn.Module, last: Tensor) -> Iterator[None]:
+    """Let the last block's MLP see one position of each row, ``last`` (B,), as nothing reads it elsewhere.
 
-    The sum with the residual stream broadcasts it to the other positions, whose values are then wrong and
-    unused. That saves a seventh of the time of a small model. A network built otherwise is left as it is.
+    The sum with the residual stream broadcasts its output to the other positions, whose values are then wrong
+    and unused. That saves a seventh of the time of a small model. A network built otherwise is left as it is.
     """
     layers = getattr(getattr(network, "base_model", None), "layers", None)
     mlp = getattr(layers[-1], "mlp", None) if layers else None
@@ -273,7 +272,7 @@ def _last_mlp_at_last_position(network: nn.Module) -> Iterator[None]:
         yield
         return
     # Where the block calls its MLP by keyword, inputs is empty and nothing changes.
-    hook = mlp.register_forward_pre_hook(lambda _, inputs: tuple(x[:, -1:] for x in inputs))
+    hook = mlp.register_forward_pre_hook(lambda _, inputs: tuple(at_columns(x, last) for x in inputs))
     try:
         yield
     finally:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -27,7 +29,12 @@ from transformers import (
 )
 
 from fihelpers.files import write_atomically
-from fihelpers.models import Batch, LanguageModel, check_tokens, checked_logits, left_padded
+from fihelpers.models import Batch, LanguageModel, brief, check_tokens, checked_logits, left_padded, tokenize
+
+log = logging.getLogger(__name__)
+
+TRIED_STEPS = 4  # tokens written to find out whether the library's loop can be used
+_GENERATES: WeakKeyDictionary[LanguageModel, bool] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -119,7 +126,7 @@ def prompt_ids(model: LanguageModel, prompts: Sequence[str], room: int = 0) -> l
     for place, prompt in enumerate(prompts):
         if not prompt.strip():
             raise ValueError(f"prompt {place} is empty; give a prompt with text.")
-    ids: list[list[int]] = model.tokenizer(list(prompts), verbose=False)["input_ids"]
+    ids = tokenize(model.tokenizer, prompts)
     check_tokens(ids, model.network, model.name)
     context = getattr(model.network.config.get_text_config(), "max_position_embeddings", None)
     for place, tokens in enumerate(ids):
@@ -141,39 +148,87 @@ def _written(
 ) -> Iterator[tuple[list[int], list[Response]]]:
     """Write all responses, batches of prompts of similar length: (places among the rows, responses)."""
     _at_least_one(batch_size, "the batch size")
-    order = sorted(range(len(rows)), key=lambda row: (len(rows[row].ids), rows[row].prompt))
     with tqdm(total=len(rows), desc="generating", unit="response", delay=3, leave=False) as bar:
-        for start in range(0, len(order), batch_size):
-            places = order[start : start + batch_size]
+        for places in model.chunks([row.ids for row in rows], batch_size) if rows else ():
             yield places, _write(model, [rows[place] for place in places], length)
             bar.update(len(places))
 
 
 @torch.no_grad()
 def _write(model: LanguageModel, rows: Sequence[_Row], length: int) -> list[Response]:
+    ends = end_tokens(model)
+    write = _generated if _generates(model) else _reread
+    new = write(model, rows, length, ends, _Choice(model.name, rows))
+    return [_response(model.tokenizer, tokens, ends) for tokens in new]
+
+
+def _generated(
+    model: LanguageModel, rows: Sequence[_Row], length: int, ends: Sequence[int], choice: _Choice
+) -> list[list[int]]:
+    """The new tokens of each row by the library's own loop, which keeps what it has read."""
     prompts = {row.prompt: row.ids for row in rows}
-    batch = left_padded(list(prompts), list(prompts.values()), 0, model.device)
+    batch = left_padded(list(prompts), list(prompts.values()), model.device)
     place = torch.tensor([list(prompts).index(row.prompt) for row in rows], device=model.device)
     past = _read_prompts(model, batch)
     if past is not None:
         past.batch_select_indices(place)
-    ends = end_tokens(model)
-    settings = GenerationConfig(max_new_tokens=length, eos_token_id=ends or None, pad_token_id=[*ends, 0][0])
+    stop = list(ends) or None
+    settings = GenerationConfig(max_new_tokens=length, eos_token_id=stop, pad_token_id=[*ends, 0][0])
     with _only(model.network, settings):
         written: Tensor = model.network.generate(  # type: ignore[operator]
             batch.input_ids[place],
             attention_mask=batch.attention_mask[place],
             past_key_values=past,
             generation_config=settings,
-            logits_processor=LogitsProcessorList([_Choice(model.name, rows)]),
+            logits_processor=LogitsProcessorList([choice]),
         )
-    new = written[:, batch.input_ids.shape[1] :].tolist()
-    return [_response(model.tokenizer, tokens, ends) for tokens in new]
+    new: list[list[int]] = written[:, batch.input_ids.shape[1] :].tolist()
+    return new
+
+
+def _reread(
+    model: LanguageModel, rows: Sequence[_Row], length: int, ends: Sequence[int], choice: _Choice
+) -> list[list[int]]:
+    """The same, with everything read anew for each token: slow, and right for whatever gives logits."""
+    starts = [list(row.ids) for row in rows]
+    new: list[list[int]] = [[] for _ in rows]
+    for _ in range(length):
+        so_far = [start + tokens for start, tokens in zip(starts, new, strict=True)]
+        batch = left_padded([row.prompt for row in rows], so_far, model.device)
+        chosen = choice(batch.input_ids, model.last_logits(batch)).argmax(-1)
+        for tokens, token in zip(new, chosen.tolist(), strict=True):
+            tokens.append(token)
+        if all(set(tokens) & set(ends) for tokens in new):
+            break
+    return new
+
+
+def _generates(model: LanguageModel) -> bool:
+    """Whether the library's loop writes what the model's logits say, found once on two short prompts.
+
+    It does not for architectures that lose what they have read, or that are given other inputs there.
+    """
+    if model not in _GENERATES:
+        tokens = tuple(model.some_tokens())
+        second = tokens[:-3] if model.bears_padding else tokens[::-1]
+        rows = [_Row(0, tokens, None), _Row(1, second, None)]
+        one, other = _Choice(model.name, rows), _Choice(model.name, rows)
+        truth = _reread(model, rows, TRIED_STEPS, (), one)
+        try:
+            same = _generated(model, rows, TRIED_STEPS, (), other) == truth
+            _GENERATES[model] = same and model.alike(other.last, one.last)
+        except Exception as error:  # they fail in many ways
+            log.info("model %s is read anew for every token it writes (%s)", model.name, brief(error))
+            _GENERATES[model] = False
+    return _GENERATES[model]
 
 
 def _read_prompts(model: LanguageModel, batch: Batch) -> Cache | None:
-    """Keys and values of all but the last token, so that the responses to one prompt share its reading."""
-    if batch.input_ids.shape[1] == 1:
+    """Keys and values of all but the last token, so that the responses to one prompt share its reading.
+
+    None where there are no such tokens, or the network cannot go on from what it has read.
+    """
+    if batch.input_ids.shape[1] == 1 or not model.continues:
         return None
     cache: Cache = model.network(
         input_ids=batch.input_ids[:, :-1],
@@ -197,7 +252,12 @@ def _only(network: PreTrainedModel, settings: GenerationConfig) -> Iterator[None
 
 
 class _Choice(LogitsProcessor):
-    """Checks the logits, and adds each sample's Gumbel noise, whose largest sum is a draw from softmax."""
+    """Checks the logits, and adds each sample's Gumbel noise, whose largest sum is a draw from softmax.
+
+    ``last`` holds the latest logits (rows, V).
+    """
+
+    last: Tensor
 
     def __init__(self, name: str, rows: Sequence[_Row]) -> None:
         self.name = name
@@ -205,7 +265,7 @@ class _Choice(LogitsProcessor):
         self.noise = [row.noise for row in rows]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        scores = checked_logits(scores, self.index, self.name)
+        self.last = scores = checked_logits(scores, self.index, self.name)
         drawn = [
             np.zeros(scores.shape[1]) if g is None else g.gumbel(size=scores.shape[1]) for g in self.noise
         ]

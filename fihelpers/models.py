@@ -2,12 +2,15 @@
 
 import copy
 import hashlib
+import inspect
 import json
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -35,17 +38,47 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 GENERIC_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")
 HUB_FILES = ["model*.safetensors", WEIGHTS_INDEX, "*.json", "*.model", "*.txt", "*.jinja"]
 MIN_PREFIX = 8  # a shorter shared prefix costs more than it saves
+TRIED = 12  # tokens of the prompt on which ways of reading are compared
+ALIKE = {4: 3e-5, 8: 3e-5, 2: 3e-2}  # how far logits may be apart for it, of their largest, by bytes of a number
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
+class Framed(str):
+    """A prompt in the words of a chat template, which writes all special tokens: the tokenizer adds none."""
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
+    """The tokens of each prompt, with the tokenizer's special ones unless it is `Framed`."""
+    framed = [isinstance(prompt, Framed) for prompt in prompts]
+    if len(set(framed)) > 1:
+        return [tokenize(tokenizer, [prompt])[0] for prompt in prompts]
+    ids: list[list[int]] = tokenizer(list(prompts), add_special_tokens=not framed[0], verbose=False)["input_ids"]
+    return ids
+
+
+def in_chat(tokenizer: PreTrainedTokenizerBase, message: str, name: str) -> Framed:
+    """A user's message in the tokenizer's chat template, up to where the model's answer begins.
+
+    Raises ValueError, naming the model, where the template fails.
+    """
+    turn = [{"role": "user", "content": message}]
+    try:
+        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program of its own
+        raise ValueError(f"the chat template of model {name!r} fails: {brief(error)}") from error
+    return Framed(text)
+
+
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Prompts of similar length, padded on the left.
+    """Prompts of similar length, padded to one.
 
     ``index`` (B,) holds their positions in the list of prompts; ``input_ids``, ``attention_mask`` (1 for a
-    token, 0 for padding) and ``position_ids`` are (B, T). Where the prompts follow a shared prefix of P
-    tokens, ``input_ids`` and ``position_ids`` hold what comes after it and ``attention_mask`` is (B, P + T).
+    token, 0 for padding) and ``position_ids`` are (B, T). Padding is on the left. Where the prompts follow
+    a shared prefix of P tokens, ``input_ids`` and ``position_ids`` hold what comes after it,
+    ``attention_mask`` is (B, P + T), and padding is on the right: between the prefix and the rest it would
+    count in the distances of every layer that counts places (windows, ALiBi).
     """
 
     index: Tensor
@@ -53,12 +86,27 @@ class Batch:
     attention_mask: Tensor
     position_ids: Tensor
 
+    @property
+    def last(self) -> Tensor:
+        """The column (B,) of each prompt's last token in ``input_ids``."""
+        width = self.input_ids.shape[1]
+        places = torch.arange(width, device=self.input_ids.device)
+        return (self.attention_mask[:, -width:] * places).amax(1)
+
+    def named(self, index: Tensor) -> "Batch":
+        """The same batch, of the prompts at other places."""
+        return Batch(index, self.input_ids, self.attention_mask, self.position_ids)
+
 
 @dataclass(eq=False)
 class LanguageModel:
     """A causal language model in evaluation mode with its tokenizer.
 
     ``revision`` is the hub commit (None for local weights), ``sha256`` the hash of the weights as opened.
+
+    Networks differ in what they read rightly: some ignore the attention mask, some keep nothing that a later
+    token could be read with. How this one is to be read is found by comparing its own logits, when it is
+    first asked (:meth:`chunks`, :meth:`prefixed_batches`).
     """
 
     network: PreTrainedModel
@@ -66,6 +114,10 @@ class LanguageModel:
     name: str
     revision: str | None
     sha256: str
+
+    def __post_init__(self) -> None:
+        if self.network.dtype == torch.float64:  # torch's grouped product of experts knows no float64
+            self.network.set_experts_implementation("eager")
 
     @property
     def device(self) -> torch.device:
@@ -76,28 +128,51 @@ class LanguageModel:
 
         Raises ValueError for no prompts, an empty prompt, or one longer than the model's context.
         """
-        return _make_batches(self._token_ids(prompts), 0, batch_size, self.device)
+        return self.batches_of(self._token_ids(prompts), batch_size)
+
+    def batches_of(self, ids: Sequence[Sequence[int]], batch_size: int = 32) -> list[Batch]:
+        """The batches of prompts that are tokens already, each within the model's context."""
+        chunks = self.chunks(ids, batch_size)
+        return [left_padded(chunk, [ids[i] for i in chunk], self.device) for chunk in chunks]
+
+    def chunks(self, ids: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
+        """The places of prompts, given as tokens, that can be read together: sorted by length, then by place.
+
+        Prompts of different lengths come together where padding on the left changes no answer.
+        """
+        if batch_size < 1:
+            raise ValueError(f"the batch size must be at least 1, got {batch_size}.")
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        groups = [order]
+        padded = self.counts_places and batch_size > 1 and len(ids[order[0]]) < len(ids[order[-1]])
+        if padded and not self.bears_padding:
+            groups = [list(group) for _, group in groupby(order, key=lambda i: len(ids[i]))]
+        return [group[i : i + batch_size] for group in groups for i in range(0, len(group), batch_size)]
 
     def prefixed_batches(self, prompts: Sequence[str], batch_size: int = 32) -> tuple[Tensor, list[Batch]]:
         """Split off the tokens (1, P) that all prompts begin with, and batch what follows them.
 
-        P is 0 where there are fewer than :data:`MIN_PREFIX`, and leaves every prompt at least one token.
-        Raises what :meth:`batches` raises.
+        P is 0 where there are fewer than :data:`MIN_PREFIX` or the network cannot go on from a prefix, and
+        leaves every prompt at least one token. Raises what :meth:`batches` raises.
         """
         ids = self._token_ids(prompts)
         first, last = min(ids), max(ids)  # in lexicographic order: what these two share, all share
         limit = min(map(len, ids)) - 1
         shared = next((p for p in range(limit) if first[p] != last[p]), limit)
-        shared = shared if shared >= MIN_PREFIX else 0
-        prefix = torch.tensor([first[:shared]], dtype=torch.long, device=self.device)
-        return prefix, _make_batches(ids, shared, batch_size, self.device)
+        if shared < MIN_PREFIX or not self.continues:
+            return self._tensor([first[:0]]), self.batches_of(ids, batch_size)
+        rests = [tokens[shared:] for tokens in ids]
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+        prefix = self._tensor([first[:shared]])
+        return prefix, [right_padded(c, [rests[i] for i in c], shared, self.device) for c in chunks]
 
     @torch.no_grad()
     def read(self, prefix: Tensor) -> Cache | None:
         """Return the keys and values of a prefix (1, P), None for P = 0; no gradient runs through them."""
         if prefix.shape[1] == 0:
             return None
-        cache: Cache = self.network(input_ids=prefix, use_cache=True, logits_to_keep=1).past_key_values
+        cache: Cache = self._forward(input_ids=prefix, use_cache=True, logits_to_keep=1).past_key_values
         return cache
 
     def embed(self, batch: Batch) -> Tensor:
@@ -114,23 +189,121 @@ class LanguageModel:
         ``embeddings`` (B, T, hidden) take the place of what :meth:`embed` makes of the tokens.
         Raises FloatingPointError, naming the model and a prompt, where the logits are NaN or infinite.
         """
-        output = self.network(
-            input_ids=batch.input_ids if embeddings is None else None,
-            inputs_embeds=embeddings,
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
-            past_key_values=None if past is None else _repeated(past, len(batch.index)),
-            use_cache=past is not None,
-            logits_to_keep=1,
-        )
-        return checked_logits(output.logits[:, -1], batch.index, self.name)
+        return checked_logits(self._last_logits(batch, past, embeddings), batch.index, self.name)
+
+    def _last_logits(
+        self, batch: Batch, past: Cache | None = None, embeddings: Tensor | None = None
+    ) -> Tensor:
+        inputs: dict[str, Any] = {"attention_mask": batch.attention_mask, "use_cache": past is not None}
+        if vars(self).get("counts_places", True):  # asked for before, never amid a pass that somebody watches
+            inputs["position_ids"] = batch.position_ids
+        inputs |= {"input_ids": batch.input_ids} if embeddings is None else {"inputs_embeds": embeddings}
+        if past is None:  # padding on the left: the last column has every prompt's last token
+            logits: Tensor = self._forward(**inputs, logits_to_keep=1).logits
+            return logits[:, -1]
+        past = _repeated(past, len(batch.index))
+        with _head_at(self.network, batch.last):
+            logits = self._forward(**inputs, past_key_values=past).logits
+        return (at_columns(logits, batch.last) if logits.shape[1] > 1 else logits)[:, 0]
+
+    def _forward(self, **inputs: Any) -> Any:
+        """Call the network with those of the inputs that it takes."""
+        return self.network(**{name: value for name, value in inputs.items() if self._takes(name)})
+
+    def _takes(self, name: str) -> bool:
+        return self._named_inputs is None or name in self._named_inputs
+
+    @cached_property
+    def _named_inputs(self) -> frozenset[str] | None:
+        """The names of what the network takes, None where it takes any."""
+        parameters = inspect.signature(self.network.forward).parameters
+        anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        return None if anything else frozenset(parameters)
+
+    @cached_property
+    def counts_places(self) -> bool:
+        """Whether the network counts the places of tokens from 0, as position ids do."""
+        if not self._takes("position_ids"):
+            return False
+        inputs = {"input_ids": self._tensor([self.some_tokens()]), "use_cache": False}
+        with torch.no_grad():
+            told = self._forward(**inputs, position_ids=torch.arange(TRIED, device=self.device)[None])
+            return self.alike(told.logits, self._forward(**inputs).logits)
+
+    @cached_property
+    def bears_padding(self) -> bool:
+        """Whether a prompt padded on the left gets the logits that it gets alone."""
+        tokens = self.some_tokens()
+        short = tokens[:3]
+        padded = left_padded((0, 1), (short, tokens), self.device)
+        alone = left_padded((0,), (short,), self.device)
+        with torch.no_grad():
+            return self.alike(self._last_logits(padded)[:1], self._last_logits(alone))
+
+    @cached_property
+    def continues(self) -> bool:
+        """Whether prompts that go on from a prefix read once get the logits that they get alone."""
+        tokens = self.some_tokens()
+        start, rests = tokens[:MIN_PREFIX], (tokens[MIN_PREFIX:-3], tokens[MIN_PREFIX:])
+        together = right_padded((0, 1), rests, MIN_PREFIX, self.device)
+        alone = [left_padded((0,), (start + rest,), self.device) for rest in rests]
+        with torch.no_grad():
+            truth = torch.cat([self._last_logits(one) for one in alone])
+            try:
+                found = self._last_logits(together, self.read(self._tensor([start])))
+            except Exception as error:  # networks without keys and values fail in many ways
+                log.info("model %s reads every prompt from its start (%s)", self.name, brief(error))
+                return False
+        return self.alike(found, truth)
+
+    def some_tokens(self) -> list[int]:
+        """Tokens, other than those with a meaning of their own, on which ways of reading are compared."""
+        size = self.network.config.get_text_config().vocab_size
+        special = set(() if self.tokenizer is None else self.tokenizer.all_special_ids)
+        usual = [i for i in range(size // 3, size) if i not in special] or list(range(size))
+        return [usual[(i * len(usual)) // TRIED] for i in range(TRIED)]
+
+    def alike(self, found: Tensor, truth: Tensor) -> bool:
+        """Whether logits are the same but for rounding."""
+        apart = (found - truth).abs().max().double()
+        return bool(apart <= ALIKE[truth.dtype.itemsize] * truth.abs().max())
+
+    def _tensor(self, ids: Sequence[Sequence[int]]) -> Tensor:
+        return torch.tensor(ids, dtype=torch.long, device=self.device)
 
     def _token_ids(self, prompts: Sequence[str]) -> list[list[int]]:
         if isinstance(prompts, str) or not prompts:
             raise ValueError(f"batches need a non-empty list of prompts, got {prompts!r}.")
-        ids: list[list[int]] = self.tokenizer(list(prompts), verbose=False)["input_ids"]
+        ids = tokenize(self.tokenizer, prompts)
         check_tokens(ids, self.network, self.name)
         return ids
+
+
+def at_columns(x: Tensor, columns: Tensor) -> Tensor:
+    """One column (B, 1, ...) of each row of x (B, T, ...), of those given (B,)."""
+    rows = torch.arange(len(columns), device=x.device)
+    return x[rows, columns.to(x.device)][:, None]
+
+
+@contextmanager
+def _head_at(network: PreTrainedModel, last: Tensor) -> Iterator[None]:
+    """Let the output head see one column of each row alone, ``last`` (B,), instead of all."""
+
+    def cut(_: torch.nn.Module, inputs: tuple[Any, ...]) -> Any:
+        hidden = inputs[0] if inputs else None
+        if not isinstance(hidden, Tensor) or hidden.dim() != 3 or len(hidden) != len(last):
+            return None
+        return (at_columns(hidden, last), *inputs[1:])
+
+    head = network.get_output_embeddings()
+    if head is None:
+        yield
+        return
+    hook = head.register_forward_pre_hook(cut)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def check_tokens(
@@ -171,29 +344,25 @@ def checked_logits(logits: Tensor, index: Tensor, name: str) -> Tensor:
     return logits
 
 
-def _make_batches(
-    ids: Sequence[Sequence[int]], shared: int, batch_size: int, device: torch.device
-) -> list[Batch]:
-    if batch_size < 1:
-        raise ValueError(f"the batch size must be at least 1, got {batch_size}.")
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    chunks = (order[start : start + batch_size] for start in range(0, len(order), batch_size))
-    return [left_padded(chunk, [ids[i][shared:] for i in chunk], shared, device) for chunk in chunks]
+def left_padded(index: Sequence[int], ids: Sequence[Sequence[int]], device: torch.device) -> Batch:
+    """The batch of whole prompts, given as tokens; ``index`` holds their places."""
+    length = max(map(len, ids))
+    gaps = [length - len(tokens) for tokens in ids]
+    # Padding is masked, so its token id does not matter.
+    input_ids = torch.tensor([[0] * gap + list(tokens) for gap, tokens in zip(gaps, ids, strict=True)])
+    mask = torch.tensor([[0] * gap + [1] * (length - gap) for gap in gaps])
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    return Batch(torch.tensor(list(index)), input_ids.to(device), mask.to(device), positions.to(device))
 
 
-def left_padded(
+def right_padded(
     index: Sequence[int], ids: Sequence[Sequence[int]], shared: int, device: torch.device
 ) -> Batch:
-    """Return the batch of prompts of which ``ids`` holds what follows the first ``shared`` tokens."""
-    length = max(len(tokens) for tokens in ids)
-    # Padding is masked, so its token id does not matter.
-    input_ids = torch.zeros(len(ids), length, dtype=torch.long)
-    mask = torch.zeros_like(input_ids)
-    for row, tokens in enumerate(ids):
-        input_ids[row, length - len(tokens) :] = torch.tensor(tokens)
-        mask[row, length - len(tokens) :] = 1
-    positions = (mask.cumsum(-1) - 1).clamp(min=0) + shared
-    mask = torch.cat([mask.new_ones(len(ids), shared), mask], -1)
+    """The batch of prompts of which ``ids`` holds what follows the first ``shared`` tokens."""
+    length = max(map(len, ids))
+    input_ids = torch.tensor([[*tokens, *[0] * (length - len(tokens))] for tokens in ids])
+    mask = torch.tensor([[1] * (shared + len(t)) + [0] * (length - len(t)) for t in ids])
+    positions = torch.arange(shared, shared + length).expand(len(ids), -1)
     return Batch(torch.tensor(list(index)), input_ids.to(device), mask.to(device), positions.to(device))
 
 

@@ -140,11 +140,14 @@ def _depth(config: Any) -> int:
 def _two_blocks(config: Any, device: str, dtype: str) -> LanguageModel:
     small = copy.deepcopy(config)
     text = small.get_text_config()
+    layers = text.num_hidden_layers
     text.num_hidden_layers = _depth(config)
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[: text.num_hidden_layers]
+    for name, value in vars(text).items():  # lists with an entry a layer
+        if isinstance(value, list | tuple) and len(value) == layers:
+            setattr(text, name, value[: text.num_hidden_layers])
     text.vocab_size = min(text.vocab_size, VOCABULARY)
-    text.pad_token_id = None
+    if (getattr(text, "pad_token_id", None) or 0) >= text.vocab_size:
+        text.pad_token_id = 0
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = AutoModelForCausalLM.from_config(small, dtype=DTYPES[dtype]).to(device).eval()
@@ -155,7 +158,7 @@ def _batch(model: LanguageModel, samples: int, length: int) -> Batch:
     vocabulary = model.network.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(length)
     ids = torch.randint(vocabulary, (samples, length), generator=generator).tolist()
-    return left_padded(range(samples), ids, 0, model.device)
+    return left_padded(range(samples), ids, model.device)
 
 
 def _wait(device: torch.device) -> None:

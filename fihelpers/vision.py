@@ -403,7 +403,7 @@ class VisionModel(ABC):
             at = text.index(image)
             ids.append([*text[:at], *[image] * (rows * columns), *text[at + 1 :]])
         check_tokens(ids, self.network, self.name, "shorten it or use a smaller image")
-        batch = left_padded(range(len(ids)), ids, 0, self.device)
+        batch = left_padded(range(len(ids)), ids, self.device)
         # The network looks for its image token in the padding, too.
         tokens = batch.input_ids.masked_fill(batch.attention_mask == 0, int(image == 0))
         text_inputs = {"input_ids": tokens, "attention_mask": batch.attention_mask}

@@ -111,6 +111,7 @@ def test_a_sample_follows_from_seed_prompt_and_number_alone(kind: str) -> None:
 
 def test_a_prompt_is_read_once_for_all_its_samples() -> None:
     model = tiny_model("qwen2")
+    sample(model, ["w1"], 1, 1)  # finds out how the model is to be read
     read: list[int] = []
     model.network.get_input_embeddings().register_forward_pre_hook(lambda _, x: read.append(x[0].numel()))
     sample(model, ["w1 w2 w3 w4 w5 w6 w7 w8"], 6, 3)

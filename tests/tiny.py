@@ -44,7 +44,9 @@ def tiny_model(kind: str, dtype: torch.dtype = torch.float64) -> LanguageModel:
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
-    return LanguageModel(network, fast, f"tiny-{kind}", None, "0" * 64)
+    model = LanguageModel(network, fast, f"tiny-{kind}", None, "0" * 64)
+    model.chunks([[1], [1, 2]], 2)  # how it is to be read is found here, before a test watches its layers
+    return model
 
 
 def tiny_examples(n: int, seed: int = 0) -> list[Example]:

@@ -125,7 +125,7 @@ def score_channels(
     ceilings: list[Tensor] = []
     batches = model.batches([e.prompt for e in examples], batch_size)
     with frozen(model.network):
-        missed = missed_by_hooks(model, batches[0], classes, parameters)
+        missed = missed_by_hooks(model, batches, classes, parameters)
         for batch in tqdm(batches, desc="scoring", unit="batch", leave=False, disable=len(batches) < 8):
             blocks = class_grad_blocks(model, batch, classes, parameters, missed)
             for block, channels, grams in _channel_grams(blocks, parameters, along):

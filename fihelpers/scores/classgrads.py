@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
+from transformers.pytorch_utils import Conv1D
 
 from fihelpers.answers import Answers
 from fihelpers.models import Batch, LanguageModel
@@ -146,6 +147,10 @@ class _Question:
         self.model, self.batch, self.classes, self.directions = model, batch, classes, directions
         self.parts: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor, Tensor]] = {}
 
+    @property
+    def samples(self) -> int:
+        return len(self.batch.index)
+
     def along(self) -> Tensor:
         """What is to be differentiated (B, D), from a forward pass."""
         log_p = self.classes.log_probs(self.model.last_logits(self.batch))
@@ -210,19 +215,23 @@ def _requiring(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 
 
 @contextmanager
-def _tape(network: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[list[Call]]:
+def _tape(network: nn.Module, parameters: Mapping[str, nn.Parameter], samples: int) -> Iterator[list[Call]]:
     """Record every call, with gradients on, of a module that owns one of the parameters and no module.
 
-    The graph begins at the first of them, so that backward passes end there.
+    The graph begins at the first of them, so that backward passes end there. A call whose input and output
+    are not (samples, tokens, ...) mixes the samples, so that theirs cannot be told apart, and is left out.
     """
     calls: list[Call] = []
     wanted = set(parameters.values())
 
-    def record(module: nn.Module, inputs: tuple[Tensor, ...], out: object) -> None:
-        if isinstance(out, Tensor) and len(inputs) == 1 and torch.is_grad_enabled():
-            if not out.requires_grad:
-                out.requires_grad_(True)
+    def record(module: nn.Module, inputs: tuple[Tensor, ...], out: object) -> Tensor | None:
+        if not isinstance(out, Tensor) or len(inputs) != 1 or not torch.is_grad_enabled():
+            return None
+        first = not out.requires_grad
+        out.requires_grad_(True)
+        if out.dim() >= 3 and len(inputs[0]) == len(out) == samples:
             calls.append(Call(module, inputs[0].detach(), out))
+        return out.clone() if first else None  # the network may change it in place, but no leaf of the graph
 
     leaves = [
         m
@@ -239,7 +248,7 @@ def _tape(network: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterato
 
 def _at_once(ask: _Question, parameters: Mapping[str, nn.Parameter]) -> Iterator[Uses]:
     """All uses of the parameters, from one forward pass and D backward passes through the whole model."""
-    with _tape(ask.model.network, parameters) as calls:
+    with _tape(ask.model.network, parameters, ask.samples) as calls:
         targets = list(ask.along().sum(0))
     uses, _ = _pulled(targets, [None] * len(targets), calls, None, parameters)
     calls.clear()
@@ -269,7 +278,8 @@ def _by_layers(ask: _Question, parameters: Mapping[str, nn.Parameter]) -> Iterat
     """
     late: Uses = {}
     network, shared = ask.model.network, _shared(ask.model.network)
-    with _tape(network, parameters) as calls, _cut(transformer_blocks(network), calls) as steps:
+    blocks = transformer_blocks(network)
+    with _tape(network, parameters, ask.samples) as calls, _cut(blocks, calls) as steps:
         targets: list[Tensor] = list(ask.along().sum(0))
     seeds: list[Tensor | None] = [None] * len(targets)
     while targets[0].requires_grad:
@@ -280,7 +290,7 @@ def _by_layers(ask: _Question, parameters: Mapping[str, nn.Parameter]) -> Iterat
             break
         step = steps.pop()
         x = step.x.detach().requires_grad_(True)
-        with _tape(step.block, parameters) as inside:
+        with _tape(step.block, parameters, ask.samples) as inside:
             targets = [_first(step.forward(x, *step.args, **step.kwargs))] * len(seeds)
         uses, seeds = _pulled(targets, seeds, _taken(inside, 0), x, parameters)
         targets = [step.x] * len(seeds)
@@ -472,24 +482,29 @@ def _class_grads(use: Use, rows: slice) -> Tensor:
     """(D, B, *rows) class gradients of one use of a parameter."""
     grads = torch.stack(use.grads)
     if isinstance(use.module, nn.Linear):
-        return _linear(use.x, grads[..., rows], use.local)
+        return _linear(use.x, grads[..., rows], use.local, "kboi")
+    if isinstance(use.module, Conv1D):  # its weight is (in, out)
+        if use.local == "bias":
+            return _linear(use.x, grads[..., rows], use.local, "")
+        return _linear(use.x[..., rows], grads, use.local, "kbio")
     if isinstance(use.module, nn.Embedding):
-        return _embedding(use.x, grads, rows)
+        return _embedding(use.x, grads, rows, use.module.padding_idx)
     return _generic(use, grads)[:, :, rows]
 
 
-def _linear(x: Tensor, g: Tensor, local: str) -> Tensor:
+def _linear(x: Tensor, g: Tensor, local: str, order: str) -> Tensor:
+    """Class gradients of a bias (D, B, out), or of a weight, whose axes are in the given order."""
     dtype = torch.promote_types(g.dtype, torch.float32)
-    g = g.flatten(2, -2) if g.dim() > 3 else g
+    g = g.flatten(2, -2).to(dtype)
     if local == "bias":
-        return g.to(dtype).sum(2)
-    return torch.einsum("kbto,bti->kboi", g.to(dtype), x.reshape(len(x), -1, x.shape[-1]).to(dtype))
+        return g.sum(2)
+    return torch.einsum(f"kbto,bti->{order}", g, x.reshape(len(x), -1, x.shape[-1]).to(dtype))
 
 
-def _embedding(ids: Tensor, g: Tensor, rows: slice) -> Tensor:
-    """A row's gradient is the sum over the positions that looked it up."""
-    ids = ids.expand(g.shape[1], -1)  # position ids may be given once for the whole batch
-    one_hot = ids[..., None] == torch.arange(rows.start, rows.stop, device=ids.device)
+def _embedding(ids: Tensor, g: Tensor, rows: slice, padding: int | None) -> Tensor:
+    """A row's gradient is the sum over the positions that looked it up; the row of the padding has none."""
+    wanted = torch.arange(rows.start, rows.stop, device=ids.device)
+    one_hot = (ids[..., None] == wanted) & (wanted != (-1 if padding is None else padding))
     dtype = torch.promote_types(g.dtype, torch.float32)
     return torch.einsum("btv,kbth->kbvh", one_hot.to(dtype), g.to(dtype))
 
@@ -510,6 +525,8 @@ def _generic(use: Use, grads: Tensor) -> Tensor:
 def _by_autograd(along: Tensor, parameter: nn.Parameter) -> Tensor:
     """(D, *shape) class gradients of one sample, for parameters that the hooks miss."""
     dtype = torch.promote_types(parameter.dtype, torch.float32)
+    if not along.requires_grad:  # nothing of what the hooks miss is used
+        return torch.zeros(len(along), *parameter.shape, dtype=dtype, device=parameter.device)
     passes = [
         torch.autograd.grad(one, parameter, retain_graph=True, materialize_grads=True)[0] for one in along
     ]
@@ -517,40 +534,41 @@ def _by_autograd(along: Tensor, parameter: nn.Parameter) -> Tensor:
 
 
 def _end(batch: Batch) -> Batch:
-    """The last tokens of the batch's last prompt."""
-    return Batch(
-        batch.index[-1:],
-        batch.input_ids[-1:, -CHECKED:],
-        batch.attention_mask[-1:, -CHECKED:],
-        batch.position_ids[-1:, -CHECKED:],
+    """The last tokens of the batch's last prompt, and once more in another order."""
+    ids, mask, positions = (
+        t[-1:, -CHECKED:].repeat(2, 1) for t in (batch.input_ids, batch.attention_mask, batch.position_ids)
     )
+    ids[1] = ids[1].roll(1)
+    return Batch(torch.tensor([0, 1]), ids, mask, positions)
 
 
 def missed_by_hooks(
     model: LanguageModel,
-    batch: Batch,
+    batches: Sequence[Batch],
     classes: Answers,
     parameters: Mapping[str, nn.Parameter],
     save_memory: bool = False,
 ) -> set[str]:
     """Names of the parameters whose class gradient the hooks do not reproduce, found on a short prompt.
 
-    It is the end of the batch's last. One backward pass with autograd is compared parameter by parameter;
-    each gradient is dropped at once.
+    It is the end of the longest, in a batch with another, from which it has to be told apart. One
+    backward pass with autograd is compared parameter by parameter; each gradient is dropped at once.
     """
-    ask = _Question(model, _end(batch), classes, lambda log_p, others, chosen: log_p[:, :1])
+    longest = max(batches, key=lambda batch: batch.input_ids.shape[1])
+    ask = _Question(model, _end(longest), classes, lambda log_p, others, chosen: log_p[:, :1])
     uses: Uses = {}
     for found in (_by_layers if save_memory else _at_once)(ask, parameters):
         _merge(uses, found)
-    missed: set[str] = set()
+    missed = set(parameters) - set(uses)  # a later prompt may use what this one does not
 
     def compare(name: str, parameter: nn.Parameter) -> None:
         truth, parameter.grad = parameter.grad, None
-        if truth is None:
+        if truth is None or name not in uses:
             return
-        apart = truth.new_zeros((), dtype=torch.float64) if name in uses else truth.square().sum().double()
-        for rows, _, g in _row_blocks(name, uses.get(name, []), parameter):
-            apart += torch.linalg.vector_norm(g[0, 0].sub_(truth[rows])).double().square()
+        apart = truth.new_zeros((), dtype=torch.float64)
+        for rows, samples, g in _row_blocks(name, uses[name], parameter):
+            if samples.start == 0:
+                apart += torch.linalg.vector_norm(g[0, 0].sub_(truth[rows])).double().square()
         rtol = 1e-3 if parameter.dtype.itemsize >= 4 else 5e-2
         if not apart.sqrt() <= rtol * truth.norm():
             missed.add(name)
@@ -561,7 +579,7 @@ def missed_by_hooks(
             for name, p in parameters.items()
         ]
         try:
-            ask.along().sum().backward()
+            ask.along()[0].sum().backward()
         finally:
             for handle in handles:
                 handle.remove()

@@ -227,14 +227,10 @@ def _batches(
     model: LanguageModel, contexts: Sequence[Context], batch_size: int
 ) -> Iterator[tuple[list[int], Batch]]:
     """Contexts of similar length together: their places, and a batch that names their examples."""
-    if batch_size < 1:
-        raise ValueError(f"the batch size must be at least 1, got {batch_size}.")
     ids = [context.prompt + context.written for context in contexts]
-    order = sorted(range(len(ids)), key=lambda place: len(ids[place]))
-    for start in range(0, len(order), batch_size):
-        places = order[start : start + batch_size]
+    for places in model.chunks(ids, batch_size):
         index = [contexts[place].example for place in places]
-        yield places, left_padded(index, [ids[place] for place in places], 0, model.device)
+        yield places, left_padded(index, [ids[place] for place in places], model.device)
 
 
 def _token_batches(

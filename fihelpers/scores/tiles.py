@@ -13,14 +13,14 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from llvmlite import ir
 from llvmlite.binding import get_host_cpu_features
-from numba import njit, prange, types
+from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
@@ -95,9 +95,7 @@ def add_measures(
     where a gradient is.
     """
     kinds = np.array([kind for kind, _ in formulas], dtype=np.int64)
-    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
-    numba.set_num_threads(threads)
-    sums = np.zeros((threads, len(formulas), len(factors.x)))
+    sums = np.zeros((torch.get_num_threads(), len(formulas), len(factors.x)))
     grads = tuple(g.to(totals).contiguous().numpy() for g in factors.grads)
     x = factors.x.to(totals)
     x = pad(x, (STRIP - x.shape[-1], 0)) if x.shape[-1] < STRIP else x
@@ -115,24 +113,32 @@ def add_measures(
     return torch.from_numpy(sums.sum(0))
 
 
-def _compiled(parallel: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def _add(grads: Any, rest: Any, totals: Array, sums: Array) -> None:
+    """Give each thread some rows. grads, rest: as made by `add_measures`; sums: (threads, M, B).
+
+    The threads are Python's, which the compiled loops let run freely: those of OpenMP would be torch's own,
+    whose number Numba sets for the whole process, and they spin while they wait.
+    """
+    threads, out = len(sums), totals.shape[1]
+    step = math.ceil(out / threads / ROWS) * ROWS
+    work = [(sums[i], start, min(start + step, out)) for i, start in enumerate(range(0, out, step))]
+    if len(work) == 1:
+        _add_rows(grads, rest, totals, *work[0])
+        return
+    # kept by nobody: to start threads takes far less time than a layer, and a forked process has none
+    with ThreadPoolExecutor(len(work)) as pool:
+        for done in [pool.submit(_add_rows, grads, rest, totals, *part) for part in work]:
+            done.result()
+
+
+def _compiled() -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
-        made = njit(parallel=parallel, fastmath=FAST, error_model="numpy")(function)
+        made = njit(nogil=True, fastmath=FAST, error_model="numpy")(function)
         with contextlib.suppress(RuntimeError):  # no folder may be written: compiled anew by each process
             made.enable_caching()
         return made
 
     return wrap
-
-
-@_compiled(parallel=True)
-def _add(grads: Any, rest: Any, totals: Array, sums: Array) -> None:
-    """Give each thread some rows. grads, rest: as made by `add_measures`; sums: (threads, M, B)."""
-    threads, out = len(sums), totals.shape[1]
-    step = math.ceil(out / threads / ROWS) * ROWS
-    for thread in prange(threads):
-        start, stop = min(thread * step, out), min((thread + 1) * step, out)
-        _add_rows(grads, rest, totals, sums[thread], start, stop)
 
 
 @_compiled()

@@ -133,7 +133,8 @@ def accumulate(
         return
     parameters = totals.parameters
     with frozen(model.network):
-        missed = missed_by_hooks(model, contexts[0][0], classes, parameters, save_memory)
+        batches = [batch for batch, _ in contexts]
+        missed = missed_by_hooks(model, batches, classes, parameters, save_memory)
         for done, (batch, shares) in enumerate(contexts[start:], start + 1):
             take = functools.partial(totals.take, shares=shares)
             for block in class_grad_blocks(
@@ -158,7 +159,7 @@ def class_grads_of_weights(
     found: dict[str, dict[int, list[Tensor]]] = {name: {} for name in parameters}
     shares: dict[int, Tensor] = {}
     with frozen(model.network):
-        missed = missed_by_hooks(model, batches[0], classes, parameters)
+        missed = missed_by_hooks(model, batches, classes, parameters)
         for batch in batches:
             for block in class_grad_blocks(model, batch, classes, parameters, missed):
                 i = int(batch.index[0])
