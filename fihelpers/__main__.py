@@ -74,7 +74,7 @@ def _add_run(commands: Any) -> None:
         action="append",
         default=[],
         metavar=("NAME", "VALUE"),
-        help="set a parameter; the value is read as YAML, so a list is written '[0, 0.01]'",
+        help="set a parameter; the value is read as YAML, so a list is written '[0.01, 0.05]'",
     )
     run.add_argument("--out", type=Path, help="folder for the executed notebook (build/runs/PROFILE)")
     run.set_defaults(command=_run)
