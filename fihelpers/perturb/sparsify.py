@@ -9,23 +9,14 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
+from fihelpers.linear import as_rows, linear_names
 from fihelpers.scores.store import Scores
+
+__all__ = ["linear_names", "select", "zeroed"]
 
 Which = Literal["top", "bottom", "random", "low half"]
 Scope = Literal["global", "layer", "row"]
-
-
-def linear_names(network: PreTrainedModel) -> list[str]:
-    """Names of the weights of all linear layers without lm_head, in the model's order; a shared one once."""
-    head = network.get_output_embeddings()
-    named = dict(network.named_parameters())
-    return [
-        f"{name}.weight"
-        for name, module in network.named_modules()
-        if isinstance(module, nn.Linear) and module is not head and f"{name}.weight" in named
-    ]
 
 
 def select(
@@ -40,7 +31,8 @@ def select(
     """Flat positions of the chosen weights of each tensor.
 
     share: of all named weights (scope "global"), of each tensor's ("layer"), or of each of its rows, the
-        weights of one output ("row", for "top" and "bottom"), rounded to a whole number of weights.
+        weights of one output ("row", for "top" and "bottom"), rounded to a whole number of weights. Of `Scores`
+        it is known which tensors lie turned (`fihelpers.linear`); in a mapping the last axis is the input.
     which: "top" and "bottom" by score, "random" over all, or "low half": a random draw from the lower
         half by score, the paper's FI-low.
     Ties at the border are settled by a seeded random draw among the tied weights (method 1b.5).
@@ -56,7 +48,8 @@ def select(
     if scope == "layer":
         return {n: _positions(v.flatten(), share, which, generator) for n, v in chosen.items()}
     if scope == "row":
-        return {n: _by_row(v, share, which, generator) for n, v in chosen.items()}
+        turned = scores.turned if isinstance(scores, Scores) else frozenset()
+        return {n: _by_row(v, n in turned, share, which, generator) for n, v in chosen.items()}
     if scope != "global":
         raise ValueError(f"scope must be 'global', 'layer' or 'row', not {scope!r}.")
     sizes = [v.numel() for v in chosen.values()]
@@ -116,23 +109,26 @@ def _positions(flat: Tensor, share: float, which: Which, generator: torch.Genera
     return pool[order[:count]]
 
 
-def _by_row(values: Tensor, share: float, which: Which, generator: torch.Generator) -> Tensor:
-    """Flat positions of a share of each row of a matrix."""
-    if which not in ("top", "bottom") or values.dim() != 2:
+def _by_row(
+    weights: Tensor, turned: bool, share: float, which: Which, generator: torch.Generator
+) -> Tensor:
+    """Flat positions of a share of each row of a matrix, or of those of fused experts."""
+    if which not in ("top", "bottom") or weights.dim() not in (2, 3):
         raise ValueError(
             f"scope 'row' goes with 'top' and 'bottom' of a matrix, not with {which!r} of "
-            f"{values.dim()} dimensions."
+            f"{weights.dim()} dimensions."
         )
-    values = values if which == "top" else -values
+    values = as_rows(weights if which == "top" else -weights, turned)
     count, width = round(share * values.shape[1]), values.shape[1]
     if count == 0:
         return torch.zeros(0, dtype=torch.long, device=values.device)
+    places = as_rows(torch.arange(weights.numel(), device=values.device).view_as(weights), turned)
     border = values.kthvalue(width - count + 1, 1, keepdim=True).values
     chosen = values >= border
     for row in (chosen.sum(1) > count).nonzero()[:, 0].tolist():  # more are tied at the border than fit
         chosen[row] = False
         chosen[row, _largest(values[row], count, generator)] = True
-    return chosen.flatten().nonzero()[:, 0]
+    return places[chosen].sort().values
 
 
 def _nth(flat: Tensor, place: int) -> Tensor:

@@ -13,8 +13,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fihelpers.linear import as_rows, turned_names
 from fihelpers.models import LanguageModel
 from fihelpers.tasks import Example
+
+TURNED = "turned"  # the metadata's list of weights whose last axis is the output
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +32,15 @@ class Scores:
 
     def __getitem__(self, name: str) -> Tensor:
         return self.values[name]
+
+    def rows(self, name: str) -> Tensor:
+        """The scores of a weight as rows (rows, in), one an output; see `fihelpers.linear`."""
+        return as_rows(self.values[name], name in self.turned)
+
+    @property
+    def turned(self) -> frozenset[str]:
+        """The names of the weights whose last axis is the output."""
+        return frozenset(json.loads(self.metadata.get(TURNED, "[]")))
 
     def numel(self) -> int:
         return sum(v.numel() for v in self.values.values())
@@ -72,11 +84,13 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
 
 
 def provenance(model: LanguageModel, examples: Sequence[Example]) -> dict[str, str]:
-    """The metadata that all scores share: the model with its hash, and the examples."""
+    """The metadata that all scores share: the model with its hash, the examples, and which weights lie turned."""
+    turned = sorted(turned_names(model.network))
     return {
         "model": model.name,
         "revision": model.revision or "",
         "sha256": model.sha256,
         "n": str(len(examples)),
         "examples": json.dumps([e.id for e in examples]),
+        **({TURNED: json.dumps(turned)} if turned else {}),
     }
