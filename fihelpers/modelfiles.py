@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import tempfile
@@ -13,119 +12,37 @@ from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
+from transformers import AutoConfig, PreTrainedModel
 
+from fihelpers.conversion import LoadedTensors, as_loaded
 from fihelpers.models import (
     WEIGHTS,
     WEIGHTS_INDEX,
     LanguageModel,
-    brief,
     locate,
     open_tokenizer,
     weight_files,
     weights_sha256,
 )
+from fihelpers.tensors import CODES, Layout, TensorDict, TensorFile, TensorGroup, Tensors
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-CODES = {dtype: code for code, dtype in DTYPES.items()}
 SHARD_BYTES = 5 * 10**9  # as transformers writes them
 LONG = 2**28  # bytes from which on writing shows a bar
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Shape and type of a stored tensor."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def bytes(self) -> int:
-        return self.numel * self.dtype.itemsize
-
-
-class Tensors(Protocol):
-    """Named tensors of which one is read at a time."""
-
-    @property
-    def layouts(self) -> Mapping[str, Layout]:
-        """Shape and type of each."""
-
-    def read(self, name: str, rows: int | None = None) -> Tensor:
-        """The tensor, or the first `rows` of its rows."""
-
-
-class TensorDict:
-    """Tensors in memory."""
-
-    def __init__(self, values: Mapping[str, Tensor]) -> None:
-        self.values = values
-        self.layouts: dict[str, Layout] = {
-            name: Layout(tuple(v.shape), v.dtype) for name, v in values.items()
-        }
-
-    def read(self, name: str, rows: int | None = None) -> Tensor:
-        return self.values[name].detach()[slice(rows) if rows else ...].cpu()
-
-
-class TensorFile:
-    """Tensors of a safetensors file.
-
-    Each read opens the file anew: pages of a file that stays mapped would count as memory of this process.
-    Raises ValueError for a damaged or cut-off file, or a type of tensor that is not one of DTYPES.
-    """
-
-    def __init__(self, path: Path, label: str) -> None:
-        self.path, self.label = path, label
-        self.layouts: dict[str, Layout] = {}
-        try:
-            with safe_open(path, framework="pt") as file:
-                self.metadata: dict[str, str] = dict(file.metadata() or {})
-                for name in file.keys():  # noqa: SIM118
-                    piece = file.get_slice(name)
-                    self.layouts[name] = Layout(tuple(piece.get_shape()), self._dtype(name, piece))
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{path.name} of {label!r} is damaged or cut off ({brief(error)}); fetch it again."
-            ) from error
-
-    def read(self, name: str, rows: int | None = None) -> Tensor:
-        with safe_open(self.path, framework="pt") as file:
-            tensor: Tensor = file.get_slice(name)[:rows] if rows else file.get_tensor(name)
-            return tensor
-
-    def _dtype(self, name: str, piece: Any) -> torch.dtype:
-        code = str(piece.get_dtype())
-        if code not in DTYPES:
-            raise ValueError(f"{name} of {self.label!r} is stored as {code}; convert the model to bfloat16.")
-        return DTYPES[code]
 
 
 @dataclass(frozen=True, eq=False)
 class ModelWeights:
     """The weights of one model: where they come from and its tensors, a tied one once.
 
-    folder: None for a model in memory; config: what config.json holds.
+    They have the names that they have in the opened model, or, where transformers does not know the
+    architecture, those that they are stored under. folder: None for a model in memory. config: what
+    config.json holds. loaded: how the opened model's tensors follow from the stored ones, None for a model in
+    memory and an unknown architecture.
     """
 
     label: str
@@ -134,10 +51,32 @@ class ModelWeights:
     config: Mapping[str, Any]
     parts: tuple[Tensors, ...]
     model: LanguageModel | None = None
+    loaded: LoadedTensors | None = None
 
     @cached_property
     def layouts(self) -> dict[str, Layout]:
         return {name: layout for part in self.parts for name, layout in part.layouts.items()}
+
+    @cached_property
+    def extra(self) -> frozenset[str]:
+        """Names, as stored, of learned tensors that the opened model does without."""
+        return frozenset(self.loaded.others if self.loaded else ())
+
+    @property
+    def network(self) -> PreTrainedModel | None:
+        """The opened model, or one like it without storage; None for an unknown architecture."""
+        return self.model.network if self.model else self.loaded.network if self.loaded else None
+
+    @cached_property
+    def architecture(self) -> str | None:
+        """The class of the opened model, as far as it is known."""
+        network = self.network
+        return type(network).__name__ if network else next(iter(self.config.get("architectures") or ()), None)
+
+    @cached_property
+    def tied(self) -> frozenset[str]:
+        """Further names of tensors that are tied to one another."""
+        return frozenset(self.network.state_dict() if self.network else ()) - self.layouts.keys()
 
     @cached_property
     def sha256(self) -> str:
@@ -165,7 +104,7 @@ def open_weights(
     """Open a model's weights by bundled name, folder or hub id (and revision), or those of an open model.
 
     Raises what `open_model` raises for a model that is not there, and ValueError for a missing, damaged or
-    cut-off weight file.
+    cut-off weight file, or one without some of the weights.
     """
     if isinstance(model, ModelWeights):
         return model
@@ -175,12 +114,27 @@ def open_weights(
         config = network.config.to_dict()
         return ModelWeights(model.name, model.revision, None, config, (TensorDict(tensors),), model)
     folder, label, commit = locate(str(model), revision, False)
-    files = tuple(TensorFile(path, label) for path in weight_files(folder, label))
+    files = TensorGroup([TensorFile(path, label) for path in weight_files(folder, label)])
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return ModelWeights(label, commit, folder, config, files)
+    loaded = _loaded(folder, files, label)
+    if loaded is None:
+        return ModelWeights(label, commit, folder, config, (files,))
+    parts = (loaded, files.only(loaded.others))
+    return ModelWeights(label, commit, folder, config, parts, None, loaded)
 
 
-def _saved_buffers(network: torch.nn.Module) -> dict[str, Tensor]:
+def _loaded(folder: Path, files: Tensors, label: str) -> LoadedTensors | None:
+    """The stored tensors as transformers loads them, None where it does not know the architecture."""
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception:  # of many types, for a configuration that is not of the library's
+        return None
+    if getattr(config, "quantization_config", None) is not None:
+        return None  # its codes have no mean, under whatever name
+    return as_loaded(files, config, label)
+
+
+def _saved_buffers(network: PreTrainedModel) -> dict[str, Tensor]:
     saved = network.state_dict(keep_vars=True)
     return {name: value for name, value in network.named_buffers() if name in saved}
 

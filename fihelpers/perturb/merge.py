@@ -1,7 +1,9 @@
 """Merge two models fine-tuned from one base, and keep the weights that scores call fragile (method 4.6).
 
-The models are read tensor by tensor, so memory grows with the largest tensor and not with the model. Each
-method is a small value that holds its conventions; the defaults are those of the method's own paper:
+The models are read tensor by tensor, so memory grows with the largest tensor and not with the model. Tensors
+have the names that they have in the opened models, under which scores name them; the merged folder stores
+them as transformers does. Each method is a small value that holds its conventions; the defaults are those of
+the method's own paper:
 
     merge_models("mini-lm", "mini-math", "mini-health", "merged", Ties(task_weight=0.6),
                  Protection(0.05, "math.safetensors", "health.safetensors"))
@@ -28,16 +30,8 @@ import torch
 from torch import Tensor
 
 from fihelpers import __version__
-from fihelpers.modelfiles import (
-    SHARD_BYTES,
-    Layout,
-    ModelWeights,
-    TensorDict,
-    TensorFile,
-    new_folder,
-    open_weights,
-    write_weights,
-)
+from fihelpers.conversion import StoredTensors
+from fihelpers.modelfiles import SHARD_BYTES, ModelWeights, new_folder, open_weights, write_weights
 from fihelpers.models import WEIGHTS_INDEX, LanguageModel
 from fihelpers.perturb.merge_methods import (
     METHODS,
@@ -57,6 +51,7 @@ from fihelpers.perturb.merge_methods import (
 )
 from fihelpers.perturb.topshare import CHUNK, TopShare, seed_of
 from fihelpers.scores.store import Scores
+from fihelpers.tensors import Layout, TensorDict, TensorFile
 
 __all__ = [
     "METHODS",
@@ -81,7 +76,7 @@ Settings = Literal["base", "a", "b"]
 SAME_BASE = 0.3  # cosine between two models' matrices; about 0 for models trained apart
 SAMPLE_ROWS = 64
 MUST_AGREE = (
-    "architectures", "model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "n_head",
+    "model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "n_head",
     "hidden_act", "tie_word_embeddings",
 )  # fmt: skip
 MAY_DIFFER = (
@@ -119,13 +114,14 @@ def merge_models(
         raise ValueError("A model in memory cannot be written from; give its folder, or use merged_model.")
     out = Path(out)
     with new_folder(out) as folder:
-        needed = sum(layout.bytes for layout in merger.layouts.values())
+        layouts, make = merger.stored()
+        needed = sum(layout.bytes for layout in layouts.values())
         if needed > shutil.disk_usage(folder).free:
             raise OSError(errno.ENOSPC, f"the merged model needs {needed / 1e9:.1f} GB")
         for file in sorted(source.iterdir()):
             if file.suffix in (".json", ".model", ".txt", ".jinja") and file.name != WEIGHTS_INDEX:
                 shutil.copyfile(file, folder / file.name)
-        write_weights(folder, merger.layouts, merger.tensor, shard_bytes)
+        write_weights(folder, layouts, make, shard_bytes)
         (folder / "README.md").write_text(merger.card(out.name), encoding="utf-8")
     return out
 
@@ -167,7 +163,8 @@ def merged_model(
 class Merger:
     """A merge as a function from a tensor's name to the merged tensor; arguments as for `merge_models`.
 
-    layouts: the merged model's tensors, of the types of the model that `settings_from` names.
+    layouts: the merged model's tensors, of the types of the model that `settings_from` names. What an opened
+    model does without and not all models hold (a vision tower, say) is taken from that model.
     """
 
     def __init__(
@@ -194,7 +191,8 @@ class Merger:
             for expert in self.experts:
                 _check_same_base(self.base, expert)
         models = (first, *self.experts)
-        self.floating = [n for n in self.layouts if all(m.layouts[n].dtype.is_floating_point for m in models)]
+        self.common = [name for name in self.layouts if all(name in m.layouts for m in models)]
+        self.floating = [n for n in self.common if all(m.layouts[n].dtype.is_floating_point for m in models)]
         self.fishers = None if fishers is None else self._scores(fishers)
         given = (None, None) if protection is None else (protection.scores_a, protection.scores_b)
         self.scores = self._scores(given)
@@ -202,6 +200,8 @@ class Merger:
     def tensor(self, name: str) -> Tensor:
         """The merged tensor. Raises FloatingPointError where it holds NaN or infinite values."""
         layout = self.layouts[name]
+        if name not in self.common:
+            return self.settings.read(name)
         if name not in self.floating:
             return self._unmerged(name)
         protected = self._protected_masks(name)
@@ -214,6 +214,16 @@ class Merger:
         if not torch.isfinite(merged).all():
             raise FloatingPointError(f"The merged {name} holds NaN or infinite values; check the models.")
         return merged.view(layout.shape)
+
+    def stored(self) -> tuple[Mapping[str, Layout], Callable[[str], Tensor]]:
+        """Layouts and values of the merged tensors in the form in which they are written.
+
+        Raises ValueError, naming a tensor, for an architecture that transformers could not load again.
+        """
+        if self.settings.loaded is None:
+            return self.layouts, self.tensor
+        stored = StoredTensors(self.settings.loaded, self.layouts, self.tensor)
+        return stored.layouts, stored.read
 
     def card(self, name: str) -> str:
         """The model card: the models with their hashes, the method with its options, and what was kept."""
@@ -475,11 +485,20 @@ def _check_alike(first: ModelWeights, other: ModelWeights) -> None:
     pair = f"{first.label!r} and {other.label!r}"
     for name in dict.fromkeys([*first.layouts, *other.layouts]):
         if name not in first.layouts or name not in other.layouts:
+            if name in first.extra | other.extra:
+                continue
             lacking = other if name in first.layouts else first
-            raise ValueError(f"{pair} have different architectures: {name} is not in {lacking.label!r}.")
+            tied = ", where it is tied to another weight" if name in lacking.tied else ""
+            raise ValueError(
+                f"{pair} have different architectures: {name} is not in {lacking.label!r}{tied}."
+            )
         one, two = list(first.layouts[name].shape), list(other.layouts[name].shape)
         if one != two:
             raise ValueError(f"{pair} differ in {name}: its shape is {one} and {two}.")
+    if first.architecture != other.architecture and None not in (first.architecture, other.architecture):
+        raise ValueError(
+            f"{pair} have different architectures: {first.architecture} and {other.architecture}."
+        )
     for key in MUST_AGREE:
         own, others = first.config.get(key), other.config.get(key)
         if own != others and None not in (own, others):
@@ -497,7 +516,7 @@ def _check_alike(first: ModelWeights, other: ModelWeights) -> None:
 
 def _check_same_base(base: ModelWeights, expert: ModelWeights) -> None:
     """Raise ValueError where most matrices of the expert have nothing in common with those of the base."""
-    matrices = [n for n, layout in base.layouts.items() if len(layout.shape) == 2]
+    matrices = [n for n, layout in base.layouts.items() if len(layout.shape) == 2 and n in expert.layouts]
     far = [name for name in matrices if _cosine(base, expert, name) < SAME_BASE]
     if 2 * len(far) > len(matrices):
         raise ValueError(
