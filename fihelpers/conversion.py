@@ -82,6 +82,11 @@ def as_loaded(stored: Tensors, config: PreTrainedConfig, label: str) -> LoadedTe
     )
 
 
+def builds_tensors(network: PreTrainedModel) -> bool:
+    """Whether the library changes more than names when it loads or saves such a network."""
+    return any(isinstance(t, WeightConverter) for t in get_model_conversion_mapping(network))
+
+
 class Assembly:
     """What the library makes of stored tensors for a network without storage.
 

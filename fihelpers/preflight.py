@@ -12,6 +12,7 @@ this machine (`fihelpers.rates`) and the operations of the run.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import shutil
 import sys
@@ -27,6 +28,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from fihelpers.conversion import builds_tensors
 from fihelpers.measures import MEASURES, Measure, find_measure
 from fihelpers.models import (
     DTYPES,
@@ -37,6 +39,7 @@ from fihelpers.models import (
     find_device,
     locate,
     open_tokenizer,
+    tokenize,
     weight_files,
 )
 from fihelpers.perturb.merge_methods import Dare, Method, Ties, find_method
@@ -46,6 +49,8 @@ from fihelpers.perturb.topshare import CHUNK
 from fihelpers.rates import Rate, Work, matrices_of, measure_rate, shapes_of
 from fihelpers.scores.classgrads import BLOCK, transformer_blocks
 from fihelpers.scores.weights import DISPLACED
+
+log = logging.getLogger(__name__)
 
 SCORE = 4  # bytes of a score, float32
 TOKENS = 512  # of the longest prompt, where the caller does not say
@@ -231,7 +236,7 @@ def prompt_lengths(
                 f"the hub did not give the tokenizer of {name!r} ({type(error).__name__}); check the name, "
                 "the revision and the network."
             ) from error
-    return [len(ids) for ids in tokenizer(list(prompts), verbose=False)["input_ids"]]
+    return [len(ids) for ids in tokenize(tokenizer, prompts)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -335,20 +340,24 @@ class _Scoring:
         return needed
 
     def seconds(self) -> float | None:
-        """Seconds of the process that has most to do; None for a network without a list of blocks."""
+        """Seconds of the process that has most to do; None where no part of the network can be timed."""
         if not _blocks(self.network):
             return None
         shapes = shapes_of(self.lengths, self.batch_size)[-1 :: -self.processes]
-        rate: Rate = measure_rate(
-            self.network.config,
-            self.measures,
-            batch_size=min(self.batch_size, len(self.lengths)),
-            tokens=self.tokens,
-            classes=self.classes,
-            device=self.device,
-            dtype=self.dtype,
-            save_memory=self.save_memory,
-        )
+        try:
+            rate: Rate = measure_rate(
+                self.network.config,
+                self.measures,
+                batch_size=min(self.batch_size, len(self.lengths)),
+                tokens=self.tokens,
+                classes=self.classes,
+                device=self.device,
+                dtype=self.dtype,
+                save_memory=self.save_memory,
+            )
+        except Exception as error:  # two blocks of an unusual architecture: no reason not to score the whole
+            log.info("the time of %s is not foreseen (%s)", self.source.label, brief(error))
+            return None
         return rate.seconds(self._work(), shapes)
 
     def _work(self) -> Work:
@@ -418,6 +427,7 @@ def estimate_merge(
 ) -> Estimate:
     """What `merge_models` needs: memory for one tensor of each model, disk for the models and the result.
 
+    A tensor is one of the opened model; where those are put together from stored ones, both forms are there.
     protected: whether weights are protected by scores of A and B, which then take disk as well, a file of
     float32 for the linear weights of each. Raises what `estimate_scores` raises.
     """
@@ -435,6 +445,8 @@ def estimate_merge(
         "masks": masks,
         "pieces at work": WORK,
     }
+    if builds_tensors(first.network):
+        memory["stored tensors that it is built from"] = largest * first.itemsize
     disk = {"merged model": first.parameters * first.itemsize}
     if protected:
         linear = sum(first.network.get_parameter(name).numel() for name in linear_names(first.network))

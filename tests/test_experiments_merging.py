@@ -21,9 +21,9 @@ from fihelpers.tasks import Example, load_task
 Trio = tuple[str, str, str]
 
 
-def save(folder: Path, seed: int | None, base_seed: int = 0) -> str:
+def save(folder: Path, seed: int | None, base_seed: int = 0, kind: str = "qwen2") -> str:
     """A tiny model in a folder; with a seed, one fine-tuned (moved at random) from the base."""
-    model = tiny_model("qwen2", torch.float32)
+    model = tiny_model(kind, torch.float32)
     generator = torch.Generator().manual_seed(base_seed)
     for p in model.network.parameters():
         if base_seed:
@@ -235,6 +235,30 @@ def test_differences_weigh_the_domains_alike() -> None:
 def test_a_written_merge_is_the_one_in_memory(bench: lab.Bench) -> None:
     card, apart = lab.written(bench, lab.Setting(Average(), by=lab.EXACT, share=0.05))
     assert apart == 0 and "Protection: top 5 %" in card
+
+
+@pytest.mark.parametrize("kind", ["gpt_neox", "mixtral"])
+def test_models_that_store_other_names_than_they_load(kind: str, plan: lab.Plan, tmp_path: Path) -> None:
+    trio = (save(tmp_path / str(seed), seed, kind=kind) for seed in (None, 1, 2))
+    bench = lab.Bench(*trio, plan, tmp_path / "cache")
+    sizes = {name: layout.numel for name, layout in bench.weights["a"].layouts.items()}
+    assert set(bench.linear) <= sizes.keys()
+    assert sum(name.endswith("experts.gate_up_proj") for name in bench.linear) == 2 * (kind == "mixtral")
+    search = lab.Search(bench)
+    for name, setting in {
+        "average": lab.Setting(by=lab.EXACT),
+        "Fisher average": lab.Setting(FisherAverage(), by=lab.STEP),
+        "TIES": lab.Setting(Ties(), by=lab.PREDICTED, stages="I and II"),
+    }.items():
+        assert search.protected(name, setting).share in plan.shares
+    _, apart = lab.written(bench, lab.Setting(by=lab.EXACT, share=0.1))
+    assert apart == 0
+    assert lab.displacements(bench)["weights"] == sum(sizes[name] for name in bench.linear)
+    protected = bench.merger(lab.Setting(by=lab.EXACT, share=0.1, only_a=True), 0)
+    bench.put(lab.Alone("a"), 0)
+    first = {name: p.detach().clone() for name, p in bench.model.network.named_parameters()}
+    for name, mask in protected.masks("a"):
+        assert protected.tensor(name)[mask].equal(first[name][mask])
 
 
 def test_the_plan_of_a_chapter() -> None:

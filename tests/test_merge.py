@@ -15,9 +15,10 @@ from peft.utils import merge_utils
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
 
-from fihelpers.modelfiles import Layout, open_weights, write_weights
+from fihelpers.modelfiles import open_weights, write_weights
 from fihelpers.models import LanguageModel, open_model
 from fihelpers.perturb.merge import (
     METHODS,
@@ -37,6 +38,7 @@ from fihelpers.perturb.merge import (
 )
 from fihelpers.perturb.topshare import seed_of
 from fihelpers.scores import Scores
+from fihelpers.tensors import Layout
 
 State = dict[str, Tensor]
 Trio = tuple[LanguageModel, LanguageModel, LanguageModel]
@@ -530,7 +532,7 @@ def peak(folder, method, protection=None):
     shutil.rmtree(out)
     return status("VmHWM")
 
-tiny, small, large = (Path(sys.argv[1]) / name for name in ("1", "8", "32"))
+tiny, small, large = (Path(sys.argv[1]) / name for name in ("tiny", "small", "large"))
 peak(tiny, Average())  # what is imported at the first merge does not count
 before = status("VmRSS")
 for folder in (small, large):
@@ -539,28 +541,54 @@ print(peak(small, Ties(), Protection(0.1, small / "scores")) - before)
 """
 
 
-def synthetic(folder: Path, layers: int) -> None:
-    """Three models in bfloat16 of `layers` tensors of 16 MB, and scores for a tensor of one of them."""
+def synthetic(folder: Path, layers: int, experts: bool) -> None:
+    """Three models in bfloat16, and scores for a tensor of one of them.
+
+    Of `layers` tensors of 16 MB, or of as many layers whose four experts are 48 MB, of which 32 are loaded as
+    one tensor.
+    """
     data = Path(__file__).parent.parent / "data" / "models" / "mini-lm"
-    base = torch.randn(2048, 4096, generator=torch.Generator().manual_seed(0)).bfloat16()
-    layouts = {f"layer.{i}.weight": Layout((2048, 4096), torch.bfloat16) for i in range(layers)}
-    for name, tensor in {"base": base, "a": base * 1.5, "b": base + base.abs()}.items():
-        (folder / name).mkdir(parents=True)
-        for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-            shutil.copyfile(data / file, folder / name / file)
-        write_weights(folder / name, layouts, lambda _, t=tensor: t, 10**8)  # type: ignore[misc]
-    save_file({"layer.0.weight": base.float().abs()}, folder / "scores")
+    shapes = {f"layer.{i}.weight": (2048, 4096) for i in range(layers)}
+    config, scored = AutoConfig.from_pretrained(data), Layout((2048, 4096), torch.float32)
+    name = "layer.0.weight"
+    if experts:
+        config = MixtralConfig(
+            vocab_size=5000, hidden_size=1024, intermediate_size=2048, num_hidden_layers=layers,
+            num_attention_heads=8, num_key_value_heads=8, num_local_experts=4,
+        )  # fmt: skip
+        with torch.device("meta"):
+            network = MixtralForCausalLM(config)
+        shapes = {
+            n: tuple(v.shape) for n, v in revert_weight_conversion(network, network.state_dict()).items()
+        }
+        name, scored = "model.layers.0.mlp.experts.gate_up_proj", Layout((4, 4096, 1024), torch.float32)
+    layouts = {n: Layout(shape, torch.bfloat16) for n, shape in shapes.items()}
+    most = max(layout.numel for layout in layouts.values())
+    base = torch.randn(most, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for which, values in {"base": base, "a": base * 1.5, "b": base + base.abs()}.items():
+        config.save_pretrained(folder / which)
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copyfile(data / file, folder / which / file)
+
+        def make(name: str, values: Tensor = values) -> Tensor:
+            return values[: layouts[name].numel].view(layouts[name].shape)
+
+        write_weights(folder / which, layouts, make, 10**8)
+    save_file({name: torch.rand(scored.shape)}, folder / "scores")
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads its memory as Linux tells it")
-def test_memory_grows_with_the_largest_tensor_and_not_with_the_model(tmp_path: Path) -> None:
-    """A pair of 1 GB together against one of a quarter of that; a tensor has 16 MB."""
+@pytest.mark.parametrize(("experts", "layers"), [(False, (1, 8, 32)), (True, (1, 2, 8))])
+def test_memory_grows_with_the_largest_tensor_and_not_with_the_model(
+    tmp_path: Path, experts: bool, layers: tuple[int, int, int]
+) -> None:
+    """A pair of 1 GB together against one of a quarter of that; a tensor has 16 MB, with experts 32."""
     try:
-        for layers in (1, 8, 32):
-            synthetic(tmp_path / str(layers), layers)
+        for name, count in zip(("tiny", "small", "large"), layers, strict=True):
+            synthetic(tmp_path / name, count, experts)
         run = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
         small, large, ties = map(float, run.stdout.split())
-        assert max(small, large, ties) < 320 and large < small + 48
+        assert max(small, large, ties) < 320 * (1 + experts) and large < small + 48 * (1 + experts)
     finally:
         shutil.rmtree(tmp_path, ignore_errors=True)

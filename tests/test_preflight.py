@@ -13,6 +13,7 @@ import huggingface_hub
 import psutil
 import pytest
 import torch
+from tiny import tiny_model
 from transformers import AutoConfig, Qwen2Config, Qwen2ForCausalLM, T5Config
 
 from fihelpers import preflight
@@ -154,6 +155,11 @@ def test_a_merged_model_has_the_size_foreseen(tmp_path: Path) -> None:
     protected = estimate_merge("mini-lm", "mini-lm", "mini-lm", method="TIES")
     assert protected.memory_bytes > estimate.memory_bytes
     assert protected.disk_bytes > estimate.disk_bytes
+    tiny_model("mixtral").network.float().save_pretrained(tmp_path / "experts")
+    built = estimate_merge(*[tmp_path / "experts"] * 3, protected=False)
+    experts = 4 * 3 * 2 * 20 * 12  # the largest tensor: gates and ups of a layer's three experts
+    assert _part(built, "stored tensors that it is built from") == experts
+    assert _part(built, "one tensor of each model") == 3 * experts
 
 
 @pytest.fixture

@@ -7,8 +7,12 @@ from transformers import (
     GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -31,6 +35,11 @@ def tiny_network(kind: str) -> PreTrainedModel:
         return LlamaForCausalLM(LlamaConfig(**SHAPE, num_key_value_heads=1, tie_word_embeddings=False))
     if kind == "gpt_neox":
         return GPTNeoXForCausalLM(GPTNeoXConfig(**SHAPE, hidden_dropout=0.0, attention_dropout=0.0))
+    if kind == "mixtral":
+        return MixtralForCausalLM(MixtralConfig(**SHAPE, num_key_value_heads=1, num_local_experts=3))
+    if kind == "gpt_oss":  # its experts lie turned
+        experts = {"num_local_experts": 3, "num_experts_per_tok": 2, "head_dim": 6, "pad_token_id": None}
+        return GptOssForCausalLM(GptOssConfig(**SHAPE, num_key_value_heads=1, **experts))
     shape = {"n_positions": 32, "n_embd": 12, "n_layer": 2, "n_head": 2}
     return GPT2LMHeadModel(GPT2Config(vocab_size=len(WORDS), bos_token_id=0, eos_token_id=0, **shape))
 

@@ -312,7 +312,7 @@ class Bench:
         layouts = (weights or self.weights["base"]).layouts
         own = self.model.network.state_dict()
         with torch.no_grad():
-            for name in layouts:
+            for name in filter(own.__contains__, layouts):  # not what the network does without
                 value = read(name) if read is not None else weights.read(name)  # type: ignore[union-attr]
                 own[name].copy_(value)
 
@@ -849,7 +849,10 @@ def written(bench: Bench, setting: Setting) -> tuple[str, float]:
         opened = open_model(str(out), dtype="float32")
         card = (out / "README.md").read_text(encoding="utf-8")
     merger, own = bench.merger(setting, 0), opened.network.state_dict()
-    return card, max(float((own[n].float() - merger.tensor(n).float()).abs().max()) for n in merger.layouts)
+    return card, max(
+        float((own[n].float() - merger.tensor(n).float()).abs().max())
+        for n in own.keys() & merger.layouts.keys()
+    )
 
 
 def _other(key: str) -> str:
@@ -980,12 +983,12 @@ def check(plan: Plan) -> None:
     }.items():
         if not values:
             raise ValueError(f"{name} is empty; give at least one value to search.")
-    for domain in plan.domains:  # the questions are there, and enough of them
-        validation_set(plan, domain)
-        test_set(plan, domain)
     for domain, subjects in plan.domains.items():
         if not isinstance(subjects, list | tuple) or not subjects:
             raise ValueError(f"the domain {domain!r} needs a list of subjects, not {subjects!r}.")
+    for domain in plan.domains:  # the questions are there, and enough of them
+        validation_set(plan, domain)
+        test_set(plan, domain)
     for name in plan.elsewhere:
         if len(_elsewhere(plan, name, plan.seeds - 1)) < plan.n_calibration:
             raise ValueError(
