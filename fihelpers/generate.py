@@ -29,7 +29,16 @@ from transformers import (
 )
 
 from fihelpers.files import write_atomically
-from fihelpers.models import Batch, LanguageModel, brief, check_tokens, checked_logits, left_padded, tokenize
+from fihelpers.models import (
+    Batch,
+    LanguageModel,
+    brief,
+    check_tokens,
+    checked_logits,
+    context_of,
+    left_padded,
+    tokenize,
+)
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +137,7 @@ def prompt_ids(model: LanguageModel, prompts: Sequence[str], room: int = 0) -> l
             raise ValueError(f"prompt {place} is empty; give a prompt with text.")
     ids = tokenize(model.tokenizer, prompts)
     check_tokens(ids, model.network, model.name)
-    context = getattr(model.network.config.get_text_config(), "max_position_embeddings", None)
+    context = context_of(model.network)
     for place, tokens in enumerate(ids):
         if context is not None and len(tokens) + room > context:
             raise ValueError(

@@ -41,7 +41,9 @@ def linear_share(network: PreTrainedModel) -> float:
     named = {
         name: p
         for name, p in network.named_parameters()
-        if p not in aside and _is_matrix(p) and not name.endswith("bias")  # those of fused experts are a table
+        if p not in aside
+        and _is_matrix(p)
+        and not name.endswith("bias")  # those of fused experts are a table
     }
     whole = sum(p.numel() for p in named.values())
     return sum(named[name].numel() for name in linear_names(network) if name in named) / max(whole, 1)
@@ -58,7 +60,7 @@ def turned_names(network: nn.Module) -> frozenset[str]:
 
 
 def as_rows(weight: Tensor, turned: bool) -> Tensor:
-    """A parameter (out, in) or (experts, out, in), turned or not, as a matrix (rows, in); a view if it can be."""
+    """A parameter (out, in) or (experts, out, in), turned or not, as a matrix (rows, in)."""
     weight = weight.transpose(-1, -2) if turned else weight
     return weight.flatten(0, -2)
 

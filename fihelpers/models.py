@@ -39,7 +39,11 @@ GENERIC_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")
 HUB_FILES = ["model*.safetensors", WEIGHTS_INDEX, "*.json", "*.model", "*.txt", "*.jinja"]
 MIN_PREFIX = 8  # a shorter shared prefix costs more than it saves
 TRIED = 12  # tokens of the prompt on which ways of reading are compared
-ALIKE = {4: 3e-5, 8: 3e-5, 2: 3e-2}  # how far logits may be apart for it, of their largest, by bytes of a number
+ALIKE = {
+    4: 3e-5,
+    8: 3e-5,
+    2: 3e-2,
+}  # how far logits may be apart for it, of their largest, by bytes of a number
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -53,7 +57,9 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list
     framed = [isinstance(prompt, Framed) for prompt in prompts]
     if len(set(framed)) > 1:
         return [tokenize(tokenizer, [prompt])[0] for prompt in prompts]
-    ids: list[list[int]] = tokenizer(list(prompts), add_special_tokens=not framed[0], verbose=False)["input_ids"]
+    ids: list[list[int]] = tokenizer(list(prompts), add_special_tokens=not framed[0], verbose=False)[
+        "input_ids"
+    ]
     return ids
 
 
@@ -306,6 +312,12 @@ def _head_at(network: PreTrainedModel, last: Tensor) -> Iterator[None]:
         hook.remove()
 
 
+def context_of(network: PreTrainedModel) -> int | None:
+    """How many tokens the network can read, None where nothing bounds them."""
+    length = getattr(network.config.get_text_config(), "max_position_embeddings", None)
+    return None if length is None or length < 1 else int(length)
+
+
 def check_tokens(
     ids: Sequence[Sequence[int]],
     network: PreTrainedModel,
@@ -314,7 +326,7 @@ def check_tokens(
 ) -> None:
     """Raise ValueError for a prompt without tokens, longer than the context, or with an unknown token."""
     config = network.config.get_text_config()
-    context = getattr(config, "max_position_embeddings", None)
+    context = context_of(network)
     for i, tokens in enumerate(ids):
         if not tokens:
             raise ValueError(f"prompt {i} has no tokens; give a prompt with text.")

@@ -4,11 +4,13 @@ import warnings
 
 import pytest
 import torch
+from test_pruning import fed
 from tiny import tiny_examples, tiny_model
 from torch import Tensor, nn
 
 from fihelpers.answers import Top, letters
 from fihelpers.influence import EXACT, Damped, SaturationWarning, ceiling, fi
+from fihelpers.linear import as_rows
 from fihelpers.models import LanguageModel
 from fihelpers.perturb.sparsify import linear_names
 from fihelpers.scores import Scores, classgrads, score_weights
@@ -55,6 +57,48 @@ def test_joint_fi_of_channels_equals_autograd(axis, block, monkeypatch) -> None:
     for name in names:
         torch.testing.assert_close(ours[name], truth[name].float(), rtol=1e-4, atol=1e-7)
     assert ours.metadata["axis"] == axis and ours.metadata["sha256"] == model.sha256
+
+
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("kind", ["gpt2", "mixtral", "gpt_oss"])
+def test_channels_of_turned_and_fused_weights_are_those_of_their_rows(kind: str, axis: str) -> None:
+    model, examples, spectral = tiny_model(kind), tiny_examples(3), Damped(1e-2)
+    names = linear_names(model.network)
+    weights = score_weights(model, examples, ["SNIP"], only=names)["squared score"]
+    sums = channel_scores(weights, axis=axis)
+    twos = {name: torch.full_like(value, 2.0) for name, value in weights.values.items()}
+    moved = displacement_scores(weights, twos, axis)
+    joint = score_channels(model, examples, spectral, axis=axis, only=names)
+    classes, total = letters(model.tokenizer), dict.fromkeys(names, 0)
+    for example in examples:
+        log_p = classes.log_probs(model.last_logits(model.batches([example.prompt])[0]))[0]
+        params = [model.network.get_parameter(n) for n in names]
+        passes = [
+            torch.autograd.grad(one, params, retain_graph=True, materialize_grads=True) for one in log_p
+        ]
+        for name, grads in zip(names, zip(*passes, strict=True), strict=True):
+            rows = torch.stack([as_rows(g, name in weights.turned) for g in grads])
+            one = fi(rows, log_p.exp().detach(), over=OVER[axis], spectral=spectral)
+            total[name] = total[name] + one / len(examples)
+    for name in names:
+        rows = weights.rows(name)
+        assert rows.shape[1] in (12, 20, 48)  # the inputs of every layer of these models
+        torch.testing.assert_close(sums[name], rows.sum(OVER[axis]))
+        torch.testing.assert_close(moved[name], 4 * sums[name])
+        torch.testing.assert_close(joint[name], total[name].float(), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_activations_of_experts_are_means_over_what_is_sent_to_them(kind: str) -> None:
+    model, examples = tiny_model(kind), tiny_examples(6)
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    found = score_activations(model, examples, only=[name])
+    inputs = fed(model, name, [e.prompt for e in examples])
+    torch.testing.assert_close(found["mean input"][name], torch.cat(list(inputs.values())).abs().mean(0))
+    hessian = found["Hessian diagonal"].rows(name).view(3, -1, 12)
+    for expert, x in inputs.items():
+        torch.testing.assert_close(hessian[expert], x.square().mean(0).expand_as(hessian[expert]))
+    assert found["mean output"][name].shape == (hessian.shape[0] * hessian.shape[1],)
 
 
 class Scaled(nn.Module):

@@ -180,7 +180,7 @@ def gradient_scores(
     passed = _Pass(model, parts, len(examples), classes.size, coordinates, seed)
     with frozen(model.network):
         batches = model.batches([e.prompt for e in examples], 16)
-        missed = missed_by_hooks(model, batches[0], classes, passed.parameters)
+        missed = missed_by_hooks(model, batches, classes, passed.parameters)
         for batch in batches:
             for block in class_grad_blocks(model, batch, classes, passed.parameters, missed):
                 passed.add(block)

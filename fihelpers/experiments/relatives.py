@@ -414,7 +414,7 @@ def saturation(model: LanguageModel, examples: Sequence[Example], classes: Answe
     rows = []
     with frozen(model.network):
         batches = model.batches([e.prompt for e in examples], 1)
-        missed = missed_by_hooks(model, batches[0], classes, parameters)
+        missed = missed_by_hooks(model, batches, classes, parameters)
         for batch in batches:
             found, scores = [], []
             for block in class_grad_blocks(model, batch, classes, parameters, missed):

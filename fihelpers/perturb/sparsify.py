@@ -31,8 +31,8 @@ def select(
     """Flat positions of the chosen weights of each tensor.
 
     share: of all named weights (scope "global"), of each tensor's ("layer"), or of each of its rows, the
-        weights of one output ("row", for "top" and "bottom"), rounded to a whole number of weights. Of `Scores`
-        it is known which tensors lie turned (`fihelpers.linear`); in a mapping the last axis is the input.
+        weights of one output ("row", for "top" and "bottom"), rounded to a whole number of weights. `Scores`
+        know which tensors lie turned (`fihelpers.linear`); in a mapping the last axis is the input.
     which: "top" and "bottom" by score, "random" over all, or "low half": a random draw from the lower
         half by score, the paper's FI-low.
     Ties at the border are settled by a seeded random draw among the tied weights (method 1b.5).
@@ -109,9 +109,7 @@ def _positions(flat: Tensor, share: float, which: Which, generator: torch.Genera
     return pool[order[:count]]
 
 
-def _by_row(
-    weights: Tensor, turned: bool, share: float, which: Which, generator: torch.Generator
-) -> Tensor:
+def _by_row(weights: Tensor, turned: bool, share: float, which: Which, generator: torch.Generator) -> Tensor:
     """Flat positions of a share of each row of a matrix, or of those of fused experts."""
     if which not in ("top", "bottom") or weights.dim() not in (2, 3):
         raise ValueError(

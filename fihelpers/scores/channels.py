@@ -1,5 +1,7 @@
 """Scores of whole channels of weight matrices W (out, in): output rows or input columns (method 1b.2, 1b.4).
 
+The rows of fused experts are those of all experts, one after the other, and their columns are shared.
+
 A channel's value is the sum or mean of its weights' scores, the joint FI of all its weights at once, what a
 known displacement of its weights would do, or what the layer's inputs say of it. All are `Scores` with one
 value a channel; their metadata `axis` says "rows" or "columns".
@@ -25,11 +27,12 @@ from fihelpers.influence import (
     fi_from_gram,
     gram,
 )
+from fihelpers.linear import as_rows, from_rows, turned_names
 from fihelpers.measures import FISHER, INFORMATION_LENGTH, SQUARED_SCORE
 from fihelpers.models import Batch, LanguageModel
 from fihelpers.scores.classgrads import Block, class_grad_blocks, frozen, missed_by_hooks, named_parameters
-from fihelpers.scores.pruning import Layers, linear_layers, of_tokens, watching
 from fihelpers.scores.store import Scores, provenance
+from fihelpers.scores.watched import Layers, Watched, batch_size_for, linear_layers, of_tokens, watching
 from fihelpers.tasks import Example
 
 Axis = Literal["rows", "columns"]
@@ -65,7 +68,8 @@ def channel_scores(
         raise ValueError(f"how must be 'sum' or 'mean', not {how!r}.")
     along = _along(axis)
     chosen = _matrices(scores, names)
-    values = {n: v.sum(along) if how == "sum" else v.mean(along) for n, v in chosen.items()}
+    rows = {name: scores.rows(name) for name in chosen}
+    values = {n: v.sum(along) if how == "sum" else v.mean(along) for n, v in rows.items()}
     return Scores(values, {**scores.metadata, "axis": axis, "how": how})
 
 
@@ -91,7 +95,8 @@ def displacement_scores(means: Scores, delta: Mapping[str, Tensor], axis: Axis =
             )
         if not torch.isfinite(delta[name]).all():
             raise FloatingPointError(f"The displacement of {name} holds NaN or infinite values.")
-        values[name] = (mean * delta[name].to(mean).square()).sum(along)
+        moved = mean * delta[name].to(mean).square()
+        values[name] = as_rows(moved, name in means.turned).sum(along)
     measure = means.metadata.get("measure", "")
     name = DISPLACED.get(measure, f"{measure} times displacement squared")
     return Scores(values, {**means.metadata, "measure": name, "axis": axis, "how": "sum"})
@@ -121,14 +126,17 @@ def score_channels(
     along = _along(axis)
     classes = answers or usual_answers(model.tokenizer, lettered=bool(examples[0].options))
     parameters = _parameters(model, only)
-    totals = {n: torch.zeros(p.shape[1 - along], device=p.device).double() for n, p in parameters.items()}
+    turned = turned_names(model.network)
+    shapes = {name: as_rows(p, name in turned).shape for name, p in parameters.items()}
+    zeros = torch.zeros(0, device=model.device, dtype=torch.float64)
+    totals = {name: zeros.new_zeros(shape[1 - along]) for name, shape in shapes.items()}
     ceilings: list[Tensor] = []
     batches = model.batches([e.prompt for e in examples], batch_size)
     with frozen(model.network):
         missed = missed_by_hooks(model, batches, classes, parameters)
         for batch in tqdm(batches, desc="scoring", unit="batch", leave=False, disable=len(batches) < 8):
             blocks = class_grad_blocks(model, batch, classes, parameters, missed)
-            for block, channels, grams in _channel_grams(blocks, parameters, along):
+            for block, channels, grams in _channel_grams(blocks, parameters, along, turned):
                 totals[block.name][channels] += _joint(grams, block, spectral).sum(0)
                 ceilings.append(block.others.sum(0) / block.chosen)
     means = {name: (total / len(examples)).float() for name, total in totals.items()}
@@ -159,13 +167,17 @@ def score_activations(
     if len(examples) == 0:
         raise ValueError("The calibration set is empty; choose n of at least 1.")
     layers = linear_layers(model.network, only)
-    sums, tokens = _activation_sums(model, model.batches([e.prompt for e in examples], batch_size), layers)
-    for name, modules in layers.items():
+    size = batch_size_for(layers, batch_size)
+    sums, tokens = _activation_sums(model, model.batches([e.prompt for e in examples], size), layers)
+    means = {}
+    for name, one in layers.items():
+        if name not in sums and not one.modules:  # experts to which nothing was sent
+            sums[name] = _zeros(one)
         if name not in sums:
             raise ValueError(f"The layer of {name} is never called; leave its weight out.")
         if not all(torch.isfinite(s).all() for s in sums[name]):
             raise FloatingPointError(f"The layer of {name} reads or writes NaN or infinite values.")
-        sums[name][2] = sums[name][2].expand(modules[0].weight.shape)
+        means[name] = _activation_means(one, sums[name], tokens[name])
     about = provenance(model, examples)
     kinds: tuple[tuple[str, dict[str, str]], ...] = (
         (MEAN_INPUT, {"axis": "columns"}),
@@ -173,7 +185,7 @@ def score_activations(
         (HESSIAN, {}),
     )
     return {
-        kind: Scores({n: sums[n][i] / tokens[n] for n in layers}, {**about, "measure": kind, **extra})
+        kind: Scores({n: means[n][i] for n in layers}, {**about, "measure": kind, **extra})
         for i, (kind, extra) in enumerate(kinds)
     }
 
@@ -189,10 +201,10 @@ def _matrices(scores: Scores, names: Collection[str] | None) -> dict[str, Tensor
     missing = sorted(set(names or ()) - set(chosen))
     if missing:
         raise ValueError(f"There are no scores for {missing[0]}; score it first.")
-    flat = [n for n, v in chosen.items() if v.dim() != 2]
+    flat = [n for n, v in chosen.items() if not _has_channels(v)]
     if names is not None and flat:
         raise ValueError(f"{flat[0]} is no matrix, so it has no channels; leave it out.")
-    matrices = {n: v for n, v in chosen.items() if v.dim() == 2}
+    matrices = {n: v for n, v in chosen.items() if _has_channels(v)}
     if not matrices:
         raise ValueError("There are scores of no matrix here; score the weights of linear layers.")
     return matrices
@@ -201,29 +213,41 @@ def _matrices(scores: Scores, names: Collection[str] | None) -> dict[str, Tensor
 def _parameters(model: LanguageModel, only: Collection[str] | None) -> dict[str, torch.nn.Parameter]:
     """The matrices among the model's parameters. Raises ValueError where `only` names something else."""
     named = named_parameters(model.network, only)
-    flat = [n for n, p in named.items() if p.dim() != 2]
+    flat = [n for n, p in named.items() if not _has_channels(p)]
     if not named or (only is not None and flat):
         raise ValueError(f"{(*flat, 'nothing')[0]!r} is no matrix, so it has no channels; name a matrix.")
     return {n: p for n, p in named.items() if n not in flat}
 
 
+def _has_channels(weight: Tensor) -> bool:
+    """Whether it is a matrix, or one of each fused expert; kernels of convolutions are as narrow as one."""
+    return weight.dim() == 2 or (weight.dim() == 3 and min(weight.shape) > 1)
+
+
 def _channel_grams(
-    blocks: Iterator[Block], parameters: Mapping[str, Tensor], along: int
+    blocks: Iterator[Block], parameters: Mapping[str, Tensor], along: int, turned: Collection[str]
 ) -> Iterator[tuple[Block, slice, Tensor]]:
     """Gram matrices (K-1, K-1, B, channels) of samples, each with its block and which channels these are.
 
-    A row lies within one block; a column's matrix is summed up over all blocks of rows.
+    A channel along the last axis lies within one block of the first; another's matrix is summed up over all.
     """
     begun: dict[tuple[str, int], Tensor] = {}
     for block in blocks:
-        part = gram(block.grads, 1 + along)
-        if along == 1:
-            yield block, block.rows, part
+        grads, size = block.grads, len(parameters[block.name])
+        start, stop, _ = block.rows.indices(size)
+        if grads.dim() == 5:  # of fused experts
+            grads = (grads.transpose(-1, -2) if block.name in turned else grads).flatten(2, 3)
+            each = grads.shape[2] // (stop - start)
+            start, stop, size, within = start * each, stop * each, size * each, along == 1
+        else:
+            within = (along == 1) != (block.name in turned)
+        part = gram(grads, 2 if within else 1)
+        if within:
+            yield block, slice(start, stop), part
             continue
         place = (block.name, block.samples.start or 0)
         begun[place] = begun[place] + part if place in begun else part
-        rows = len(parameters[block.name])
-        if block.rows.indices(rows)[1] == rows:
+        if stop == size:
             yield block, slice(None), begun.pop(place)
 
 
@@ -255,19 +279,39 @@ def _warn_if_saturated(means: Mapping[str, Tensor], top: float) -> None:
 
 def _activation_sums(
     model: LanguageModel, batches: Sequence[Batch], layers: Layers
-) -> tuple[dict[str, list[Tensor]], dict[str, int]]:
-    """Sums over all tokens of |x| (in,), |y| (out,) and x^2 (in,) of each layer, and the number of tokens."""
+) -> tuple[dict[str, list[Tensor]], dict[str, Tensor]]:
+    """Sums over all tokens of |x| (experts, in), |y| (experts, out) and x^2 (experts, in) of each weight.
+
+    Also the numbers of tokens (experts,).
+    """
     sums: dict[str, list[Tensor]] = {}
-    tokens: dict[str, int] = {}
+    tokens = {name: torch.zeros(one.experts, dtype=torch.long) for name, one in layers.items()}
     for batch in tqdm(batches, desc="reading activations", leave=False, disable=len(batches) < 8):
 
-        def see(name: str, x: Tensor, out: Tensor, batch: Batch = batch) -> None:
+        def see(name: str, expert: int, x: Tensor, out: Tensor, batch: Batch = batch) -> None:
             read, written = (of_tokens(t, batch, name) for t in (x, out))
             read, written = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (read, written))
             found = [read.abs().sum(0), written.abs().sum(0), read.square().sum(0)]
-            sums[name] = [a + b for a, b in zip(sums[name], found, strict=True)] if name in sums else found
-            tokens[name] = tokens.get(name, 0) + len(read)
+            sums.setdefault(name, _zeros(layers[name]))
+            for total, one in zip(sums[name], found, strict=True):
+                total[expert] += one
+            tokens[name][expert] += len(read)
 
-        with torch.no_grad(), watching(layers, see):
+        with torch.no_grad(), watching(model.network, layers, see):
             model.last_logits(batch)
     return sums, tokens
+
+
+def _activation_means(one: Watched, sums: Sequence[Tensor], tokens: Tensor) -> list[Tensor]:
+    """Mean input (in,), mean output (rows,), the Hessian's diagonal of every weight; 0 where none was fed."""
+    count = tokens.clamp(min=1).to(sums[0].device)[:, None]
+    squares = (sums[2] / count)[:, None].expand(-1, len(one.rows) // one.experts, -1).flatten(0, 1)
+    hessian = from_rows(squares, one.weight.shape, one.turned)
+    return [sums[0].sum(0) / count.sum(), (sums[1] / count).flatten(), hessian]
+
+
+def _zeros(one: Watched) -> list[Tensor]:
+    """Sums to begin with: of inputs, outputs and squared inputs, each (experts, ...)."""
+    working = one.rows.to(torch.promote_types(one.weight.dtype, torch.float32))
+    outputs = len(working) // one.experts
+    return [working.new_zeros(one.experts, size) for size in (one.inputs, outputs, one.inputs)]

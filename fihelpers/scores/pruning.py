@@ -7,7 +7,7 @@ batch; positions of padding never count. Only the criteria are here: they rank w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -15,17 +15,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fihelpers.answers import Answers, Groups, usual_answers
+from fihelpers.linear import as_rows, from_rows
 from fihelpers.models import Batch, LanguageModel
 from fihelpers.scores.store import Scores, provenance
+from fihelpers.scores.watched import Layers, batch_size_for, linear_layers, of_tokens, watching
 from fihelpers.tasks import Example
 
 METHODS = ("Wanda", "SparseGPT", "Taylor")
 DAMPING = 0.01  # of the mean diagonal of X X^T, as in SparseGPT's published code
 HELD = 2**29  # elements of X X^T held at once (2 GB in float32); layers beyond them wait for another pass
 BLOCK = 2**19  # elements of per-sample gradients formed at a time, to stay in cache
-
-Layers = dict[str, list[nn.Linear]]
-See = Callable[[str, Tensor, Tensor], None]
 
 
 def score_pruning(
@@ -38,6 +37,8 @@ def score_pruning(
     batch_size: int = 16,
 ) -> dict[str, Scores]:
     """Score the weights W (out, in) of linear layers, whose inputs over a calibration set are X (in, tokens).
+
+    Of fused experts each is a layer, and X what is sent to it.
 
     Wanda (Sun et al. 2024): |W_ij| * ||X_j||_2, the norm over all tokens of the set.
     SparseGPT (Frantar and Alistarh 2023): W_ij^2 / [(X X^T + lambda I)^-1]_jj, lambda being 1 % of the mean
@@ -60,7 +61,7 @@ def score_pruning(
     if len(examples) == 0:
         raise ValueError("The calibration set is empty; choose n of at least 1.")
     layers = linear_layers(model.network, only)
-    batches = model.batches([e.prompt for e in examples], batch_size)
+    batches = model.batches([e.prompt for e in examples], batch_size_for(layers, batch_size))
     values = _by_inputs(model, batches, layers, [m for m in methods if m != "Taylor"])
     extra = {"Wanda": {}, "SparseGPT": {"damping": str(DAMPING)}}
     if "Taylor" in methods:
@@ -71,28 +72,6 @@ def score_pruning(
     return {m: Scores(values[m], {**about, "measure": m, **extra[m]}) for m in methods}
 
 
-def linear_layers(network: nn.Module, only: Collection[str] | None) -> Layers:
-    """The linear layers that use each weight, by the weight's name in the state dict (a shared one once)."""
-    users: dict[nn.Parameter, list[nn.Module]] = {}
-    for module in network.modules():
-        for p in module.parameters(recurse=False):
-            users.setdefault(p, []).append(module)
-    found: Layers = {}
-    for name, p in network.named_parameters():
-        linear = [m for m in users[p] if isinstance(m, nn.Linear) and m.weight is p]
-        if len(linear) == len(users[p]):
-            found[name] = linear
-    wanted = list(found) if only is None else [n for n in found if n in set(only)]
-    missing = sorted(set(only or ()) - set(found))
-    if missing:
-        raise ValueError(
-            f"{missing[0]!r} is no weight of linear layers alone; take names from `linear_names`."
-        )
-    if not wanted:
-        raise ValueError("There is no weight of a linear layer to score; the methods are made for those.")
-    return {name: found[name] for name in wanted}
-
-
 def _by_inputs(
     model: LanguageModel, batches: Sequence[Batch], layers: Layers, methods: Sequence[str]
 ) -> dict[str, dict[str, Tensor]]:
@@ -101,42 +80,52 @@ def _by_inputs(
     products = "SparseGPT" in methods
     for part in _portions(layers) if products else [layers] * bool(methods):
         for name, total in _inputs(model, batches, part, products).items():
-            weight = part[name][0].weight.detach().to(total.dtype)
+            one = part[name]
+            weight = one.rows.to(total.dtype).view(one.experts, -1, one.inputs)
+            found = {}
             if "Wanda" in methods:
-                squares = total.diagonal() if products else total
-                values["Wanda"][name] = weight.abs() * squares.sqrt()
+                squares = total.diagonal(dim1=1, dim2=2) if products else total
+                found["Wanda"] = weight.abs() * squares.sqrt()[:, None]
             if products:
-                values["SparseGPT"][name] = weight.square() * _obs_factor(total)
+                found["SparseGPT"] = weight.square() * torch.stack([_obs_factor(t) for t in total])[:, None]
+            for method, value in found.items():
+                values[method][name] = from_rows(value.flatten(0, 1), one.weight.shape, one.turned)
     return values
 
 
 def _portions(layers: Layers) -> Iterator[Layers]:
     """Layers in groups whose X X^T fit in memory together, at least one in each."""
     part: Layers = {}
-    for name, modules in layers.items():
-        held = sum(m[0].in_features ** 2 for m in part.values())
-        if part and held + modules[0].in_features ** 2 > HELD:
+    held = 0
+    for name, one in layers.items():
+        size = one.experts * one.inputs**2
+        if part and held + size > HELD:
             yield part
-            part = {}
-        part[name] = modules
+            part, held = {}, 0
+        part[name] = one
+        held += size
     yield part
 
 
 def _inputs(
     model: LanguageModel, batches: Sequence[Batch], layers: Layers, products: bool
 ) -> dict[str, Tensor]:
-    """Sums over the tokens of all batches: x x^T (in, in) for each weight, or only x^2 (in,)."""
+    """Sums over the tokens of all batches: x x^T (experts, in, in) of each weight, or x^2 (experts, in)."""
     totals: dict[str, Tensor] = {}
     for batch in tqdm(batches, desc="reading inputs", leave=False, disable=len(batches) < 8):
 
-        def see(name: str, x: Tensor, out: Tensor, batch: Batch = batch) -> None:
+        def see(name: str, expert: int, x: Tensor, out: Tensor, batch: Batch = batch) -> None:
             rows = of_tokens(x, batch, name).to(_working(x))
             found = rows.T @ rows if products else rows.square().sum(0)
-            totals[name] = totals[name] + found if name in totals else found
+            if name not in totals:
+                totals[name] = found.new_zeros(layers[name].experts, *found.shape)
+            totals[name][expert] += found
 
-        with torch.no_grad(), watching(layers, see):
+        with torch.no_grad(), watching(model.network, layers, see):
             model.last_logits(batch)
-    for name in layers:
+    for name, one in layers.items():
+        if name not in totals and not one.modules:  # experts to which nothing was sent
+            totals[name] = one.rows.new_zeros(one.experts, *[one.inputs] * (1 + products))
         if name not in totals:
             raise ValueError(f"The layer of {name} is never called; leave its weight out.")
         if not torch.isfinite(totals[name]).all():
@@ -162,7 +151,7 @@ def _taylor(
     classes: Answers,
 ) -> dict[str, Tensor]:
     """Mean over examples of (g W)^2, from one backward pass a batch."""
-    weights = {name: modules[0].weight.detach() for name, modules in layers.items()}
+    weights = {name: one.rows for name, one in layers.items()}
     totals = {name: torch.zeros_like(w, dtype=_working(w)) for name, w in weights.items()}
     right = torch.tensor([_right(e, classes) for e in examples])
     for batch in tqdm(batches, desc="scoring", unit="batch", leave=False, disable=len(batches) < 8):
@@ -171,7 +160,8 @@ def _taylor(
             if not torch.isfinite(squares).all():
                 raise FloatingPointError(f"The gradient of {name} holds NaN or infinite values.")
             totals[name][rows] += squares
-    return {name: total / len(examples) for name, total in totals.items()}
+    means = {name: total / len(examples) for name, total in totals.items()}
+    return {n: from_rows(mean, layers[n].weight.shape, layers[n].turned) for n, mean in means.items()}
 
 
 def _right(example: Example, classes: Answers) -> int:
@@ -185,59 +175,50 @@ def _sample_grads(
 ) -> Iterator[tuple[str, slice, Tensor]]:
     """Blocks of rows of each weight with the loss gradients (B, rows, in) of a batch's samples."""
     calls: list[tuple[str, Tensor, Tensor]] = []
+    within = {
+        name: one.weight for name, one in layers.items() if not one.modules
+    }  # then a batch is one sample
 
-    def see(name: str, x: Tensor, out: Tensor) -> None:
+    def see(name: str, expert: int, x: Tensor, out: Tensor) -> None:
         if not out.requires_grad:
             out.requires_grad_(True)
         calls.append((name, x.detach(), out))
 
-    with torch.enable_grad(), watching(layers, see):
+    hooked = {name: one for name, one in layers.items() if one.modules}
+    with torch.enable_grad(), watching(model.network, hooked, see), _requiring(within.values()):
         logits = model.last_logits(batch)
         chosen = torch.where(right >= 0, right, classes.choice(logits.detach()).cpu()).to(logits.device)
         loss = -classes.log_probs(logits).gather(-1, chosen[:, None]).sum()
-        grads = torch.autograd.grad(loss, [out for _, _, out in calls], materialize_grads=True)
-    for name, modules in layers.items():
-        uses = [(x, g) for (seen, x, _), g in zip(calls, grads, strict=True) if seen == name]
+        ends = [*(out for _, _, out in calls), *within.values()]
+        grads = list(torch.autograd.grad(loss, ends, materialize_grads=True))
+    for name, grad in zip(within, grads[len(calls) :], strict=True):
+        yield name, slice(None), as_rows(grad, layers[name].turned)[None]
+    for name, one in hooked.items():
+        uses = [(x, g) for (seen, x, _), g in zip(calls, grads, strict=False) if seen == name]
         if not uses:
             raise ValueError(f"The layer of {name} is never called; leave its weight out.")
-        step = max(1, BLOCK // (len(right) * modules[0].in_features))
-        for start in range(0, modules[0].out_features, step):
+        step = max(1, BLOCK // (len(right) * one.inputs))
+        for start in range(0, len(one.rows), step):
             rows = slice(start, start + step)
             yield name, rows, torch.stack([_of_rows(x, g[..., rows]) for x, g in uses]).sum(0)
+
+
+@contextmanager
+def _requiring(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    before = [(p, p.requires_grad) for p in parameters]
+    for p, _ in before:
+        p.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for p, flag in before:
+            p.requires_grad_(flag)
 
 
 def _of_rows(x: Tensor, g: Tensor) -> Tensor:
     """Gradients (B, rows, in) of some rows: the sum over positions of g (B, ..., rows) by x (B, ..., in)."""
     dtype = _working(x)
     return torch.einsum("bto,bti->boi", *(t.reshape(len(t), -1, t.shape[-1]).to(dtype) for t in (g, x)))
-
-
-@contextmanager
-def watching(layers: Mapping[str, Sequence[nn.Linear]], see: See) -> Iterator[None]:
-    """Call `see(name, input, output)` at every call of the layers."""
-
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        return lambda _, inputs, out: see(name, inputs[0], out)
-
-    handles = [m.register_forward_hook(hook(name)) for name, modules in layers.items() for m in modules]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def of_tokens(x: Tensor, batch: Batch, name: str) -> Tensor:
-    """A layer's inputs (tokens, in) without the positions of padding."""
-    mask = batch.attention_mask.bool()
-    if mask.all() or x.shape[:-1] == (len(mask), 1):  # the head sees the last position, never padding
-        return x.reshape(-1, x.shape[-1])
-    if x.shape[:-1] == mask.shape:
-        return x[mask]
-    raise ValueError(
-        f"The input of the layer of {name} has the shape {tuple(x.shape)}, in which padding cannot be told "
-        "apart; use batch_size=1."
-    )
 
 
 def _working(x: Tensor) -> torch.dtype:

@@ -84,7 +84,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
 
 
 def provenance(model: LanguageModel, examples: Sequence[Example]) -> dict[str, str]:
-    """The metadata that all scores share: the model with its hash, the examples, and which weights lie turned."""
+    """The metadata that all scores share: the model, its hash, the examples, which weights lie turned."""
     turned = sorted(turned_names(model.network))
     return {
         "model": model.name,
