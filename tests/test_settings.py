@@ -2,23 +2,21 @@
 
 import copy
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import nbformat
 import pytest
+from opening import NOTEBOOKS, ROOT, Opened, run_until_opened, settled
 
-from fihelpers import models, results, runs, vision
+from fihelpers import models, runs
 from fihelpers.__main__ import main
 from fihelpers.experiments import generation, limits, manifold, merging, prompts, relatives
-from fihelpers.parameters import declared, read_profile, settle
-from fihelpers.runs import chapters, find_chapter
+from fihelpers.parameters import declared
+from fihelpers.runs import find_chapter
 from fihelpers.settings import JOINS, RULES, Rule, agreed
 
-ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = {path.stem: path for path in chapters(ROOT / "notebooks")}
 PROFILES = sorted(path.stem for path in (ROOT / "notebooks" / "profiles").glob("*.yaml"))
 
 
@@ -46,12 +44,6 @@ def ruled() -> Iterator[tuple[str, str]]:
     for chapter, path in NOTEBOOKS.items():
         known = declared(path)
         yield from ((chapter, name) for name in RULES if value_of(known, name) is not None)
-
-
-def settled(chapter: str, given: dict[str, Any], profile: str = "embedded") -> dict[str, Any]:
-    path = NOTEBOOKS[chapter]
-    sections = read_profile(path.parent / "profiles", profile)
-    return settle(chapter, declared(path), sections, {"PROFILE": profile, **given})
 
 
 def test_every_value_that_stands_for_one_of_a_list_is_known() -> None:
@@ -180,49 +172,15 @@ def test_a_grid_is_refused_whole_before_any_cell_runs(tmp_path: Path) -> None:
 # --- what depends on a task is refused before a model is opened
 
 
-class Opened(Exception):
-    """A model would have been opened."""
-
-
-class Running(SimpleNamespace):
-    """Stands for a running chapter that keeps nothing."""
-
-    def record(self, *_: Any, **__: Any) -> None: ...
-    def table(self, *_: Any, **__: Any) -> None: ...
-
-
-@pytest.fixture
-def until_a_model_is_opened(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
-    """Runs the cells of a chapter one after the other, until the first model is opened."""
-
-    def refuse(*_: Any, **__: Any) -> None:
-        raise Opened
-
-    def run(chapter: str, given: dict[str, Any]) -> None:
-        settings = settled(chapter, given, "smoke")
-        running = Running(p=SimpleNamespace(**settings), cache=tmp_path, name=chapter)
-        monkeypatch.setattr(results, "begin", lambda name: running)
-        monkeypatch.setattr(models, "open_model", refuse)
-        monkeypatch.setattr(vision, "open_vision_model", refuse)
-        monkeypatch.setattr(merging, "open_model", refuse)
-        names: dict[str, Any] = {}
-        for cell in nbformat.read(NOTEBOOKS[chapter], as_version=4).cells:
-            tags = cell.metadata.get("tags", [])
-            if cell.cell_type == "code" and not any(tag.startswith(("param", "exercise")) for tag in tags):
-                exec(compile(cell.source, chapter, "exec"), names)
-
-    return run
-
-
 OPENING = [chapter for chapter in NOTEBOOKS if chapter != "12_claims"]  # reads what others found
 
 
 @pytest.mark.parametrize("chapter", OPENING)
 def test_a_chapter_opens_its_model_first_of_all_that_takes_long(
-    chapter: str, until_a_model_is_opened: Callable[..., None]
+    chapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(Opened):
-        until_a_model_is_opened(chapter, {})
+        run_until_opened(chapter, settled(chapter, {}, "smoke"), tmp_path, monkeypatch)
 
 
 def refused() -> Iterator[tuple[str, str, Any, str]]:
@@ -270,11 +228,11 @@ def refused() -> Iterator[tuple[str, str, Any, str]]:
 
 @pytest.mark.parametrize(("chapter", "name", "wrong", "said"), list(refused()))
 def test_what_a_task_does_not_have_is_said_before_a_model_is_opened(
-    chapter: str, name: str, wrong: Any, said: str, until_a_model_is_opened: Callable[..., None]
+    chapter: str, name: str, wrong: Any, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = with_value(settled(chapter, {}, "smoke"), name, wrong)
     with pytest.raises((ValueError, FileNotFoundError), match=said) as error:
-        until_a_model_is_opened(chapter, given)
+        run_until_opened(chapter, settled(chapter, given, "smoke"), tmp_path, monkeypatch)
     assert "\n" not in str(error.value)
 
 
@@ -287,12 +245,12 @@ def test_what_a_task_does_not_have_is_said_before_a_model_is_opened(
     ],
 )
 def test_fi_with_any_filter_is_a_measure_beside_those_of_the_text(
-    chapter: str, name: str, kept: tuple[str, ...], until_a_model_is_opened: Callable[..., None]
+    chapter: str, name: str, kept: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = ["FI damped 0.01", "FI cut 0.1", "FI damped 1e-4"]
     given = with_value(settled(chapter, {}, "smoke"), name, asked)
     with pytest.raises(Opened):
-        until_a_model_is_opened(chapter, given)
+        run_until_opened(chapter, settled(chapter, given, "smoke"), tmp_path, monkeypatch)
     parameter, _, field = name.partition(".")
     p = SimpleNamespace(**settled(chapter, given, "smoke"))
     made: Any = (
