@@ -50,6 +50,14 @@ def test_sweep(plan: lab.Plan, rows: pd.DataFrame, tmp_path: Path, monkeypatch: 
     pd.testing.assert_frame_equal(again, rows)
 
 
+def test_fi_with_any_filter_is_swept_and_drawn(plan: lab.Plan, tmp_path: Path) -> None:
+    asked = ("FI damped 1e-2", "FI cut 0.1", "random")
+    new = replace(plan, measures=asked, low_of=("FI cut 0.10",), seeds=2, rates=(0.5,))
+    table = lab.summary(lab.run_sweep(tiny_model("qwen2"), new, tmp_path / "cache"))
+    assert set(table.measure) == {"FI damped 0.01", "FI cut 0.1", "random", "FI cut 0.1, low half"}
+    draw.damage_of_text(table)
+
+
 def test_win_rates_at_equal_length_are_fitted_over_the_whole_sweep(
     plan: lab.Plan, rows: pd.DataFrame, tmp_path: Path
 ) -> None:

@@ -215,6 +215,17 @@ def test_scores_of_a_large_model_are_files(
     pd.testing.assert_frame_equal(lab.overlap(large, 0.1), lab.overlap(small, 0.1))
 
 
+def test_weights_are_kept_by_fi_with_any_filter(trio: Trio, plan: lab.Plan, tmp_path: Path) -> None:
+    bench = lab.Bench(*trio, replace(plan, choices=("FI damped 1e-2",)), tmp_path / "cache")
+    assert bench.plan.scored == ("FI damped 0.01", lab.EXACT, lab.DAMPED, lab.RANDOM)
+    assert list(lab.overlap(bench, 0.1).index) == list(bench.plan.scored)
+    setting = lab.compared(bench.plan)["average by FI damped 0.01"]
+    protection = bench.merger(setting, 0).protection
+    assert protection is not None
+    scores = bench.scores("a", 0)["FI damped 0.01"]
+    assert not isinstance(scores, Path) and scores.metadata["measure"] == "FI damped 0.01"
+
+
 def test_differences_weigh_the_domains_alike() -> None:
     rows = pd.DataFrame(
         [("x", 0, [1, 1, 1, 1, 0, 0]), ("x", 1, [1] * 6), ("y", 0, [0] * 6)],

@@ -85,6 +85,13 @@ def test_the_model_is_as_before_and_a_set_alone_gives_no_interval(
     assert table.low.isna().all() and "[" not in lab.wide(table, "top").iloc[0, 0]
 
 
+def test_fi_with_any_filter_prunes(model: LanguageModel, plan: lab.Plan, tmp_path: Path) -> None:
+    one = replace(plan, seeds=1, measures=("FI damped 1e-2", "Wanda", "random"), cuts=CUTS[:1])
+    table = lab.summary(lab.run_pruning(model, one, tmp_path / "cache"))
+    assert list(dict.fromkeys(table.measure)) == ["FI damped 0.01", "Wanda", "random"]
+    draw.top_dots(table, 0.25)
+
+
 def test_what_is_chosen_and_taken_away(model: LanguageModel, plan: lab.Plan) -> None:
     scores = lab.rank(model, plan, 0)
     assert list(scores) == list(lab.SHORT)

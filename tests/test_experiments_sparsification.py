@@ -1,5 +1,6 @@
 """The sparsification sweep on a tiny model: what it counts, keeps and refuses."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,18 @@ def test_sweep(plan: lab.Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(lab, "score_weights", lambda *a, **k: pytest.fail("finished work was done again"))
     pd.testing.assert_frame_equal(lab.run_sweep(model, plan, tmp_path / "cache"), rows)
+
+
+def test_fi_with_any_filter_is_swept_and_drawn(plan: lab.Plan, tmp_path: Path) -> None:
+    model = tiny_model("qwen2")
+    model.network.config.max_position_embeddings = 512
+    asked = ("FI damped 1e-2", "FI cut 0.1", "random")
+    new = replace(plan, measures=asked, low_of=("FI cut 0.10",), seeds=1, rates=(0.02, 0.5))
+    assert (new.measures, new.low_of) == (("FI damped 0.01", "FI cut 0.1", "random"), ("FI cut 0.1",))
+    table = lab.summary(lab.run_sweep(model, new, tmp_path / "cache"))
+    assert set(table.measure) == {*new.measures, "FI cut 0.1, low half"}
+    draw.damage_curves(table, {"FI": list(new.measures)}, 0.25)
+    draw.overlap_map(lab.overlaps({m: lab.pooled_scores(model, new)[m] for m in new.measures}, 0.1), 0.1)
 
 
 def test_a_text_file_is_judged_by_the_intact_models_own_choice(tmp_path: Path) -> None:
