@@ -71,6 +71,7 @@ class Chapter:
         self._folder = folder
         self._versions = versions()
         self._records: dict[str, Record] = {}
+        self._linear_shares: dict[str, float] = {}
         self._save()
 
     @property
@@ -107,8 +108,10 @@ class Chapter:
         """Write one number to the chapter's file at once, and glue it for ``{glue:text}`name:.3f```.
 
         Glued are `name`, `name_n`, and `name_low` and `name_high` where they are given. A name recorded again
-        replaces the earlier number. Raises ValueError for a number that is not finite, lies outside its
-        interval or was formed over nothing, and for a name of other than letters, digits, ``_.-``.
+        replaces the earlier number. Of each model the file says, too, which share of its matrices "all linear
+        layers" are (`fihelpers.linear.linear_share`). Raises ValueError for a number that is not finite, lies
+        outside its interval or was formed over nothing, and for a name of other than letters, digits,
+        ``_.-``.
         """
         record = Record(
             name=_name(name),
@@ -127,10 +130,18 @@ class Chapter:
             versions=self._versions,
         )
         _check(record)
+        self._note_linear_share(model)
         self._records[name] = record
         self._save()
         _glue(record)
         return record
+
+    def _note_linear_share(self, model: Model | None) -> None:
+        if model is None or model.name in self._linear_shares or not hasattr(model, "network"):
+            return
+        from fihelpers.linear import linear_share  # with torch and transformers, which commands do without
+
+        self._linear_shares[model.name] = round(linear_share(model.network), 6)
 
     def table(self, name: str, frame: "pd.DataFrame", *, raw: bool = False) -> None:
         """Write a whole table as ``{chapter}.{name}.csv`` beside the records, its index too if named.
@@ -149,6 +160,7 @@ class Chapter:
             "profile": self.p.PROFILE,
             "parameters": vars(self.p),
             "versions": self._versions,
+            "linear_share": self._linear_shares,
             "records": [{k: v for k, v in record.items() if k not in SHARED} for record in records],
         }
         text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"

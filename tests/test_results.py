@@ -11,8 +11,11 @@ import pandas as pd
 import pytest
 import torch
 from conftest import WriteChapter
+from tiny import tiny_network
+from torch import nn
 
 from fihelpers.influence import Cut
+from fihelpers.linear import linear_share
 from fihelpers.results import Chapter, Record, begin, compare, load_results
 
 MODEL = SimpleNamespace(name="mini", revision=None, sha256="ab" * 32)
@@ -144,3 +147,14 @@ def test_compare(old: Any, new: Any, holds_here: bool, holds_elsewhere: bool) ->
     assert (compare(old, new, same_machine=True) == []) == holds_here
     assert (compare(old, new, same_machine=False) == []) == holds_elsewhere
     assert all("01_tiny x" in sentence for sentence in compare(old, new, same_machine=True))
+
+
+def test_the_file_says_what_share_of_the_matrices_is_linear(run: Chapter, tmp_path: Path) -> None:
+    run.record("x", 1, n=1, model=MODEL)
+    network = tiny_network("gpt2")
+    run.record("y", 1, n=1, model=SimpleNamespace(**vars(MODEL) | {"name": "gpt2", "network": network}))
+    assert json.loads((tmp_path / "01_tiny.json").read_text())["linear_share"] == {"gpt2": 1.0}
+    network.extra = nn.ParameterDict({"A_log": nn.Parameter(torch.ones(12, 12))})
+    share = linear_share(network)
+    matrices = sum(p.numel() for n, p in network.named_parameters() if "h." in n and p.dim() == 2)
+    assert share == pytest.approx(matrices / (matrices + 144))
