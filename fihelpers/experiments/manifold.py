@@ -496,6 +496,7 @@ def weight_gradients(question: Question, name: str) -> tuple[Tensor, Tensor]:
 
 
 def weight_of(model: LanguageModel, name: str) -> Tensor:
+    """A parameter by its name. Raises KeyError for an unknown one."""
     named = dict(model.network.named_parameters())
     if name not in named:
         raise KeyError(f"the model {model.name!r} has no weight {name!r}; take a name from its state dict.")
