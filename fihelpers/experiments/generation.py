@@ -22,13 +22,14 @@ from tqdm import tqdm
 
 from fihelpers.data import data_folder
 from fihelpers.evaluate import mean_interval
-from fihelpers.experiments.sparsification import calibration_set, tested_set
+from fihelpers.experiments.sparsification import calibration_set, check_sets, tested_set
 from fihelpers.files import write_atomically
 from fihelpers.generate import Response, greedy
 from fihelpers.judges import ApiJudge, Judge, LikelihoodJudge, length_controlled_win_rates, rouge1
-from fihelpers.measures import find_measure
+from fihelpers.measures import names_of
 from fihelpers.minis.facts import instruction_prompt, load_instructions
-from fihelpers.models import LanguageModel, open_model
+from fihelpers.models import LanguageModel, in_chat, open_model
+from fihelpers.parameters import check_value
 from fihelpers.parameters import nearest as nearest_name
 from fihelpers.perturb.sparsify import Which, linear_names, select, zeroed
 from fihelpers.scores.sequences import score_sequences
@@ -72,20 +73,30 @@ class Plan:
     judge_model: str = ""
     story_model: str = ""
 
+    def __post_init__(self) -> None:
+        for name in ("measures", "low_of"):
+            object.__setattr__(self, name, names_of(getattr(self, name)))
+
 
 def plan_of(settings: Mapping[str, Any], seed: int) -> Plan:
     """The plan with these settings, by name; the others keep their defaults.
 
-    Raises ValueError for an unknown name, and FileNotFoundError for a story model that is not there.
+    Measures are run beside those of the chapter, which its text speaks of. Raises ValueError for an unknown
+    name or a value of another type than the default's, FileNotFoundError for a story model that is not there,
+    and what `check` raises.
     """
-    known = [field.name for field in fields(Plan) if field.name != "seed"]
-    for name in settings:
-        if name not in known:
-            raise ValueError(f"generated text has no setting {name!r}{nearest_name(name, known)}")
-    lists: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
-    }
-    plan = Plan(**lists, seed=seed)
+    defaults = {field.name: field.default for field in fields(Plan) if field.name != "seed"}
+    given: dict[str, Any] = {}
+    for name, value in settings.items():
+        if name not in defaults:
+            raise ValueError(f"generated text has no setting {name!r}{nearest_name(name, defaults)}")
+        default: Any = defaults[name]
+        if not (name == "n_test" and value is None):
+            check_value(f"TEXT.{name}", value, list(default) if isinstance(default, tuple) else default)
+        joined = default if name in ("measures", "low_of") else ()
+        given[name] = (*joined, *value) if isinstance(value, list) else value
+    plan = Plan(**given, seed=seed)
+    check(plan)
     if plan.story_model and not Path(plan.story_model).expanduser().is_dir():
         raise FileNotFoundError(
             f"there is no folder {plan.story_model!r} with a story model; correct the path."
@@ -161,10 +172,7 @@ def framed(model: LanguageModel, example: Example) -> Example:
     """
     if not model.tokenizer.chat_template or example.question == example.prompt:
         return example
-    turn = [{"role": "user", "content": example.question}]
-    text = str(model.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
-    # the tokenizer puts its first token before every prompt itself
-    return replace(example, prompt=text.removeprefix(str(model.tokenizer.bos_token or "")))
+    return replace(example, prompt=in_chat(model.tokenizer, example.question, model.name))
 
 
 def run_sweep(model: LanguageModel, plan: Plan, cache: Path, judge: Judge | None = None) -> pd.DataFrame:
@@ -175,7 +183,7 @@ def run_sweep(model: LanguageModel, plan: Plan, cache: Path, judge: Judge | None
     are not made again after an interruption. Raises ValueError for an unknown measure, a bad rate or no
     seeds.
     """
-    _check(plan)
+    check(plan)
     examples = tested_set(plan, None)
     bench = Bench(model, examples, plan.length, judge or judge_of(model, plan, cache))
     key = _key(model, plan, bench)
@@ -376,14 +384,16 @@ def length_effect(rows: pd.DataFrame) -> float:
     return float((rows.length_controlled - rows.win_rate).abs().max())
 
 
-def _check(plan: Plan) -> None:
-    for measure in (*plan.measures, *plan.low_of):
-        find_measure(measure)
+def check(plan: Plan) -> None:
+    """Raise ValueError for a plan that cannot be run, and what `load_task` raises."""
+    if RANDOM in plan.low_of:
+        raise ValueError(f"FI-low is drawn from the lower half of a ranking, which {RANDOM!r} is not.")
     bad = [r for r in plan.rates if not 0 <= r <= 1]
     if bad:
         raise ValueError(f"The share to zero must lie in [0, 1], not {bad[0]}.")
     if plan.seeds < 1:
         raise ValueError(f"The number of calibration sets must be at least 1, not {plan.seeds}.")
+    check_sets(plan, [None])
 
 
 def _key(model: LanguageModel, plan: Plan, bench: Bench) -> str:
