@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import reduce
 from typing import Any
@@ -49,7 +50,8 @@ def networks_without_storage(config: PreTrainedConfig) -> Iterator[PreTrainedMod
     ]
     for make in makers:
         try:
-            with torch.device("meta"):
+            with torch.device("meta"), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # they are about values, of which there are none
                 network = make(copy.deepcopy(config))
         except Exception:  # of many types, for a configuration that is not of this kind
             continue

@@ -191,8 +191,9 @@ class Merger:
             for expert in self.experts:
                 _check_same_base(self.base, expert)
         models = (first, *self.experts)
-        self.common = [name for name in self.layouts if all(name in m.layouts for m in models)]
-        self.floating = [n for n in self.common if all(m.layouts[n].dtype.is_floating_point for m in models)]
+        self.common = {name for name in self.layouts if all(name in m.layouts for m in models)}
+        shared = [name for name in self.layouts if name in self.common]
+        self.floating = [n for n in shared if all(m.layouts[n].dtype.is_floating_point for m in models)]
         self.fishers = None if fishers is None else self._scores(fishers)
         given = (None, None) if protection is None else (protection.scores_a, protection.scores_b)
         self.scores = self._scores(given)
