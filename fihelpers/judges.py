@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from fihelpers.evaluate import paired_difference
 from fihelpers.generate import Response, end_tokens
-from fihelpers.models import LanguageModel
+from fihelpers.models import LanguageModel, tokenize
 
 log = logging.getLogger(__name__)
 
@@ -325,7 +325,7 @@ def _minimum(loss: Callable[[np.ndarray], tuple[float, np.ndarray]], start: np.n
 @torch.inference_mode()
 def _mean_log_probs(model: LanguageModel, pairs: Sequence[tuple[str, Response]]) -> list[float]:
     """The mean log-probability of the tokens of each answer after its prompt, in one forward pass."""
-    prompts: list[list[int]] = model.tokenizer([prompt for prompt, _ in pairs], verbose=False)["input_ids"]
+    prompts = tokenize(model.tokenizer, [prompt for prompt, _ in pairs])
     whole = [[*p, *answer.ids] for p, (_, answer) in zip(prompts, pairs, strict=True)]
     ids = torch.zeros(len(whole), max(map(len, whole)), dtype=torch.long)
     for row, tokens in zip(ids, whole, strict=True):
