@@ -231,9 +231,10 @@ class LanguageModel:
         """Whether the network counts the places of tokens from 0, as position ids do."""
         if not self._takes("position_ids"):
             return False
-        inputs = {"input_ids": self._tensor([self.some_tokens()]), "use_cache": False}
+        tokens = self.some_tokens()
+        inputs = {"input_ids": self._tensor([tokens]), "use_cache": False}
         with torch.no_grad():
-            told = self._forward(**inputs, position_ids=torch.arange(TRIED, device=self.device)[None])
+            told = self._forward(**inputs, position_ids=self._tensor([range(len(tokens))]))
             return self.alike(told.logits, self._forward(**inputs).logits)
 
     @cached_property
@@ -250,6 +251,8 @@ class LanguageModel:
     def continues(self) -> bool:
         """Whether prompts that go on from a prefix read once get the logits that they get alone."""
         tokens = self.some_tokens()
+        if len(tokens) < TRIED:
+            return False
         start, rests = tokens[:MIN_PREFIX], (tokens[MIN_PREFIX:-3], tokens[MIN_PREFIX:])
         together = right_padded((0, 1), rests, MIN_PREFIX, self.device)
         alone = [left_padded((0,), (start + rest,), self.device) for rest in rests]
@@ -267,7 +270,7 @@ class LanguageModel:
         size = self.network.config.get_text_config().vocab_size
         special = set(() if self.tokenizer is None else self.tokenizer.all_special_ids)
         usual = [i for i in range(size // 3, size) if i not in special] or list(range(size))
-        return [usual[(i * len(usual)) // TRIED] for i in range(TRIED)]
+        return [usual[(i * len(usual)) // TRIED] for i in range(min(TRIED, context_of(self.network) or TRIED))]
 
     def alike(self, found: Tensor, truth: Tensor) -> bool:
         """Whether logits are the same but for rounding."""
