@@ -270,7 +270,8 @@ class LanguageModel:
         size = self.network.config.get_text_config().vocab_size
         special = set(() if self.tokenizer is None else self.tokenizer.all_special_ids)
         usual = [i for i in range(size // 3, size) if i not in special] or list(range(size))
-        return [usual[(i * len(usual)) // TRIED] for i in range(min(TRIED, context_of(self.network) or TRIED))]
+        count = min(TRIED, context_of(self.network) or TRIED)
+        return [usual[(i * len(usual)) // TRIED] for i in range(count)]
 
     def alike(self, found: Tensor, truth: Tensor) -> bool:
         """Whether logits are the same but for rounding."""
