@@ -52,9 +52,10 @@ class Rule:
 
 
 _NAMES = {
-    Rule(): "SUBJECTS",
+    Rule(): "SUBJECTS TASK_WEIGHTS",
     Rule(count=2, repeats=True): "MATRICES",
-    Rule(above=0): "BUDGET DAMPING TASK_WEIGHTS COMPONENTS.radius CLOSER.step",
+    Rule(least=0): "DAMPING",
+    Rule(above=0): "BUDGET COMPONENTS.radius CLOSER.step",
     Rule(above=0, rising=True): "BUDGETS LINF_BUDGETS PICTURES.levels",
     Rule(above=0, most=1): """SHARE HEADLINE_RATE MASK_SHARE NOISE KEPT.rows KEPT.columns OPTIONS.compared
         OPTIONS.densities OPTIONS.wide COAR.ablated NONSENSE.shares NONSENSE.kept TOP.share

@@ -80,8 +80,8 @@ def test_what_cannot_be_run_is_one_sentence(chapter: str, name: str) -> None:
     default = value_of(known, name)
     bad: list[Any] = [[], default * 2] if isinstance(default, list) else []
     bad = bad[:1] if rule.repeats else bad
-    if rule.above == 0 or rule.least > 0:
-        wrong = int(rule.least) - 1 if rule.least > 0 else 0
+    if rule.above == 0 or rule.least >= 0:
+        wrong = int(rule.least) - 1 if rule.least >= 0 else 0
         bad.append([wrong, *default[1:]] if isinstance(default, list) else wrong)
     if rule.most == 1:
         bad.append([*default[1:], 1.5] if isinstance(default, list) else 1.5)
