@@ -1,17 +1,23 @@
 """Quantization: against torchao and by hand, packing, protection, and saved models."""
 
+import copy
 import json
 import os
+import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import tiny_examples, tiny_model
+from safetensors import safe_open
+from tiny import WORDS, tiny_examples, tiny_model
 from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from fihelpers.models import LanguageModel, open_model
 from fihelpers.perturb import quantize
@@ -19,7 +25,7 @@ from fihelpers.perturb.quantize import (
     BITS,
     Kept,
     Packed,
-    QuantizedLinear,
+    Quantized,
     Scheme,
     folder_bytes,
     memory_bytes,
@@ -35,7 +41,7 @@ from fihelpers.perturb.quantize import (
     size_report,
 )
 from fihelpers.perturb.sparsify import linear_names
-from fihelpers.scores import Scores
+from fihelpers.scores import Scores, score_weights
 
 ORACLES = Path(sys.prefix) / "oracles"
 SCHEMES = [
@@ -74,13 +80,46 @@ def weights(rows: int = 24, columns: int = 32, seed: int = 0) -> Tensor:
     return w
 
 
+SHAPE: dict[str, Any] = {
+    "vocab_size": len(WORDS), "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "intermediate_size": 24, "head_dim": 8, "rotary_dim": 4,
+    "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+EXPERTS = {"num_experts": 3, "num_local_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 8,
+           "shared_expert_intermediate_size": 8, "intermediate_size_mlp": 24}  # fmt: skip
+DENSE = ("llama", "mistral", "gpt_neox", "qwen2", "gpt2")
+KINDS = (*DENSE, "mixtral", "gpt_oss", "llama4_text", "qwen2_moe")
+# in the names of weights (..., in, out)
+TURNED = {"gpt2": ".c_", "gpt_oss": ".experts.", "llama4_text": ".experts."}
+
+
+def random_model(kind: str, dtype: torch.dtype = torch.float32) -> LanguageModel:
+    """A random model with biases and norms that do something."""
+    known = CONFIG_MAPPING[kind]()
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[kind](**{k: v for k, v in (SHAPE | EXPERTS).items() if hasattr(known, k)})
+    network = AutoModelForCausalLM.from_config(config).eval()
+    generator = torch.Generator().manual_seed(1)
+    for p in network.parameters():
+        p.data += 0.2 * torch.randn(p.shape, generator=generator)
+    return LanguageModel(network.to(dtype), tiny_model("llama").tokenizer, kind, None, "0" * 64)
+
+
+def matrices(name: str, weight: Tensor, kind: str) -> list[Tensor]:
+    """The matrices (out, in) that a weight is, one for each expert."""
+    each = list(weight) if weight.dim() == 3 else [weight]
+    return [m.T for m in each] if kind in TURNED and TURNED[kind] in name else each
+
+
 def sixteen_bit_model(kind: str = "qwen2") -> LanguageModel:
-    return tiny_model(kind, torch.float16)
+    return random_model(kind, torch.float16)
 
 
 def logits(model: LanguageModel) -> Tensor:
+    """Of prompts together and each for itself."""
+    prompts = [e.prompt for e in tiny_examples(5)]
     with torch.no_grad():
-        return torch.cat([model.last_logits(b) for b in model.batches([e.prompt for e in tiny_examples(5)])])
+        return torch.cat([model.last_logits(b) for size in (5, 1) for b in model.batches(prompts, size)])
 
 
 def test_nothing_protected_equals_torchao(tmp_path: Path) -> None:
@@ -199,8 +238,48 @@ def test_sizes_are_those_of_the_tensors(scheme: Scheme) -> None:
     assert kept.extra == kept.kept - saved
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_linear_weight_is_packed_row_for_row(kind) -> None:
+    model = random_model(kind)
+    names = linear_names(model.network)
+    assert any(kind in DENSE or model.network.get_parameter(n).dim() == 3 for n in names)
+    scheme = Scheme(3, "asymmetric")
+    packed = pack_model(model, names, scheme)
+    before = {n: model.network.get_parameter(n).detach().clone() for n in names}
+    alone = {n: [pack(m, scheme) for m in matrices(n, w, kind)] for n, w in before.items()}
+    with quantized(model.network, packed):
+        for n in names:
+            now = model.network.get_parameter(n).detach().clone()
+            for found, truth in zip(matrices(n, now, kind), alone[n], strict=True):
+                assert found.equal(truth.unpack())
+            turned = kind in TURNED and TURNED[kind] in n
+            error = quantization_error(before[n], scheme, turned=turned)
+            assert error.shape == before[n].shape and error.equal(now - before[n])
+    report = size_report(packed)
+    assert report.packed == sum(m.nbytes for ms in alone.values() for m in ms)
+    assert report.sixteen_bit == 2 * sum(w.numel() for w in before.values())
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_channels_of_fused_experts_are_those_of_all_of_them(kind) -> None:
+    model = random_model(kind, torch.bfloat16)  # of which a kept channel keeps every bit
+    name = next(n for n in linear_names(model.network) if n.endswith("gate_up_proj"))
+    weight = model.network.get_parameter(name).detach().clone()
+    out, inputs = matrices(name, weight, kind)[0].shape
+    row, column = Kept("rows", {name: torch.tensor([out + 3])}), Kept("columns", {name: torch.tensor([5])})
+    for kept, exact in ((row, lambda m: m[1][3]), (column, lambda m: torch.stack(m)[:, :, 5])):
+        packed = pack_model(model, [name], Scheme(1), kept)
+        assert packed[name].shape == (3 * out, inputs)
+        with quantized(model.network, packed):
+            now = model.network.get_parameter(name).detach().clone()
+        assert exact(matrices(name, now, kind)).equal(exact(matrices(name, weight, kind)))
+        assert not now.equal(weight)
+    with pytest.raises(ValueError, match=f"no channel {3 * out} among {3 * out} rows"):
+        pack_model(model, [name], Scheme(4), Kept("rows", {name: torch.tensor([3 * out])}))
+
+
 @pytest.mark.parametrize("axis", ["rows", "columns"])
-@pytest.mark.parametrize("kind", ["qwen2", "llama", "gpt_neox"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_packed_model_answers_as_the_simulated_one_and_is_undone(kind, axis) -> None:
     model = sixteen_bit_model(kind)
     names = linear_names(model.network)
@@ -217,27 +296,35 @@ def test_the_packed_model_answers_as_the_simulated_one_and_is_undone(kind, axis)
     assert logits(model).equal(simulated)
     report = size_report(packed_layers(model.network))
     assert memory_bytes(model.network) == dense - report.sixteen_bit + report.packed
-    everything = {n: torch.arange(len(before[n]) if axis == "rows" else before[n].shape[1]) for n in names}
+    everything = {n: torch.arange(p.shape[axis == "columns"]) for n, p in packed.items()}
     model = sixteen_bit_model(kind)
     quantize_model(model.network, pack_model(model, names, Scheme(1), Kept(axis, everything)))
     assert logits(model).equal(intact)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
-@pytest.mark.parametrize("kind", ["qwen2", "llama", "gpt_neox"])
+@pytest.mark.parametrize("kind", [*KINDS, "gptj", "bert"])  # its buffers, its head's input are of a kind
 def test_a_saved_model_opens_to_the_same_logits_bit_for_bit(kind, dtype, tmp_path) -> None:
-    tiny = tiny_model(kind, torch.float32)
-    tiny.network.save_pretrained(tmp_path / "tiny")
-    tiny.tokenizer.save_pretrained(tmp_path / "tiny")
-    model = open_model(tmp_path / "tiny", dtype=dtype)
-    names = linear_names(model.network)[:3]
+    made = random_model(kind)
+    made.network.save_pretrained(tmp_path / "tiny")
+    made.tokenizer.save_pretrained(tmp_path / "tiny")
+    model = open_model(tmp_path / "tiny", dtype=dtype)  # whose weights lie in memory as they lie in the file
+    names, *others = linear_names(model.network)[:3], *linear_names(model.network)[3:]
     kept = Kept("columns", {names[1]: torch.tensor([2, 0])})
-    quantize_model(model.network, pack_model(model, names, Scheme(3, "asymmetric", 6), kept))
-    others = linear_names(model.network)
-    quantize_model(model.network, pack_model(model, others, Scheme(1)))
+    packed = pack_model(model, names, Scheme(3, "asymmetric", 8), kept)
+    packed |= pack_model(model, others, Scheme(1))
+    intact, lying = logits(model), [p.data_ptr() for p in model.network.parameters()]
+    with quantized(model.network, packed):
+        simulated = logits(model)
+    assert logits(model).equal(intact) and not simulated.equal(intact)
+    assert [p.data_ptr() for p in model.network.parameters()] == lying
+    quantize_model(model.network, {n: packed[n] for n in names})
+    assert linear_names(model.network) == others
+    quantize_model(model.network, {n: packed[n] for n in others})
+    assert logits(model).equal(simulated)
     save_quantized(model, tmp_path / "folder")
     back = open_quantized(tmp_path / "folder")
-    assert logits(back).equal(logits(model))
+    assert logits(back).equal(simulated)
     assert memory_bytes(back.network) == memory_bytes(model.network)
     assert packed_layers(back.network).keys() == packed_layers(model.network).keys()
     how = json.loads((tmp_path / "folder" / "quantization.json").read_text())
@@ -245,6 +332,89 @@ def test_a_saved_model_opens_to_the_same_logits_bit_for_bit(kind, dtype, tmp_pat
     assert how["layers"][names[1]]["kept"] == 2 and how["layers"][others[0]]["bits"] == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "tiny"]
     assert (tmp_path / "folder").stat().st_mode & 0o777 == 0o755
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt_oss"])
+def test_files_keep_the_names_they_always_had(kind, tmp_path) -> None:
+    model = random_model(kind)
+    names = linear_names(model.network)
+    kept = Kept("rows", {n: torch.tensor([0]) for n in names})
+    quantize_model(model.network, pack_model(model, names, Scheme(4, "asymmetric"), kept))
+    save_quantized(model, tmp_path / "folder")
+    with safe_open(tmp_path / "folder" / "model.safetensors", "pt") as file:
+        stored = set(file.keys())
+    fields = ("codes", "scales", "zeros", "kept", "kept_values")
+    packed = {f"{n.removesuffix('.weight')}.{field}" for n in names for field in fields}
+    assert stored == packed | {n for n, _ in model.network.named_parameters()}
+    assert "model.layers.0.self_attn.q_proj.codes" in stored
+    assert ("model.layers.1.mlp.experts.down_proj.scales" in stored) == (kind == "gpt_oss")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["llama", "gptj", "gpt_oss"])
+def test_a_network_cut_to_16_bits_opens_as_it_was(kind, dtype, tmp_path) -> None:
+    model = random_model(kind, dtype)  # with its rotary frequencies
+    assert {b.dtype for b in model.network.buffers()} == {dtype}
+    model.network.generation_config.eos_token_id = [2, 5]
+    quantize_model(model.network, pack_model(model, linear_names(model.network), Scheme(4)))
+    save_quantized(model, tmp_path / "folder")
+    back = open_quantized(tmp_path / "folder")
+    assert logits(back).equal(logits(model))
+    assert memory_bytes(back.network) == memory_bytes(model.network)
+    assert back.network.generation_config.eos_token_id == [2, 5]
+
+
+def test_every_tensor_opens_in_the_type_it_had(tmp_path) -> None:
+    model = random_model("llama", torch.bfloat16)
+    block = model.network.model.layers[1]
+    for p in (block.input_layernorm.weight, block.mlp.up_proj.weight):
+        p.data = p.data.float() + 1e-4
+    quantize_model(model.network, pack_model(model, linear_names(model.network), Scheme(4)))
+    save_quantized(model, tmp_path / "folder")
+    back = open_quantized(tmp_path / "folder")
+    again = dict(back.network.named_parameters())
+    for name, p in model.network.named_parameters():
+        assert again[name].dtype == p.dtype and again[name].equal(p)
+    layers = back.network.model.layers
+    assert layers[1].mlp.up_proj.weight.dtype == torch.float32
+    assert layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_oss"])
+def test_a_packed_network_is_copied_moved_and_scored(kind) -> None:
+    model = random_model(kind)
+    quantize_model(model.network, pack_model(model, linear_names(model.network), Scheme(4, "asymmetric")))
+    truth, layers = logits(model), packed_layers(model.network)
+    for network in (copy.deepcopy(model.network), pickle.loads(pickle.dumps(model.network))):
+        other = replace(model, network=network)
+        assert logits(other).equal(truth)
+        network.to(torch.bfloat16)
+        for name, packed in packed_layers(network).items():
+            for field, tensor in packed.tensors().items():
+                assert tensor.equal(layers[name].tensors()[field])
+                assert tensor.dtype == layers[name].tensors()[field].dtype
+        half = logits(other)
+        assert not half.equal(truth)
+        torch.testing.assert_close(half, truth, rtol=0.1, atol=0.2)
+    assert logits(model).equal(truth)
+    bias = next(n for n, p in model.network.named_parameters() if n.endswith("bias") and p.dim() == 1)
+    scores = score_weights(model, tiny_examples(2), ["SNIP"], only=[bias])["SNIP"]
+    assert scores[bias].max() > 0
+
+
+def test_experts_are_unpacked_once_a_call(monkeypatch) -> None:
+    model = random_model("mixtral")
+    model.network.set_experts_implementation("eager")  # one expert after another
+    names = linear_names(model.network)
+    quantize_model(model.network, pack_model(model, names, Scheme(4)))
+    (batch,) = model.batches([e.prompt for e in tiny_examples(3)])
+    unpack, seen = Packed.unpack, []
+    monkeypatch.setattr(Packed, "unpack", lambda packed, *how: seen.append(packed) or unpack(packed, *how))
+    with torch.no_grad():
+        model.last_logits(batch)
+    assert len(seen) == len(names)
+    assert model.network.model.layers[0].mlp.experts.down_proj.dim() == 3  # outside a call, too
+    assert len(seen) == len(names) + 1
 
 
 def test_the_bundled_model_on_disk(tmp_path) -> None:
@@ -352,7 +522,11 @@ def test_bad_models_are_named() -> None:
         quantize_model(model.network, {names[0]: pack(torch.rand(4, 4), Scheme(4))})
     with pytest.raises(ValueError, match="no quantized layers to measure"):
         size_report({})
-    assert not any(isinstance(m, QuantizedLinear) for m in model.network.modules())
+    layers = model.network.model.layers
+    layers[0].self_attn.o_proj.weight = layers[1].self_attn.o_proj.weight
+    with pytest.raises(ValueError, match=f"'{names[3]}'; take names .* without those that two modules share"):
+        pack_model(model, names, Scheme(4))
+    assert not any(isinstance(m, Quantized) for m in model.network.modules())
 
 
 def test_bad_folders_are_named(tmp_path, monkeypatch) -> None:

@@ -3,7 +3,8 @@
 A matrix W (out, in) is cut to 1, 2, 3, 4 or 8 bits, but for chosen channels, output rows or input columns,
 which keep 16 bits. What is kept takes no part in the ranges of the rest. The codes are really packed: what a
 model weighs in memory and on disk is measured, not estimated. Rounding follows torchao's affine primitives,
-with scales in float16.
+with scales in float16. Every linear weight is such a matrix: those of fused experts are one, with the rows of
+all experts (`fihelpers.linear`).
 """
 
 from __future__ import annotations
@@ -12,10 +13,14 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import warnings
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from pathlib import Path
+from threading import get_ident
 from typing import Any, Literal
 
 import torch
@@ -23,8 +28,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
+from fihelpers.linear import as_rows, from_rows, linear_names, turned_names
 from fihelpers.models import WEIGHTS, LanguageModel, brief, find_device, open_tokenizer, weights_sha256
 from fihelpers.perturb.sparsify import Scope, Which, select
 from fihelpers.scores.channels import Axis, check_axis
@@ -34,6 +42,7 @@ BITS = (1, 2, 3, 4, 8)
 PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}  # parts of a code that divide a byte
 SMALLEST = 2.0**-24  # scale, the smallest that float16 holds: weights that are all 0 still have one
 STORED = ("codes", "scales", "zeros", "kept", "kept_values")
+ALIGNED = 64  # bytes, to which torch lays its own tensors in memory
 HOW = "quantization.json"
 FORMAT = 1
 
@@ -215,14 +224,22 @@ def pack(
 
 
 def quantization_error(
-    weight: Tensor, scheme: Scheme, kept: Tensor | Sequence[int] | None = None, axis: Axis = "rows"
+    weight: Tensor,
+    scheme: Scheme,
+    kept: Tensor | Sequence[int] | None = None,
+    axis: Axis = "rows",
+    *,
+    turned: bool = False,
 ) -> Tensor:
     """The displacement of every weight, quantized minus original, like weight in float32 or better.
 
-    It is the delta of the displacement-aware scores (method 1b.4). Raises what `pack` raises.
+    It is the delta of the displacement-aware scores (method 1b.4). weight: a matrix W (out, in), or a linear
+    weight of another shape, `turned` or not (`fihelpers.linear`). Raises what `pack` raises.
     """
     exact = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-    return pack(weight, scheme, kept, axis).unpack(exact.dtype) - exact
+    matrix = weight if weight.dim() < 2 else as_rows(weight, turned)
+    unpacked = pack(matrix, scheme, kept, axis).unpack(exact.dtype)
+    return from_rows(unpacked, tuple(weight.shape), turned) - exact
 
 
 def pack_model(
@@ -233,14 +250,14 @@ def pack_model(
     Raises ValueError for an unknown name, kept channels of a weight that is not quantized, or chosen by the
     scores of another model; and what `pack` raises, naming the weight.
     """
-    layers = _linears(model.network, names)
+    weights = _weights(model.network, names)
     if kept is not None:
-        _check_kept(kept, layers, model)
+        _check_kept(kept, weights, model)
     packed = {}
-    for name, layer in layers.items():
+    for name, weight in weights.items():
         chosen = None if kept is None else kept.channels.get(name)
         try:
-            packed[name] = pack(layer.weight, scheme, chosen, "rows" if kept is None else kept.axis)
+            packed[name] = pack(weight.rows, scheme, chosen, "rows" if kept is None else kept.axis)
         except (ValueError, FloatingPointError) as error:
             raise type(error)(f"{name}: {error}") from error
     return packed
@@ -252,59 +269,136 @@ def quantized(network: nn.Module, packed: Mapping[str, Packed]) -> Iterator[nn.M
 
     Its logits are those of the packed model (`quantize_model`), without unpacking at every call.
     """
-    layers = _linears(network, packed)
-    before = {name: layer.weight.data for name, layer in layers.items()}
+    weights = _weights(network, packed)
+    before: dict[Tensor, Tensor] = {weight.parameter: weight.parameter.data for weight in weights.values()}
     try:
-        for name, layer in layers.items():
-            layer.weight.data = _fitting(packed[name], layer, name).unpack(layer.weight.dtype)
+        for name, weight in weights.items():
+            weight.parameter.data = weight.form(_fitting(packed[name], weight, name)).unpack(packed[name])
+        before |= _laid_by_torch(network)
         yield network
     finally:
-        for name, layer in layers.items():
-            layer.weight.data = before[name]
+        for tensor, data in before.items():
+            tensor.data = data
 
 
-class QuantizedLinear(nn.Module):
-    """A linear layer that holds its packed weights and unpacks them at every call.
+@dataclass(frozen=True)
+class _Form:
+    """A parameter that is packed: its shape and type, whether it lies turned, and how its rows are packed."""
 
-    dtype: in which it multiplies, that of the layer it stands for.
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    turned: bool
+    scheme: Scheme
+    rows: tuple[int, int]
+    axis: Axis
+
+    def unpack(self, packed: Packed) -> Tensor:
+        return from_rows(packed.unpack(self.dtype), self.shape, self.turned)
+
+
+class Quantized(nn.Module):
+    """What a module of any class becomes that holds packed weights: one of a subclass of both.
+
+    Each packed parameter is buffers, `packed_<parameter>_<field>`, and an attribute of its old name that
+    unpacks them: once in a call of the module, however often its forward reads it, else at every look.
     """
 
-    def __init__(self, packed: Packed, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.scheme, self.shape, self.axis, self.dtype = packed.scheme, packed.shape, packed.axis, dtype
-        self.out_features, self.in_features = packed.shape
-        stored = packed.tensors()
-        for name in STORED:
-            self.register_buffer(name, stored.get(name))
-        self.bias = bias
+    _forms: dict[str, _Form]  # by the parameter's name
+    _of: type[nn.Module]  # the class before
 
-    @property
-    def packed(self) -> Packed:
-        buffers: dict[str, Any] = {name: getattr(self, name) for name in STORED}
-        return Packed(self.scheme, self.shape, self.axis, **buffers)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if "_seen" in vars(self):
+            return super().__call__(*args, **kwargs)
+        vars(self)["_seen"] = {}
+        try:
+            return super().__call__(*args, **kwargs)
+        finally:
+            vars(self).pop("_seen", None)
 
-    @property
-    def weight(self) -> Tensor:
-        """The matrix (out, in) that the layer multiplies by; made anew at every look."""
-        return self.packed.unpack(self.dtype)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantized:
+        """Move to a device, or multiply in another type: what is packed keeps its own types."""
+        before = {
+            _buffer(local, field): tensor
+            for local in self._forms
+            for field, tensor in _packed(self, local).tensors().items()
+        }
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self.get_buffer(name)
+            setattr(self, name, new if new.dtype == old.dtype else old.to(new.device))
+        for local, form in self._forms.items():
+            self._forms[local] = replace(form, dtype=fn(torch.empty(0, dtype=form.dtype)).dtype)
+        return self
 
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self.weight, self.bias)
+    def __reduce_ex__(self, protocol: Any) -> Any:  # its class has no name to be found by
+        return _new_quantized, (self._of, tuple(self._forms)), vars(self)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, {self.scheme}"
+        about = [super().extra_repr(), *(f"{local}: {form.scheme}" for local, form in self._forms.items())]
+        return "; ".join(filter(None, about))
+
+
+@cache
+def _quantized_class(of: Any, parameters: tuple[str, ...]) -> type[Quantized]:
+    """The class of modules of a class whose parameters of these names are packed."""
+    unpacked = {local: property(partial(_unpack, local=local)) for local in parameters}
+    about = {"_of": of, "__module__": of.__module__, "__qualname__": of.__qualname__, "__doc__": of.__doc__}
+    return type(of.__name__, (Quantized, of), {**unpacked, **about})
+
+
+def _new_quantized(of: Any, parameters: tuple[str, ...]) -> Quantized:
+    kind = _quantized_class(of, parameters)
+    return kind.__new__(kind)
+
+
+def _unpack(module: Quantized, local: str) -> Tensor:
+    seen: dict[str, Tensor] = vars(module).get("_seen", {})
+    if local not in seen:
+        learns = torch.is_grad_enabled()
+        with torch.inference_mode(False):
+            whole = module._forms[local].unpack(_packed(module, local)).detach()
+        # torch lays out a product, and rounds it, by whether the weight asks for a gradient, as parameters do
+        seen[local] = whole if learns else whole.requires_grad_()
+    return seen[local]
+
+
+def _packed(module: Quantized, local: str) -> Packed:
+    form = module._forms[local]
+    stored: dict[str, Any] = {field: getattr(module, _buffer(local, field), None) for field in STORED}
+    return Packed(form.scheme, form.rows, form.axis, **stored)
+
+
+def _buffer(local: str, field: str) -> str:
+    return f"packed_{local}_{field}"
+
+
+def _packed_parameters(network: nn.Module) -> Iterator[tuple[str, Quantized, str]]:
+    """The names of packed weights, each with its module and its name there."""
+    for path, module in network.named_modules():
+        if isinstance(module, Quantized):
+            for local in module._forms:
+                yield f"{path}.{local}" if path else local, module, local
 
 
 def quantize_model(network: nn.Module, packed: Mapping[str, Packed]) -> None:
-    """Put packed layers in the place of the linear ones, for good: the original weights are let go."""
-    for name, layer in _linears(network, packed).items():
-        new = QuantizedLinear(_fitting(packed[name], layer, name), layer.bias, layer.weight.dtype)
-        _replace(network, name.removesuffix(".weight"), new)
+    """Put packed weights in the place of the linear layers' own, for good: the original ones are let go."""
+    weights = _weights(network, packed)
+    forms = {name: weight.form(_fitting(packed[name], weight, name)) for name, weight in weights.items()}
+    for name, weight in weights.items():
+        module, local = weight.module, weight.local
+        of: Any = module._of if isinstance(module, Quantized) else type(module)
+        packed_forms = {**vars(module).get("_forms", {}), local: forms[name]}
+        del module._parameters[local]
+        module.__class__ = _quantized_class(of, tuple(packed_forms))
+        vars(module)["_forms"] = packed_forms
+        for field, tensor in packed[name].tensors().items():
+            module.register_buffer(_buffer(local, field), tensor)
+    _laid_by_torch(network)
 
 
 def packed_layers(network: nn.Module) -> dict[str, Packed]:
     """The packed weights of a quantized network, by the names that they had."""
-    return {f"{n}.weight": m.packed for n, m in network.named_modules() if isinstance(m, QuantizedLinear)}
+    return {name: _packed(module, local) for name, module, local in _packed_parameters(network)}
 
 
 @dataclass(frozen=True)
@@ -365,23 +459,24 @@ def save_quantized(model: LanguageModel, folder: Path) -> None:
     appears whole or not at all. Raises FileExistsError for a folder that is not empty, ValueError for a model
     without quantized layers.
     """
-    layers = packed_layers(model.network)
-    if not layers:
+    if not packed_layers(model.network):
         raise ValueError(f"Model {model.name!r} has no quantized layers; use quantize_model first.")
     with _new_folder(Path(folder)) as beside:
         model.network.config.save_pretrained(beside)
         if model.network.can_generate() and model.network.generation_config is not None:
             model.network.generation_config.save_pretrained(beside)
         model.tokenizer.save_pretrained(beside)
-        save_file(_stored(model.network), beside / WEIGHTS, metadata={"format": "pt"})
-        text = json.dumps(_how(model, layers), indent=1)
+        new = _new_network(beside, model.network.dtype)
+        save_file(_stored(model.network, new), beside / WEIGHTS, metadata={"format": "pt"})
+        text = json.dumps(_how(model), indent=1)
         (beside / HOW).write_text(text + "\n", encoding="utf-8")
 
 
 def open_quantized(folder: Path, device: str = "cpu") -> LanguageModel:
-    """Open what `save_quantized` wrote; the logits are the saved model's, bit for bit.
+    """Open what `save_quantized` wrote; the logits are the saved model's, bit for bit, on the same device.
 
-    While it opens, memory holds the network as it was before quantization.
+    The library chooses anew how attention and experts are computed; another choice of the saved model's
+    (`set_attn_implementation`) is not stored, and rounds otherwise.
     Raises FileNotFoundError where there is no such folder, ValueError for damaged or foreign files.
     """
     folder, place = Path(folder), find_device(device)
@@ -517,88 +612,182 @@ def _plain_bytes(scheme: Scheme, shape: tuple[int, int]) -> int:
     return _code_bytes(scheme.bits, count) + scales * (3 if scheme.mapping == "asymmetric" else 2)
 
 
-def _linears(network: nn.Module, names: Collection[str]) -> dict[str, nn.Linear]:
-    """Linear layers by the names of their weights, in the model's order."""
-    users: dict[Tensor, int] = {}
-    for module in network.modules():
-        for p in module.parameters(recurse=False):
-            users[p] = users.get(p, 0) + 1
-    found = {
-        f"{name}.weight": module
-        for name, module in network.named_modules()
-        if isinstance(module, nn.Linear) and users[module.weight] == 1
-    }
+@dataclass(frozen=True, eq=False)
+class _Weight:
+    """A parameter by which its module multiplies, and whether it lies turned."""
+
+    module: nn.Module
+    local: str
+    turned: bool
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        return self.module.get_parameter(self.local)
+
+    @property
+    def rows(self) -> Tensor:
+        """The parameter as a matrix (rows, in)."""
+        return as_rows(self.parameter.detach(), self.turned)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of `rows`, which may be a copy."""
+        width = self.parameter.shape[-2 if self.turned else -1]
+        return self.parameter.numel() // width, width
+
+    def form(self, packed: Packed) -> _Form:
+        p = self.parameter
+        return _Form(tuple(p.shape), p.dtype, self.turned, packed.scheme, packed.shape, packed.axis)
+
+
+def _weights(network: nn.Module, names: Collection[str]) -> dict[str, _Weight]:
+    """Weights of linear layers by their names, in the model's order; none that two modules use."""
+    users = Counter(p for module in network.modules() for p in module._parameters.values() if p is not None)
+    multiply = set(linear_names(network)) if isinstance(network, PreTrainedModel) else set()
+    turned, found = turned_names(network), {}
+    for path, module in network.named_modules():
+        for local, p in module.named_parameters(recurse=False):
+            name = f"{path}.{local}" if path else local
+            linear = name in multiply or (isinstance(module, nn.Linear) and local == "weight")
+            if linear and users[p] == 1:
+                found[name] = _Weight(module, local, name in turned)
     unknown = sorted(set(names) - set(found))
     if unknown:
         raise ValueError(
-            f"The model has no linear layer whose own weight is {unknown[0]!r}; take names from linear_names."
+            f"The model has no linear layer whose own weight is {unknown[0]!r}; take names from linear_names, "
+            "without those that two modules share."
         )
-    return {name: layer for name, layer in found.items() if name in set(names)}
+    return {name: weight for name, weight in found.items() if name in set(names)}
 
 
-def _check_kept(kept: Kept, layers: Mapping[str, nn.Linear], model: LanguageModel) -> None:
+def _check_kept(kept: Kept, weights: Mapping[str, _Weight], model: LanguageModel) -> None:
     if kept.sha256 and kept.sha256 != model.sha256:
         raise ValueError(
             f"The channels were chosen by scores of another model (SHA-256 {kept.sha256[:12]}…, that of "
             f"{model.name!r} is {model.sha256[:12]}…); score this model."
         )
-    unused = sorted(set(kept.channels) - set(layers))
+    unused = sorted(set(kept.channels) - set(weights))
     if unused:
         raise ValueError(f"Channels of {unused[0]!r} are kept, but it is not quantized; leave it out.")
 
 
-def _fitting(packed: Packed, layer: nn.Linear, name: str) -> Packed:
-    if packed.shape != tuple(layer.weight.shape):
-        raise ValueError(
-            f"{name} is {tuple(layer.weight.shape)}, packed it is {packed.shape}: that is another model's."
-        )
+def _fitting(packed: Packed, weight: _Weight, name: str) -> Packed:
+    if packed.shape != weight.shape:
+        raise ValueError(f"{name} is {weight.shape}, packed it is {packed.shape}: that is another model's.")
     return packed
 
 
-def _replace(network: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(network.get_submodule(parent), child, module)
-
-
-def _stored(network: nn.Module) -> dict[str, Tensor]:
-    """What goes into the file: parameters, a shared one once, and the buffers of the state dict."""
-    persistent = set(network.state_dict())
-    buffers = {name: b for name, b in network.named_buffers() if name in persistent}
-    return {n: t.detach().contiguous() for n, t in {**dict(network.named_parameters()), **buffers}.items()}
-
-
-def _how(model: LanguageModel, layers: Mapping[str, Packed]) -> dict[str, Any]:
-    origin = {"name": model.name, "revision": model.revision, "sha256": model.sha256}
-    return {
-        "format": FORMAT,
-        "made_from": origin,
-        "dtype": str(model.network.dtype).removeprefix("torch."),
-        "layers": {
-            name: {
-                **asdict(p.scheme),
-                "shape": list(p.shape),
-                "axis": p.axis,
-                "kept": 0 if p.kept is None else len(p.kept),
-            }
-            for name, p in layers.items()
-        },
+def _unpacked(network: nn.Module) -> dict[str, Tensor]:
+    """Parameters, a shared one once, and buffers, without what stands for packed weights."""
+    packed = {
+        module.get_buffer(_buffer(local, field))
+        for _, module, local in _packed_parameters(network)
+        for field in _packed(module, local).tensors()
     }
+    buffers = {name: b for name, b in network.named_buffers() if b not in packed}
+    return {**dict(network.named_parameters()), **buffers}
+
+
+def _laid_by_torch(network: nn.Module) -> dict[Tensor, Tensor]:
+    """Lay weights as torch lays its own tensors; returns those that were moved, with their data before.
+
+    A product rounds by where its weights lie, and those of a file that is mapped into memory lie anywhere.
+    """
+    moved, kept = {}, set(network.state_dict())
+    for name, tensor in _unpacked(network).items():
+        if name in kept and (tensor.data_ptr() % ALIGNED or not tensor.is_contiguous()):
+            moved[tensor] = tensor.data
+            tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
+    return moved
+
+
+def _stored(network: nn.Module, new: nn.Module) -> dict[str, Tensor]:
+    """What goes into the file: packed weights under names of their own, and all else that `new` lacks.
+
+    That is the state dict, and buffers that a new network has in another type or with other values.
+    """
+    kept, known = set(network.state_dict()), dict(new.named_buffers())
+    stored = {
+        name: tensor.detach().contiguous()
+        for name, tensor in _unpacked(network).items()
+        if name in kept or not _is_same(tensor, known.get(name))
+    }
+    for name, packed in packed_layers(network).items():
+        stored |= {f"{_stem(name)}.{field}": tensor for field, tensor in packed.tensors().items()}
+    return stored
+
+
+def _is_same(a: Tensor, b: Tensor | None) -> bool:
+    return b is not None and not b.is_meta and a.dtype == b.dtype and a.cpu().equal(b)
+
+
+def _stem(name: str) -> str:
+    """What the names of a packed weight's tensors begin with."""
+    return name.removesuffix(".weight")
+
+
+def _how(model: LanguageModel) -> dict[str, Any]:
+    origin = {"name": model.name, "revision": model.revision, "sha256": model.sha256}
+    made = {"format": FORMAT, "made_from": origin, "dtype": _name_of(model.network.dtype)}
+    layers = {}
+    for name, module, local in _packed_parameters(model.network):
+        packed, dtype = _packed(module, local), module._forms[local].dtype
+        kept = 0 if packed.kept is None else len(packed.kept)
+        about = {**asdict(packed.scheme), "shape": list(packed.shape), "axis": packed.axis, "kept": kept}
+        layers[name] = about if dtype == model.network.dtype else {**about, "dtype": _name_of(dtype)}
+    return {**made, "layers": layers}
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _new_network(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The network of a folder's configuration; its buffers have values, its parameters no storage."""
+    here = get_ident()
+
+    def emptied(_: nn.Module, name: str, p: Any) -> Any:
+        others = p is None or p.is_meta or get_ident() != here  # which another thread builds
+        return None if others else nn.Parameter(p.to("meta"), p.requires_grad)
+
+    hook = register_module_parameter_registration_hook(emptied)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of values that are not to be had
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
+    finally:
+        hook.remove()
 
 
 def _rebuilt(folder: Path, how: Mapping[str, Any], tensors: dict[str, Tensor]) -> PreTrainedModel:
-    """The network of a folder, its packed layers in place; `tensors` is used up."""
-    config = AutoConfig.from_pretrained(folder)
-    network = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, how["dtype"]))
-    layers, dtype = _linears(network, how["layers"]), network.dtype
-    expected = set(_stored(network)) - set(layers)
-    for name, entry in how["layers"].items():
-        stem, layer = name.removesuffix(".weight"), layers[name]
-        packed = _fitting(_read_packed(stem, entry, tensors), layer, name)
-        _replace(network, stem, QuantizedLinear(packed, layer.bias, dtype))
-    if expected != set(tensors):
-        raise ValueError(f"tensor {min(expected ^ set(tensors))!r} is missing or not the model's")
-    network.load_state_dict(tensors, strict=False)
+    """The network of a folder, its packed weights in place; `tensors` is used up."""
+    network = _new_network(folder, getattr(torch, how["dtype"]))
+    if (folder / GENERATION_CONFIG_NAME).is_file():
+        network.generation_config = GenerationConfig.from_pretrained(folder)
+    packed = {name: _read_packed(_stem(name), entry, tensors) for name, entry in how["layers"].items()}
+    for name, weight in _weights(network, packed).items():
+        dtype = getattr(torch, how["layers"][name].get("dtype", how["dtype"]))
+        weight.parameter.data = weight.parameter.data.to(dtype)
+    quantize_model(network, packed)
+    own, kept = _unpacked(network), set(network.state_dict())
+    wrong = {n for n, t in own.items() if n not in tensors and (n in kept or t.is_meta)}
+    wrong |= {n for n, t in tensors.items() if n not in own or t.shape != own[n].shape}
+    if wrong:
+        raise ValueError(f"tensor {min(wrong)!r} is missing or not the model's")
+    _fill(network, {own[name]: tensor for name, tensor in tensors.items()})
     return network
+
+
+def _fill(network: nn.Module, tensors: Mapping[Tensor, Tensor]) -> None:
+    """Put tensors in the place of a network's own, a shared one everywhere."""
+    new: dict[Tensor, Any] = {
+        own: nn.Parameter(t, own.requires_grad) if isinstance(own, nn.Parameter) else t
+        for own, t in tensors.items()
+    }
+    for module in network.modules():
+        for table in (module._parameters, module._buffers):
+            table.update({local: new[t] for local, t in table.items() if t is not None and t in new})
+    _laid_by_torch(network)
 
 
 def _read_packed(stem: str, entry: Mapping[str, Any], tensors: dict[str, Tensor]) -> Packed:
