@@ -29,6 +29,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from fihelpers.conversion import builds_tensors
+from fihelpers.linear import as_rows, turned_names
 from fihelpers.measures import MEASURES, Measure, find_measure
 from fihelpers.models import (
     DTYPES,
@@ -393,7 +394,8 @@ def estimate_quantization(
     if not 0 <= share <= 1:
         raise ValueError(f"The share of kept rows must lie in [0, 1], not {share}.")
     source = _source(model_name, revision)
-    matrices = [source.network.get_parameter(name) for name in _linear(source, layers)]
+    network, turned = source.network, turned_names(source.network)
+    matrices = [as_rows(network.get_parameter(name), name in turned) for name in _linear(source, layers)]
     packed = sum(_packed_bytes(scheme, m.shape[0], m.shape[1], share) for m in matrices)
     others = source.parameters - sum(m.numel() for m in matrices)
 

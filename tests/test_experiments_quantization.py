@@ -1,6 +1,7 @@
 """The protection sweep on a tiny model: what it keeps, counts and refuses."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -10,8 +11,9 @@ from tiny import tiny_model
 
 from fihelpers.experiments import quantization as lab
 from fihelpers.figures import quantization as draw
+from fihelpers.linear import as_rows, linear_names, turned_names
 from fihelpers.models import LanguageModel
-from fihelpers.perturb.quantize import Scheme, pack, size_report
+from fihelpers.perturb.quantize import Scheme, pack, pack_model, select_channels, size_report
 
 SHARES = (0.1, 0.5)
 
@@ -40,11 +42,17 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> lab.Plan:
     )
 
 
+def with_long_context(kind: str, dtype: torch.dtype = torch.float32) -> LanguageModel:
+    model = tiny_model(kind, dtype)
+    model.network.config.max_position_embeddings = 512
+    if kind == "gpt2":  # whose positions are learned
+        model.network.transformer.wpe.weight.data = torch.randn(512, 12, dtype=dtype)
+    return model
+
+
 @pytest.fixture(scope="module")
 def model() -> LanguageModel:
-    model = tiny_model("qwen2", torch.float32)
-    model.network.config.max_position_embeddings = 512
-    return model
+    return with_long_context("qwen2")
 
 
 @pytest.fixture(scope="module")
@@ -201,8 +209,7 @@ def test_published_sizes() -> None:
 
 
 def test_joint_influence_saturates_and_sums_do_not(plan: lab.Plan) -> None:
-    exact = tiny_model("qwen2")  # in float64, where rounding does not blur the ceiling
-    exact.network.config.max_position_embeddings = 512
+    exact = with_long_context("qwen2", torch.float64)  # where rounding does not blur the ceiling
     ranking = lab.Ranking(exact, plan, 0)
     joint, said = lab.joint_influence(ranking)
     assert lab.saturated_matrices(joint, "joint, exact") == (1, 2)  # not the last block's
@@ -227,6 +234,51 @@ def test_a_protected_model_is_saved_and_opened_again(model: LanguageModel, plan:
     assert found["packed"] < found["sixteen_bit"] and found["memory"] < found["memory_before"]
     assert found["packed"] < found["file"] < found["folder"]
     assert all(p.equal(before[n]) for n, p in model.network.named_parameters())
+
+
+@pytest.mark.parametrize(("kind", "layer"), [("gpt2", "c_proj"), ("mixtral", "experts")])
+def test_the_chapter_runs_on_weights_of_other_kinds(
+    kind: str, layer: str, plan: lab.Plan, tmp_path: Path
+) -> None:
+    """Stored turned, or fused: GPT-2's layers and a mixture's experts."""
+    model = with_long_context(kind)
+    plan = replace(plan, seeds=1, matrices=(layer, "all"), shares=(0.25,), swept_groups=(None, 2))
+    lab.check(model, plan)
+    before = {n: p.clone() for n, p in model.network.named_parameters()}
+    ask = lab.evaluator(model, plan)
+    sweep = lab.where_loss_begins(model, plan, ask)
+    rows = lab.run_protection(model, plan, ask, tmp_path)
+    assert all(p.equal(before[n]) for n, p in model.network.named_parameters())
+    ranking = lab.Ranking(model, plan, 0)
+    names, turned = ranking.names["all"], turned_names(model.network)
+    assert set(names) == set(linear_names(model.network)) > set(ranking.names[layer])
+    packed = pack_model(model, names, plan.scheme(plan.main[1]))
+    for axis in ("rows", "columns"):
+        for keep in lab.KEEP_BY[axis]:
+            values = ranking.of(keep, plan.main[1], axis)[0].values
+            assert {n: len(v) for n, v in values.items()} == {
+                n: p.shape[axis == "columns"] for n, p in packed.items()
+            }
+    matrix = as_rows(model.network.get_parameter(names[-1]).detach(), names[-1] in turned)
+    error = pack(matrix, Scheme(2)).unpack() - matrix
+    found = ranking.of(lab.ERROR, plan.main[1], "rows")[0][names[-1]]
+    assert torch.allclose(found, error.square().sum(1))
+    sized = lab.sizes(model, plan)
+    plain = sized[(sized.share == 0) & (sized.bits == 2) & (sized.matrices == "all")].iloc[0]
+    assert plain.kilobytes * 1000 == size_report(packed).packed
+    kept = select_channels(ranking.of(lab.ERROR, plan.main[1], "rows")[0], 0.25)
+    kept = size_report(pack_model(model, names, plan.scheme(plan.main[1]), kept))
+    more = sized[(sized.share > 0) & (sized.bits == 2) & (sized.matrices == "all")].iloc[0]
+    assert more.kilobytes * 1000 == kept.packed
+    lab.one_step_more(rows, sweep, sized, plan, plan.main[1], lab.LENGTH)
+    lab.joint_influence(ranking)
+    lab.sum_against_mean(ranking, plan.main[1], 0.25)
+    assert (lab.spreads(ranking, plan.main[1]) >= 1).all().all()
+    assert lab.save_and_reopen(ranking)["difference"] == 0
+    with pytest.raises(ValueError, match=f"no matrices 'q_lin'; known: all, .*{layer}"):
+        lab.check(model, replace(plan, matrices=("q_lin", "all")))
+    with pytest.raises(ValueError, match="no group of 9 divides"):
+        lab.check(model, replace(plan, group=9))
 
 
 def test_bad_plans_are_named_before_anything_runs(model: LanguageModel, plan: lab.Plan) -> None:

@@ -41,6 +41,7 @@ from fihelpers.perturb.quantize import (
     size_report,
 )
 from fihelpers.perturb.sparsify import linear_names
+from fihelpers.preflight import estimate_quantization
 from fihelpers.scores import Scores, score_weights
 
 ORACLES = Path(sys.prefix) / "oracles"
@@ -378,6 +379,22 @@ def test_every_tensor_opens_in_the_type_it_had(tmp_path) -> None:
     layers = back.network.model.layers
     assert layers[1].mlp.up_proj.weight.dtype == torch.float32
     assert layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_oss"])
+def test_the_size_is_foreseen(kind, tmp_path) -> None:
+    model = random_model(kind)
+    model.network.save_pretrained(tmp_path / "tiny")
+    model.tokenizer.save_pretrained(tmp_path / "tiny")
+    names, scheme = linear_names(model.network), Scheme(4, "asymmetric")
+    shapes = {n: p.shape for n, p in pack_model(model, names, scheme).items()}
+    kept = Kept("rows", {n: torch.arange(round(0.25 * rows)) for n, (rows, _) in shapes.items()})
+    packed = pack_model(model, names, scheme, kept)
+    foreseen = estimate_quantization(tmp_path / "tiny", scheme, share=0.25, out=tmp_path)
+    quantize_model(model.network, packed)
+    (size,) = [part.bytes for part in foreseen.parts if part.what == "packed weights"]
+    assert size == size_report(packed).packed
+    assert foreseen.disk_bytes == sum(p.nbytes for p in packed.values()) + 4 * model.network.num_parameters()
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gpt_oss"])

@@ -31,6 +31,7 @@ from fihelpers.experiments.tables import RESAMPLES
 from fihelpers.files import write_atomically
 from fihelpers.influence import EXACT as EXACT_FILTER
 from fihelpers.influence import SATURATED_RTOL, SATURATED_SHARE, Damped, SaturationWarning
+from fihelpers.linear import as_rows, turned_names
 from fihelpers.measures import FISHER, SQUARED_SCORE
 from fihelpers.models import WEIGHTS, LanguageModel
 from fihelpers.perturb.quantize import (
@@ -296,9 +297,10 @@ class Ranking:
     def delta(self, case: Case) -> dict[str, Tensor]:
         """The quantization error of each matrix when nothing is kept."""
         if case not in self._deltas:
-            scheme = self.plan.scheme(case)
+            scheme, turned = self.plan.scheme(case), turned_names(self.model.network)
             weights = {n: self.model.network.get_parameter(n) for n in self.names[case.matrices]}
-            self._deltas = {case: {n: quantization_error(w, scheme) for n, w in weights.items()}}
+            errors = {n: quantization_error(w, scheme, turned=n in turned) for n, w in weights.items()}
+            self._deltas = {case: errors}
         return self._deltas[case]
 
     @property
@@ -493,10 +495,11 @@ def sizes(model: LanguageModel, plan: Plan) -> pd.DataFrame:
     Columns: matrices, bits, share, kilobytes, extra (kilobytes more than without protection),
     bits_per_weight, sixteen_bit (kilobytes in 16 bits).
     """
-    lines = []
+    turned, lines = turned_names(model.network), []
     for case in plan.cases:
         names = names_of(model, case.matrices)
-        rows = {n: model.network.get_parameter(n).detach().abs().sum(1) for n in names}
+        sizes = {n: model.network.get_parameter(n).detach().abs() for n in names}
+        rows = {n: as_rows(size, n in turned).sum(1) for n, size in sizes.items()}
         for share in (0.0, *plan.shares):
             kept = select_channels(Scores(rows, {"axis": "rows"}), share)
             report = size_report(pack_model(model, names, plan.scheme(case), kept))
@@ -834,8 +837,9 @@ def _next(plan: Plan, case: Case) -> Scheme:
 
 
 def _check_group(model: LanguageModel, names: Sequence[str], group: int | None) -> None:
+    turned = turned_names(model.network)
     for name in names:
-        width = model.network.get_parameter(name).shape[1]
+        width = model.network.get_parameter(name).shape[-2 if name in turned else -1]
         if group is not None and (group < 1 or width % group):
             raise ValueError(f"The rows of {name} have {width} weights, which no group of {group} divides.")
 
