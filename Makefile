@@ -16,7 +16,8 @@ test: $(INSTALLED) $(ORACLES)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not alone' -n 2 --dist worksteal
+	$(BIN)/python -m pytest -m alone
 	$(BIN)/python -m fihelpers build --profile smoke --check
 
 lab: $(INSTALLED)

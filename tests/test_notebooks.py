@@ -94,6 +94,7 @@ def test_a_claim_stands_before_each_result_and_a_reading_after_it(path: Path) ->
         )
 
 
+@pytest.mark.alone
 def test_the_numbers_of_the_book_come_out_again(tmp_path: Path) -> None:
     old = {key: record for key, record in load_results(ROOT / "data" / "results").items() if key[0] == RERUN}
     assert old, f"data/results holds no numbers of {RERUN}; run python -m fihelpers build --keep-results"

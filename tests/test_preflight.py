@@ -109,6 +109,7 @@ def test_some_layers_and_several_sets_are_counted() -> None:
         estimate_quantization("mini-lm", Scheme(4), layers=["v"])
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads its memory as Linux tells it")
 def test_bytes_and_seconds_of_scores_are_foreseen(tmp_path: Path) -> None:
     """On the bundled model and on one of 15 million weights, measured in a process of its own.
