@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from tiny import WORDS, tiny_examples, tiny_model
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 from fihelpers.models import LanguageModel, open_model
 from fihelpers.perturb import quantize
@@ -565,6 +565,12 @@ def test_bad_folders_are_named(tmp_path, monkeypatch) -> None:
         patch.setattr(quantize, "save_file", no_space)
         with pytest.raises(OSError, match="No space"):
             save_quantized(model, tmp_path / "folder")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["full"]
+    shape = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 8}
+    both = replace(model, network=T5ForConditionalGeneration(T5Config(**shape)), name="T5")
+    quantize_model(both.network, pack_model(both, linear_names(both.network), Scheme(4)))
+    with pytest.raises(ValueError, match=r"'T5' could not be opened again: .* for this kind of AutoModel"):
+        save_quantized(both, tmp_path / "folder")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["full"]
     (tmp_path / "folder").mkdir()  # an empty one will do
     save_quantized(model, tmp_path / "folder")

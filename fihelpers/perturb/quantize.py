@@ -267,7 +267,8 @@ def pack_model(
 def quantized(network: nn.Module, packed: Mapping[str, Packed]) -> Iterator[nn.Module]:
     """The network with its weights as the packed ones stand for; on leaving they are as before, bit for bit.
 
-    Its logits are those of the packed model (`quantize_model`), without unpacking at every call.
+    Without gradients, its logits are those of the packed model (`quantize_model`), bit for bit, without
+    unpacking at every call.
     """
     weights = _weights(network, packed)
     before: dict[Tensor, Tensor] = {weight.parameter: weight.parameter.data for weight in weights.values()}
@@ -457,7 +458,7 @@ def save_quantized(model: LanguageModel, folder: Path) -> None:
 
     `quantization.json` names the original model with its hash, and the scheme of each layer. The folder
     appears whole or not at all. Raises FileExistsError for a folder that is not empty, ValueError for a model
-    without quantized layers.
+    without quantized layers, or of an architecture that `open_quantized` does not know.
     """
     if not packed_layers(model.network):
         raise ValueError(f"Model {model.name!r} has no quantized layers; use quantize_model first.")
@@ -466,7 +467,10 @@ def save_quantized(model: LanguageModel, folder: Path) -> None:
         if model.network.can_generate() and model.network.generation_config is not None:
             model.network.generation_config.save_pretrained(beside)
         model.tokenizer.save_pretrained(beside)
-        new = _new_network(beside, model.network.dtype)
+        try:
+            new = _new_network(beside, model.network.dtype)
+        except Exception as error:  # of many types, for code of its own or a network of another kind
+            raise ValueError(f"Model {model.name!r} could not be opened again: {brief(error)}") from error
         save_file(_stored(model.network, new), beside / WEIGHTS, metadata={"format": "pt"})
         text = json.dumps(_how(model), indent=1)
         (beside / HOW).write_text(text + "\n", encoding="utf-8")
@@ -654,8 +658,8 @@ def _weights(network: nn.Module, names: Collection[str]) -> dict[str, _Weight]:
     unknown = sorted(set(names) - set(found))
     if unknown:
         raise ValueError(
-            f"The model has no linear layer whose own weight is {unknown[0]!r}; take names from linear_names, "
-            "without those that two modules share."
+            f"The model has no linear layer whose own weight is {unknown[0]!r}; take names from "
+            "linear_names, without those that two modules share."
         )
     return {name: weight for name, weight in found.items() if name in set(names)}
 
@@ -754,7 +758,8 @@ def _new_network(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of values that are not to be had
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            return AutoModelForCausalLM.from_config(config, dtype=dtype)
     finally:
         hook.remove()
 
