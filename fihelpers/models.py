@@ -241,11 +241,11 @@ class LanguageModel:
     def bears_padding(self) -> bool:
         """Whether a prompt padded on the left gets the logits that it gets alone."""
         tokens = self.some_tokens()
-        short = tokens[:3]
-        padded = left_padded((0, 1), (short, tokens), self.device)
-        alone = left_padded((0,), (short,), self.device)
+        shorts = [tokens[:3], tokens[: 3 * len(tokens) // 4 or 1]]  # some layers join tokens, by fours
+        padded = left_padded((0, 1, 2), (*shorts, tokens), self.device)
+        alone = [left_padded((0,), (short,), self.device) for short in shorts]
         with torch.no_grad():
-            return self.alike(self._last_logits(padded)[:1], self._last_logits(alone))
+            return self.alike(self._last_logits(padded)[:2], torch.cat(list(map(self._last_logits, alone))))
 
     @cached_property
     def continues(self) -> bool:
