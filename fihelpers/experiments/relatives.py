@@ -31,6 +31,7 @@ from fihelpers.results import Record, load_results
 from fihelpers.scores import Scores, score_weights
 from fihelpers.scores.channels import channel_scores
 from fihelpers.scores.classgrads import class_grad_blocks, frozen, missed_by_hooks, named_parameters
+from fihelpers.scores.store import TURNED
 from fihelpers.tasks import Example, Task, load_task
 
 RESAMPLES = 400
@@ -585,7 +586,8 @@ def _tests(
     for share in plan.shares:
         with zeroed(model.network, select(scores, share, seed=key[0])):
             yield _row(*key, "zero", share, ask())
-    by_row = channel_scores(Scores(scores.values, {}), "mean", "rows")
+    about = {key: value for key, value in scores.metadata.items() if key == TURNED}
+    by_row = channel_scores(Scores(scores.values, about), "mean", "rows")
     kept = select_channels(by_row, plan.kept, seed=key[0])
     with quantized(model.network, pack_model(model, list(scores.values), Scheme(plan.bits), kept)):
         yield _row(*key, "protect", plan.kept, ask())
