@@ -49,38 +49,37 @@ LOCAL: Settings = {"layer_types": ["sliding_attention", "full_attention"]}
 RECURRENT: Settings = {"layer_types": ["linear_attention", "full_attention"]}
 CONVOLVED: Settings = {"layer_types": ["conv", "full_attention"]}
 
+
+def _each(kinds: str, own: Settings | None = None) -> dict[str, Settings]:
+    return {kind: own or {} for kind in kinds.split()}
+
+
 ARCHITECTURES: dict[str, Settings] = {
     # attention to all that came before
-    **dict.fromkeys(
-        "apertus arcee bert biogpt bitnet cohere ctrl doge ernie4_5 falcon gemma glm glm4 gpt2 gpt_bigcode "
-        "gpt_neox gpt_neox_japanese gptj granite helium hunyuan_v1_dense internlm3 jais2 llama nanochat "
-        "nemotron olmo olmo2 openai-gpt opt persimmon phi phi3 qwen2 qwen3 roberta stablelm xglm".split(),
-        {},
-    ),
+    **_each("apertus arcee bert biogpt bitnet cohere ctrl doge ernie4_5 falcon gemma glm glm4 gpt2"),
+    **_each("gpt_bigcode gpt_neox gpt_neox_japanese gptj granite helium hunyuan_v1_dense internlm3 jais2"),
+    **_each("llama nanochat nemotron olmo olmo2 openai-gpt opt persimmon phi phi3 qwen2 qwen3 roberta"),
+    **_each("stablelm xglm"),
+    **_each("diffllama minicpm3", ALL_HEADS),
     "codegen": {"n_head": 4},
-    "diffllama": ALL_HEADS,
     "falcon new": {"new_decoder_architecture": True, "num_kv_heads": 1},
-    "minicpm3": ALL_HEADS,
-    # decoders of translation and speech, and an encoder that takes no notice of padding
-    **dict.fromkeys("bart marian roformer whisper".split(), {}),
+    # decoders of translation and speech, and an encoder, most of which take no notice of padding
+    **_each("bart marian roformer whisper"),
     # distances in the place of positions
-    **dict.fromkeys("bloom mpt".split(), {}),
+    **_each("bloom mpt"),
     "falcon alibi": {"alibi": True},
     # windows, in all layers or in some
-    **dict.fromkeys("ministral mistral starcoder2".split(), {}),
-    **dict.fromkeys("cohere2 cwm exaone4 gemma2 gemma3_text gemma4_text modernbert-decoder olmo3".split(), LOCAL),
-    **dict.fromkeys("granite_swa smollm3".split(), LOCAL),
+    **_each("ministral mistral starcoder2"),
+    **_each("cohere2 cwm exaone4 gemma2 gemma3_text gemma4_text granite_swa", LOCAL),
+    **_each("modernbert-decoder olmo3 smollm3", LOCAL),
     "gemma3n_text": {**LOCAL, "num_kv_shared_layers": 0, "laurel_rank": 4, "altup_num_inputs": 2},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "qwen2 window": {"use_sliding_window": True, "max_window_layers": 1},
     # experts
-    **dict.fromkeys(
-        "aria_text ernie4_5_moe flex_olmo glm4_moe granitemoe hunyuan_v1_moe jetmoe llama4_text minimax_m2 "
-        "mixtral olmoe phimoe qwen2_moe qwen3_moe".split(),
-        {},
-    ),
-    **dict.fromkeys("afmoe dots1 gpt_oss granitemoe_swa laguna mimo_v2_flash".split(), LOCAL),
-    **dict.fromkeys("deepseek_v2 deepseek_v3 deepseek_v32 glm_moe_dsa".split(), ALL_HEADS),
+    **_each("aria_text ernie4_5_moe flex_olmo glm4_moe granitemoe hunyuan_v1_moe jetmoe llama4_text"),
+    **_each("minimax_m2 mixtral olmoe phimoe qwen2_moe qwen3_moe"),
+    **_each("afmoe dots1 gpt_oss granitemoe_swa laguna mimo_v2_flash", LOCAL),
+    **_each("deepseek_v2 deepseek_v3 deepseek_v32 glm_moe_dsa", ALL_HEADS),
     "dbrx": {
         "attn_config": {"kv_n_heads": 1, "rope_theta": 1e4, "clip_qkv": 8},
         "ffn_config": {"ffn_hidden_size": 8, "moe_num_experts": 4, "moe_top_k": 2},
@@ -92,8 +91,8 @@ ARCHITECTURES: dict[str, Settings] = {
     },
     "longcat_flash": {**ALL_HEADS, "num_layers": 1, "zero_expert_num": 2, "expert_ffn_hidden_size": 8},
     # recurrent, alone or among layers of attention
-    **dict.fromkeys("falcon_h1 falcon_mamba mamba rwkv".split(), {}),
-    **dict.fromkeys("granitemoehybrid minimax olmo_hybrid qwen3_5_text qwen3_next".split(), RECURRENT),
+    **_each("falcon_h1 falcon_mamba mamba rwkv"),
+    **_each("granitemoehybrid minimax olmo_hybrid qwen3_5_text qwen3_next", RECURRENT),
     "bamba": {"attn_layer_indices": [1]},
     "inkling_text": {
         **{"d_rel": 4, "rel_extent": 16, "logits_mup_width_multiplier": 1.0},
@@ -167,7 +166,7 @@ def configuration(kind: str) -> PreTrainedConfig:
 
 @cache
 def model_of(kind: str, dtype: torch.dtype = torch.float32) -> LanguageModel:
-    """The model, its weights far enough apart for its answers to differ. All tests share it: none may change it."""
+    """The model, its weights so far apart that its answers differ. Tests share it: none may change it."""
     torch.manual_seed(0)
     network: PreTrainedModel = AutoModelForCausalLM.from_config(configuration(kind)).eval()
     generator = torch.Generator().manual_seed(1)
