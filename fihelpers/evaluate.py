@@ -1,11 +1,13 @@
 """How well a model answers a task, and how sure one can be of that number."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from math import isfinite, sqrt
 from statistics import NormalDist
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -15,13 +17,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fihelpers.answers import Answers, FixedTop, Groups
-from fihelpers.models import Batch, LanguageModel, at_columns
+from fihelpers.models import Batch, LanguageModel, at_columns, brief, left_padded
 from fihelpers.scores.pixels import image_of, option_letters
 from fihelpers.tasks import Example
 from fihelpers.vision import VisionModel
 
+log = logging.getLogger(__name__)
+
 BATCH_SIZE = 32
 BLOCK = 5_000_000  # resampled values held at once by the bootstrap (40 MB)
+_NARROWS: WeakKeyDictionary[LanguageModel, bool] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +134,7 @@ class Evaluator:
             for prefix, batches in self._groups:
                 past = self.model.read(prefix)
                 for batch in batches:
-                    with _last_mlp_at(self.model.network, batch.last):
+                    with _last_mlp_at(self.model, batch.last):
                         logits = self.model.last_logits(batch, past)
                     yield batch, logits
                     bar.update(len(batch.index))
@@ -260,23 +265,49 @@ def _joined(classes: Sequence[Answers], order: Tensor) -> Answers:
 
 
 @contextmanager
-def _last_mlp_at(network: nn.Module, last: Tensor) -> Iterator[None]:
+def _last_mlp_at(model: LanguageModel, last: Tensor) -> Iterator[None]:
     """Let the last block's MLP see one position of each row, ``last`` (B,), as nothing reads it elsewhere.
 
     The sum with the residual stream broadcasts its output to the other positions, whose values are then wrong
-    and unused. That saves a seventh of the time of a small model. A network built otherwise is left as it is.
+    and unused. That saves a seventh of the time of a small model. A network that is built otherwise, or reads
+    what follows the MLP along the tokens, is left as it is.
     """
-    layers = getattr(getattr(network, "base_model", None), "layers", None)
-    mlp = getattr(layers[-1], "mlp", None) if layers else None
-    if mlp is None:
+    mlp = _last_mlp(model.network)
+    if mlp is None or not _narrows(model, mlp):
         yield
         return
+    with _narrowed(mlp, last):
+        yield
+
+
+@contextmanager
+def _narrowed(mlp: nn.Module, last: Tensor) -> Iterator[None]:
     # Where the block calls its MLP by keyword, inputs is empty and nothing changes.
     hook = mlp.register_forward_pre_hook(lambda _, inputs: tuple(at_columns(x, last) for x in inputs))
     try:
         yield
     finally:
         hook.remove()
+
+
+def _last_mlp(network: nn.Module) -> nn.Module | None:
+    layers = getattr(getattr(network, "base_model", None), "layers", None)
+    return getattr(layers[-1], "mlp", None) if layers else None
+
+
+@torch.no_grad()
+def _narrows(model: LanguageModel, mlp: nn.Module) -> bool:
+    """Whether the logits stay where the MLP sees last tokens alone, found once by comparing them."""
+    if model not in _NARROWS:
+        batch = left_padded((0,), (model.some_tokens(),), model.device)
+        try:
+            truth = model.last_logits(batch)
+            with _narrowed(mlp, batch.last):
+                _NARROWS[model] = model.alike(model.last_logits(batch), truth)
+        except Exception as error:  # inputs beside the hidden states, of all tokens, and whatever else
+            log.info("the last MLP of model %s reads all tokens (%s)", model.name, brief(error))
+            _NARROWS[model] = False
+    return _NARROWS[model]
 
 
 def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:

@@ -183,6 +183,14 @@ def test_a_reference_of_other_examples_is_refused() -> None:
         answer_all(model, plain(4), Top(3), reference=reference)
 
 
+def test_a_last_mlp_whose_output_is_read_along_the_tokens_gets_them_all() -> None:
+    model = tiny_model("qwen2")
+    model.network.model.layers[-1].mlp.register_forward_hook(lambda _, inputs, out: out + out.roll(1, 1))
+    answers, examples = usual_answers(model.tokenizer, lettered=True), lettered(7)
+    found = answer_all(model, examples, answers, batch_size=3).log_probs
+    torch.testing.assert_close(found, slowly(model, examples, answers), rtol=1e-6, atol=1e-9)
+
+
 def test_a_real_model_keeps_its_choices_until_it_is_damaged(real_data: Path, tmp_path: Path) -> None:
     model = open_model(real_data / "stories260K")
     path = tmp_path / "openings.txt"
