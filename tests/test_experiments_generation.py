@@ -280,7 +280,7 @@ def test_another_judge_may_be_given(plan: lab.Plan, tmp_path: Path) -> None:
 
 def test_a_chat_model_is_asked_by_its_own_template() -> None:
     model, example = _chat_model(), Example("1", "s", "Instruction: w1\nResponse:", (), None, "w1")
-    assert lab.framed(model, example).prompt == "w2 w1 w3"
+    assert lab.framed(model, example).prompt == "w4 w2 w1 w3"
     context = Example("1", "text", "w1", (), None, "w1")
     assert lab.framed(model, context) == context
     assert lab.framed(tiny_model("qwen2"), example) == example
@@ -289,7 +289,7 @@ def test_a_chat_model_is_asked_by_its_own_template() -> None:
 def _chat_model() -> LanguageModel:
     model = tiny_model("qwen2")
     model.tokenizer.bos_token = "w4"
-    turns = "w4{% for m in messages %}w2 {{ m['content'] }}{% endfor %}"
+    turns = "w4 {% for m in messages %}w2 {{ m['content'] }}{% endfor %}"
     model.tokenizer.chat_template = turns + "{% if add_generation_prompt %} w3{% endif %}"
     return model
 
