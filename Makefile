@@ -27,10 +27,16 @@ lab: $(INSTALLED)
 clean:
 	rm -rf .venv build book/_build book/chapters book/assets
 
+# .venv/rooms shows the packages to mypy, which does not follow what pip leaves of an editable installation
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("fihelpers needs Python 3.11 or newer")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[book,test]"
+	rm -rf .venv/rooms && mkdir .venv/rooms
+	ln -s ../../fihelpers .venv/rooms/fihelpers
+	ln -s ../../notebooks/chapters .venv/rooms/fichapters
+	ln -s ../../book/bookmaker .venv/rooms/fibook
+	ln -s ../../data/minis .venv/rooms/fiminis
 	touch $@
 
 # torchao checks our quantization, and Triton runs the kernel of GPUs where there is none; outside the import

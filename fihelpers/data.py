@@ -1,12 +1,16 @@
-"""Where the shipped data lies, and whether it is what was shipped."""
+"""Where the shipped data lies, and whether it is what was shipped; hashes, and files written whole."""
 
 import hashlib
 import json
 import os
+import tempfile
 from functools import lru_cache
 from pathlib import Path
 
 MANIFEST = "manifest.json"
+PACKAGE = Path(__file__).resolve().parent
+COMPILED = "__pycache__"  # Python's code, and the loops that Numba compiles anew for each new use
+LEFT_BEHIND = (".pyc", "~")  # how the names of other files end that no version of a folder holds
 
 
 def data_folder() -> Path:
@@ -92,3 +96,42 @@ def _read_manifest(path: Path, _mtime: int) -> dict[str, str]:
     if not isinstance(entries, dict) or not all(isinstance(value, str) for value in entries.values()):
         raise ValueError(f"{path} must map relative paths to SHA-256 strings; restore the data folder.")
     return entries
+
+
+def package_sha256(*folders: Path) -> str:
+    """Hash of the library's own files, or those of some folders: what was computed before they changed may
+    no longer hold."""
+    total = hashlib.sha256()
+    for folder in folders or (PACKAGE,):
+        for path in lasting_files(folder):
+            total.update(f"{path.relative_to(folder).as_posix()}\0".encode() + path.read_bytes())
+    return total.hexdigest()
+
+
+def lasting_files(folder: Path) -> list[Path]:
+    """The files below a folder that belong to it, in order: those that git would ship.
+
+    Left out is what running, downloading and editing leave there: hidden files and folders, compiled code,
+    and copies that end in "~".
+    """
+    found = sorted(path for path in folder.rglob("*") if _lasts(path.relative_to(folder)))
+    return [path for path in found if path.is_file()]
+
+
+def _lasts(place: Path) -> bool:
+    passing = any(part.startswith(".") or part == COMPILED for part in place.parts)
+    return not passing and not place.name.endswith(LEFT_BEHIND)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write beside `path` and rename: after a crash the old file, or none, is there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -13,7 +13,7 @@ import torch
 from tiny import WORDS, tiny_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from fihelpers.models import LanguageModel
+from fihelpers.models.language import LanguageModel
 
 Settings = dict[str, Any]
 

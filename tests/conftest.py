@@ -35,7 +35,7 @@ def write_chapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WriteChapt
 
     def write(*cells: str, name: str = "01_tiny") -> Path:
         parameters = 'PROFILE = "embedded"\nSEED = 0\nN = 3\nRATES = [0, 0.5]\nMODEL = "mini"\nLIMIT = None'
-        begin = f'from fihelpers.results import begin\n\nrun = begin("{name}")'
+        begin = f'from fichapters.results import begin\n\nrun = begin("{name}")'
         sources = [parameters, begin, *cells]
         notebook = new_notebook(cells=[new_markdown_cell("# Tiny"), *map(new_code_cell, sources)])
         notebook.cells[1].metadata["tags"] = ["parameters"]

@@ -7,10 +7,12 @@ from typing import Any
 import nbformat
 import pytest
 
-from fihelpers import models, results, vision
-from fihelpers.experiments import merging
-from fihelpers.parameters import declared, read_profile, settle
-from fihelpers.runs import chapters
+from fichapters import results
+from fichapters.ch09 import lab as merging
+from fichapters.parameters import declared, read_profile, settle
+from fichapters.runs import chapters
+from fihelpers.models import language as models
+from fihelpers.models import vision
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = {path.stem: path for path in chapters(ROOT / "notebooks")}

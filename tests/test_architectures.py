@@ -15,10 +15,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D
 
 from fihelpers.answers import letters
-from fihelpers.evaluate import answer_all
-from fihelpers.generate import end_tokens, greedy
-from fihelpers.linear import linear_names
-from fihelpers.models import LanguageModel, open_model, weights_sha256
+from fihelpers.evaluate.questions import answer_all
+from fihelpers.models.generate import end_tokens, greedy
+from fihelpers.models.language import LanguageModel, open_model, weights_sha256
+from fihelpers.models.linear import linear_names
 from fihelpers.perturb.merge import Protection, merge_models
 from fihelpers.perturb.quantize import (
     Scheme,
@@ -28,7 +28,8 @@ from fihelpers.perturb.quantize import (
     quantized,
     save_quantized,
 )
-from fihelpers.scores import Scores, score_weights
+from fihelpers.scores.store import Scores
+from fihelpers.scores.weights import score_weights
 from fihelpers.tasks import Example
 
 LENGTHS = (1, 4, 6, 13, 6, 2)  # of the prompts, after what they share

@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from fihelpers import bench
+from fichapters import bench
+from fichapters.ch07 import lab as sparsification
 from fihelpers.__main__ import main
-from fihelpers.experiments import sparsification
-from fihelpers.models import open_model
+from fihelpers.models.language import open_model
 from fihelpers.perturb.sparsify import linear_names
 
 SMALL = bench.Size(hidden=32, inner=48, layers=2, heads=2, vocabulary=40)

@@ -6,19 +6,12 @@ import pytest
 import torch
 from tiny_vision import random_image, save_vision_model
 
-from fihelpers import bench_pixels
-from fihelpers.bench_pixels import (
-    FILTERS,
-    JACOBIAN,
-    SALIENCY,
-    captum_saliency,
-    pixel_rows,
-    plain_jacobian,
-)
+from fichapters import bench_pixels
+from fichapters.bench_pixels import FILTERS, JACOBIAN, SALIENCY, captum_saliency, pixel_rows, plain_jacobian
 from fihelpers.images import encode_png
+from fihelpers.models.vision import VisionModel, open_vision_model
 from fihelpers.scores.pixels import score_pixels
 from fihelpers.tasks import Example
-from fihelpers.vision import VisionModel, open_vision_model
 
 
 @pytest.fixture(scope="module")

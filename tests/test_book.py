@@ -18,7 +18,9 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from playwright.sync_api import Browser, sync_playwright
 
-from fihelpers import book, browser, publish
+from fibook import browser
+from fibook import build as book
+from fibook import site as publish
 
 CELLS = [
     new_markdown_cell(
@@ -29,7 +31,7 @@ CELLS = [
     new_code_cell("SEED = 0", metadata={"tags": ["parameters"]}),
     new_code_cell(
         "import matplotlib.pyplot as plt\nfrom myst_nb import glue\nfrom tqdm.notebook import tqdm\n"
-        "from fihelpers.explore import flipbook\nfrom fihelpers.figures.style import new_figure, use_style\n"
+        "from fichapters.explore import flipbook\nfrom fichapters.style import new_figure, use_style\n"
         "use_style()\n"
         "glue('accuracy', 0.8125, display=False)\nlist(tqdm(range(2)))\n"
         "figure, axes = new_figure()\naxes[0, 0].bar(['a', 'b'], [1, 2])\n"
@@ -44,7 +46,7 @@ CELLS = [
         "flipbook(figures, ['none', 'some', 'all'], title='Bars', alt=['low', 'even', 'high'])"
     ),
     new_code_cell(
-        "from fihelpers import explorers\nfrom fihelpers.experiments import manifold\n"
+        "from fichapters import explorers\nfrom fichapters.ch02 import lab as manifold\n"
         "net = manifold.make_family(manifold.BASE, dims=2, seed=8)\n"
         "explorers.simplex(net, title='Three answers', still=new_figure()[0])"
     ),
@@ -70,7 +72,7 @@ LOOK_UP = """# Look up
 
 ```{fi-modules}
 fihelpers.influence
-fihelpers.files
+fihelpers.data
 ```
 """
 
@@ -266,13 +268,13 @@ def test_explorers_answer_the_keyboard_and_the_mouse(tiny: Path, chromium: Brows
 
 def test_the_reference_is_made_from_docstrings(tiny: Path) -> None:
     text = (tiny / "look_up.html").read_text("utf-8")
-    assert 'id="fihelpers.influence.fi"' in text and 'id="fihelpers.files.write_atomically"' in text
+    assert 'id="fihelpers.influence.fi"' in text and 'id="fihelpers.data.write_atomically"' in text
     words = re.sub(r"<[^>]+>", "", text)
     assert "Write beside path and rename" in words and "spectral: Spectral" in words
     assert '<a class="reference internal" href="#fihelpers.influence.Spectral"' in text
-    assert "https://github.com/Someone/a-book/blob/main/fihelpers/files.py#L" in text
+    assert "https://github.com/Someone/a-book/blob/main/fihelpers/data.py#L" in text
     (source,) = re.findall(r'href="(_downloads/[^"]*/files\.py)"', text)
-    assert (tiny / source).read_bytes() == (book.BOOK.parent / "fihelpers" / "files.py").read_bytes()
+    assert (tiny / source).read_bytes() == (book.BOOK.parent / "fihelpers" / "data.py").read_bytes()
 
 
 def test_the_index_of_pictures_leads_to_their_sections(tiny: Path) -> None:

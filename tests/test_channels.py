@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from fihelpers.answers import Top, letters
 from fihelpers.influence import EXACT, Damped, SaturationWarning, ceiling, fi
-from fihelpers.linear import as_rows
-from fihelpers.models import LanguageModel
+from fihelpers.models.language import LanguageModel
+from fihelpers.models.linear import as_rows
 from fihelpers.perturb.sparsify import linear_names
-from fihelpers.scores import Scores, classgrads, score_weights
+from fihelpers.scores import hooks as classgrads
 from fihelpers.scores.channels import (
     channel_scores,
     displacement_scores,
@@ -21,6 +21,8 @@ from fihelpers.scores.channels import (
     score_channels,
 )
 from fihelpers.scores.pruning import score_pruning
+from fihelpers.scores.store import Scores
+from fihelpers.scores.weights import score_weights
 
 UP = "model.layers.0.mlp.up_proj.weight"
 NAMES = [UP, "model.layers.1.self_attn.o_proj.weight"]

@@ -6,13 +6,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from fihelpers import claims as judges
-from fihelpers.claims import Claim, condense, gather, headline, load_claims
-from fihelpers.experiments.judged import COLUMNS, NOT_MEASURED, RULES, Judged, judged
-from fihelpers.figures import claims as draw
-from fihelpers.published import published
-from fihelpers.results import Record, load_results, results_beside
-from fihelpers.runs import chapters
+from fichapters import claims as judges
+from fichapters.ch12 import draw
+from fichapters.claims import Claim, condense, gather, headline, load_claims
+from fichapters.judged import COLUMNS, NOT_MEASURED, RULES, Judged, judged
+from fichapters.papers import published
+from fichapters.results import Record, load_results, results_beside
+from fichapters.runs import chapters
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "data" / "results"

@@ -22,8 +22,8 @@ from transformers import (
     Qwen3_5ForConditionalGeneration,
 )
 
-from fihelpers.modelfiles import open_weights
-from fihelpers.models import LanguageModel, open_model
+from fihelpers.models.files import open_weights
+from fihelpers.models.language import LanguageModel, open_model
 from fihelpers.perturb.merge import (
     Average,
     Merger,
@@ -33,7 +33,8 @@ from fihelpers.perturb.merge import (
     merge_models,
     merged_state,
 )
-from fihelpers.scores import Scores, score_weights
+from fihelpers.scores.store import Scores
+from fihelpers.scores.weights import score_weights
 
 State = dict[str, Tensor]
 

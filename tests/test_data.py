@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fihelpers import data
-from fihelpers.minis.manifest import write_manifest
+from fiminis.manifest import write_manifest
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from IPython.core.formatters import DisplayFormatter
 from matplotlib.figure import Figure
 from PIL import Image
 
-from fihelpers.figures.described import COLOURS, describe, show_described, small_png
-from fihelpers.figures.style import new_figure
+from fichapters.described import COLOURS, describe, show_described, small_png
+from fichapters.style import new_figure
 
 
 def test_a_figure_says_titles_axes_and_legends() -> None:

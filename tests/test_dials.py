@@ -9,11 +9,12 @@ import torch
 from tiny import tiny_examples, tiny_model
 from torch import Tensor
 
-from fihelpers import dials
-from fihelpers.experiments import limits, pixels
-from fihelpers.explorers import Dial
+from fichapters import dials
+from fichapters.ch03 import lab as limits
+from fichapters.ch04 import lab as pixels
+from fichapters.explorers import Dial
 from fihelpers.influence import Damped, Exact
-from fihelpers.models import LanguageModel
+from fihelpers.models.language import LanguageModel
 from fihelpers.perturb.sparsify import linear_names
 from fihelpers.tasks import Example
 

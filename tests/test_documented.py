@@ -26,12 +26,12 @@ from lm_eval.tasks import TaskManager
 from opening import NOTEBOOKS, Opened, run_until_opened, settled
 from standins import ROOT, make_standins, write_notebooks
 
-from fihelpers import harness
+from fichapters.parameters import declared, spoken
+from fichapters.results import load_results
+from fichapters.runs import find_chapter
 from fihelpers.__main__ import _parser
-from fihelpers.parameters import declared, spoken
-from fihelpers.results import load_results
-from fihelpers.runs import find_chapter
-from fihelpers.scores import Scores
+from fihelpers.evaluate import harness
+from fihelpers.scores.store import Scores
 
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", *(f"book/{name}.md" for name in ("intro", "copies", "api")))
 PROGRAMS = ("python", "papermill", "torchrun", "make", "conda", "pip", ".ci/run")

@@ -10,17 +10,15 @@ from hypothesis import strategies as st
 from tiny import tiny_model
 
 from fihelpers.answers import Answers, Groups, Top, usual_answers
-from fihelpers.evaluate import (
-    Evaluator,
-    Outcome,
-    answer_all,
+from fihelpers.evaluate.questions import Evaluator, Outcome, answer_all
+from fihelpers.evaluate.stats import (
     crossed_difference,
     crossed_ratio,
     mean_interval,
     paired_difference,
     wilson,
 )
-from fihelpers.models import LanguageModel, open_model
+from fihelpers.models.language import LanguageModel, open_model
 from fihelpers.tasks import Example, load_task
 
 LETTERS = Groups(tuple("ABCD"), ((1,), (2, 9), (3,), (4,)))
@@ -274,7 +272,7 @@ def test_the_bootstrap_agrees_with_the_normal_interval_on_many_questions() -> No
 def test_the_bootstrap_resamples_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = np.arange(7.0), np.zeros(7)
     whole = paired_difference(a, b, seed=0, resamples=1000)
-    monkeypatch.setattr("fihelpers.evaluate.BLOCK", 70)  # draws the same numbers, ten rows at a time
+    monkeypatch.setattr("fihelpers.evaluate.stats.BLOCK", 70)  # draws the same numbers, ten rows at a time
     assert paired_difference(a, b, seed=0, resamples=1000) == pytest.approx(whole)
 
 

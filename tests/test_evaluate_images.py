@@ -8,10 +8,10 @@ import torch
 from tiny_vision import VISION_KINDS, random_image, save_vision_model
 
 from fihelpers.answers import Top, letters
-from fihelpers.evaluate import Outcome, answer_images
+from fihelpers.evaluate.questions import Outcome, answer_images
 from fihelpers.images import encode_png
+from fihelpers.models.vision import VisionModel, open_vision_model
 from fihelpers.tasks import Example
-from fihelpers.vision import VisionModel, open_vision_model
 
 
 def asked(n: int = 7, options: tuple[int, ...] = (4,)) -> list[Example]:

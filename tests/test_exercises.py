@@ -13,10 +13,20 @@ import numpy as np
 import pytest
 import torch
 
+from fichapters.ch01 import check as ch01
+from fichapters.ch02 import check as ch02
+from fichapters.ch03 import check as ch03
+from fichapters.ch04 import check as ch04
+from fichapters.ch05 import check as ch05
+from fichapters.ch06 import check as ch06
+from fichapters.ch07 import check as ch07
+from fichapters.ch08 import check as ch08
+from fichapters.ch09 import check as ch09
+from fichapters.ch10 import check as ch10
+from fichapters.ch12 import check as ch12
+from fichapters.exercises import NOT_YET, Verdict, Wrong, equal, exercise, number
+from fichapters.runs import chapters
 from fihelpers import influence
-from fihelpers.exercises import ch01, ch02, ch03, ch04, ch05, ch06, ch07, ch08, ch09, ch10, ch12
-from fihelpers.exercises.verdicts import NOT_YET, Verdict, Wrong, equal, exercise, number
-from fihelpers.runs import chapters
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = chapters(ROOT / "notebooks")
@@ -138,7 +148,7 @@ def test_exercises_come_after_the_results_and_before_the_end(path: Path) -> None
 
 @each_chapter
 def test_every_check_of_a_chapter_is_asked_for_once(path: Path) -> None:
-    module = importlib.import_module(f"fihelpers.exercises.ch{path.stem[:2]}")
+    module = importlib.import_module(f"fichapters.ch{path.stem[:2]}.check")
     checks = {
         name
         for name, value in vars(module).items()
@@ -146,7 +156,7 @@ def test_every_check_of_a_chapter_is_asked_for_once(path: Path) -> None:
     }
     asked = [ast.unparse(found.check.func) for found in exercises_of(path)]
     assert sorted(asked) == sorted(f"check.{name}" for name in checks)
-    assert f"from fihelpers.exercises import ch{path.stem[:2]} as check" in exercises_of(path)[0].setup
+    assert f"from fichapters.ch{path.stem[:2]} import check" in exercises_of(path)[0].setup
 
 
 @each_exercise

@@ -8,15 +8,15 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from fihelpers.bench import Questions, Size, fi_of_weights
-from fihelpers.experiments import cost as lab
-from fihelpers.experiments.pixels import load_pictures
-from fihelpers.figures import cost as draw
-from fihelpers.figures.style import WIDTH
-from fihelpers.models import open_model
-from fihelpers.scores import classgrads, weights
+from fichapters.bench import Questions, Size, fi_of_weights
+from fichapters.ch04.lab import load_pictures
+from fichapters.ch10 import draw, lab
+from fichapters.style import WIDTH
+from fihelpers.models.language import open_model
+from fihelpers.models.vision import VisionModel, open_vision_model
+from fihelpers.scores import hooks as classgrads
+from fihelpers.scores import weights
 from fihelpers.tasks import Example
-from fihelpers.vision import VisionModel, open_vision_model
 
 SMALL = Size(hidden=32, inner=96, layers=2, heads=4, vocabulary=40)
 SHAPE = lab.Shape(hidden=32, inner=96, layers=2, heads=4, kv_heads=2, vocabulary=40)

@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from fihelpers.experiments import digits as lab
-from fihelpers.experiments.pixels import curves
-from fihelpers.figures import digits as draw
+from fichapters.ch04 import digits as lab
+from fichapters.ch04 import draw_digits as draw
+from fichapters.ch04.lab import curves
 
 
 def test_digits_with_ten_classes() -> None:

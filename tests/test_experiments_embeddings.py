@@ -9,10 +9,9 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from fihelpers.experiments import embeddings as lab
-from fihelpers.experiments import tables
-from fihelpers.figures import embeddings as draw
-from fihelpers.models import LanguageModel
+from fichapters import tables
+from fichapters.ch06 import draw, lab
+from fihelpers.models.language import LanguageModel
 from fihelpers.tasks import Example
 from fihelpers.tasks.mcq import format_prompt
 

@@ -9,11 +9,11 @@ import pandas as pd
 import pytest
 from tiny import tiny_model
 
-from fihelpers.experiments import generation as lab
-from fihelpers.figures import generation as draw
-from fihelpers.generate import Response, greedy
-from fihelpers.judges import LikelihoodJudge, length_controlled_win_rates
-from fihelpers.models import LanguageModel, open_model
+from fichapters.ch07 import draw_text as draw
+from fichapters.ch07 import text as lab
+from fihelpers.evaluate.judges import LikelihoodJudge, length_controlled_win_rates
+from fihelpers.models.generate import Response, greedy
+from fihelpers.models.language import LanguageModel, open_model
 from fihelpers.tasks import Example
 
 MEASURES = ("FI exact", "SNIP", "random")

@@ -10,12 +10,13 @@ from matplotlib.figure import Figure
 from tiny import SHAPE, WORDS, tiny_examples, tiny_model
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from fichapters.ch03 import draw as figures
+from fichapters.ch03 import lab as limits
 from fihelpers.answers import Groups, letters
-from fihelpers.experiments import limits
-from fihelpers.figures import limits as figures
 from fihelpers.influence import Cut, Damped, Exact, SaturationWarning, fi
-from fihelpers.models import LanguageModel
-from fihelpers.scores import Scores, score_weights
+from fihelpers.models.language import LanguageModel
+from fihelpers.scores.store import Scores
+from fihelpers.scores.weights import score_weights
 
 EXAMPLES = tiny_examples(4)
 

@@ -9,8 +9,8 @@ import torch
 from matplotlib.figure import Figure
 from tiny import tiny_examples, tiny_model
 
-from fihelpers.experiments import manifold
-from fihelpers.figures import manifold as figures
+from fichapters.ch02 import draw as figures
+from fichapters.ch02 import lab as manifold
 from fihelpers.influence import Cut, Damped, Exact, ceiling, fi, moments
 
 BASE5 = (0.4, 0.25, 0.15, 0.12, 0.08)

@@ -12,9 +12,8 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from fihelpers import dials
-from fihelpers.experiments import merging as lab
-from fihelpers.figures import merging as draw
+from fichapters import dials
+from fichapters.ch09 import draw, lab
 from fihelpers.perturb.merge import Average, FisherAverage, TaskArithmetic, Ties
 from fihelpers.tasks import Example, load_task
 

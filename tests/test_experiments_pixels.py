@@ -10,12 +10,11 @@ import torch
 from tiny_vision import save_vision_model
 from torch import Tensor
 
-from fihelpers.experiments import pixels as lab
-from fihelpers.experiments import tables
-from fihelpers.figures import pixels as draw
+from fichapters import tables
+from fichapters.ch04 import draw, lab
 from fihelpers.images import encode_png
+from fihelpers.models.vision import VisionModel, open_vision_model
 from fihelpers.tasks import Example, image_prompt
-from fihelpers.vision import VisionModel, open_vision_model
 
 SIZE, PATCH = 24, 8
 MEASURES = ("FI exact", lab.FI_TOP, lab.FI_SUMMED, "Jacobian norm", "Grad-CAM", "random")

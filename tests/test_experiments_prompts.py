@@ -9,16 +9,15 @@ import pytest
 import torch
 from tiny_vision import random_image, save_vision_model
 
+from fichapters.ch05 import draw, lab
 from fihelpers.data import data_folder
-from fihelpers.experiments import prompts as lab
-from fihelpers.figures import prompts as draw
 from fihelpers.images import encode_png
-from fihelpers.minis.manifest import write_manifest
+from fihelpers.models.vision import VisionModel, open_vision_model
 from fihelpers.perturb.pixels import top_pixels
 from fihelpers.scores.pixels import pixel_batches
 from fihelpers.tasks import Example, image_prompt
-from fihelpers.tasks.images import load_instructions
-from fihelpers.vision import VisionModel, open_vision_model
+from fihelpers.tasks.pictures import load_instructions
+from fiminis.manifest import write_manifest
 
 SHIPPED = Path(__file__).resolve().parent.parent / "data" / "prompts.yaml"
 OPTIONS = ("w1", "w2", "w3", "w4")

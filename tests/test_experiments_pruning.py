@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 from tiny import tiny_model
 
-from fihelpers.experiments import pruning as lab
-from fihelpers.figures import pruning as draw
-from fihelpers.models import LanguageModel
+from fichapters.ch07 import draw_pruning as draw
+from fichapters.ch07 import pruning as lab
+from fihelpers.models.language import LanguageModel
 
 CUTS = lab.usual_cuts([0.05, 0.1], [0.3, 0.6], 0.3)
 

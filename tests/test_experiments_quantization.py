@@ -9,10 +9,9 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from fihelpers.experiments import quantization as lab
-from fihelpers.figures import quantization as draw
-from fihelpers.linear import as_rows, linear_names, turned_names
-from fihelpers.models import LanguageModel
+from fichapters.ch08 import draw, lab
+from fihelpers.models.language import LanguageModel
+from fihelpers.models.linear import as_rows, linear_names, turned_names
 from fihelpers.perturb.quantize import Scheme, pack, pack_model, select_channels, size_report
 
 SHARES = (0.1, 0.5)

@@ -6,16 +6,15 @@ import pytest
 import torch
 from tiny import tiny_examples, tiny_model
 
+from fichapters.ch04.digits import train
+from fichapters.ch11 import components as parts_lab
+from fichapters.ch11 import draw, lab
+from fichapters.ch11.components import COAR, GATE_FI, GATE_LENGTH, JOINT, Coordinates, Settings
+from fichapters.results import Record
 from fihelpers.answers import Groups, letters
-from fihelpers.experiments import components as parts_lab
-from fihelpers.experiments import relatives as lab
-from fihelpers.experiments.components import COAR, GATE_FI, GATE_LENGTH, JOINT, Coordinates, Settings
-from fihelpers.experiments.digits import train
-from fihelpers.figures import relatives as draw
 from fihelpers.influence import ceiling
-from fihelpers.models import LanguageModel
-from fihelpers.results import Record
-from fihelpers.scores import score_weights
+from fihelpers.models.language import LanguageModel
+from fihelpers.scores.weights import score_weights
 
 SETTINGS = Settings(ablations=30, held=8, curved=2, attributed=2)
 EXAMPLES = tiny_examples(4)

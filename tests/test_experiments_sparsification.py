@@ -8,11 +8,10 @@ import pandas as pd
 import pytest
 from tiny import tiny_model
 
-from fihelpers.experiments import sparsification as lab
-from fihelpers.experiments.first_look import Look
-from fihelpers.figures import sparsification as draw
+from fichapters.ch01.lab import Look
+from fichapters.ch07 import draw, lab
 from fihelpers.perturb.sparsify import linear_names
-from fihelpers.scores import score_weights
+from fihelpers.scores.weights import score_weights
 
 MEASURES = ("FI exact", "FI damped 0.0001", "SNIP", "magnitude", "random")
 

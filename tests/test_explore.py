@@ -8,7 +8,7 @@ import pytest
 from ipywidgets import IntSlider, Play, Widget
 from matplotlib.figure import Figure
 
-from fihelpers import explore
+from fichapters import explore
 
 
 def figures(count: int, size: tuple[float, float] = (5, 2)) -> list[Figure]:

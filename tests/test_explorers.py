@@ -10,9 +10,10 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from fihelpers import explorers, influence
-from fihelpers.experiments import manifold
-from fihelpers.explorers import Bar, Line, Position
+from fichapters import explorers
+from fichapters.ch02 import lab as manifold
+from fichapters.explorers import Bar, Line, Position
+from fihelpers import influence
 
 
 @pytest.fixture

@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from fihelpers import files, runs
+from fichapters import runs
+from fihelpers import data
 
 ROOT = Path(__file__).resolve().parent.parent
 # a loop for arrays that nothing else has compiled it for
 COMPILE = """
 import sys
 import numpy as np
-from fihelpers.files import PACKAGE, package_sha256
-from fihelpers.scores import tiles
+from fihelpers.data import PACKAGE, package_sha256
+from fihelpers.scores.kernels import cpu as tiles
 
 before = package_sha256()
 tiles._moments(np.ones((1, 1, tiles.STRIP + 2)), 0, 1, 1.0, 2, np.ones(2), np.ones(2, np.float32))
@@ -46,13 +47,13 @@ print(PACKAGE, len(compiled), before == package_sha256())
 def test_the_hash_sees_what_ships_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, counts: bool
 ) -> None:
-    monkeypatch.setattr(files, "PACKAGE", tmp_path)
+    monkeypatch.setattr(data, "PACKAGE", tmp_path)
     (tmp_path / "b.py").write_text("b = 1")
-    hashes = [files.package_sha256()]
+    hashes = [data.package_sha256()]
     (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
     for content in ("1", "2"):
         (tmp_path / place).write_text(content)
-        hashes.append(files.package_sha256())
+        hashes.append(data.package_sha256())
     assert len(set(hashes)) == (3 if counts else 1)
 
 
@@ -63,10 +64,10 @@ def test_a_hidden_folder_above_the_package_hides_nothing(
     package = tmp_path / ".venv" / "fihelpers"
     package.mkdir(parents=True)
     (package / "a.py").write_text("a = 1")
-    monkeypatch.setattr(files, "PACKAGE", package)
-    before = files.package_sha256()
+    monkeypatch.setattr(data, "PACKAGE", package)
+    before = data.package_sha256()
     (package / "a.py").write_text("a = 2")
-    assert files.package_sha256() != before
+    assert data.package_sha256() != before
 
 
 def test_every_file_that_git_knows_counts() -> None:
@@ -77,11 +78,11 @@ def test_every_file_that_git_knows_counts() -> None:
         [git, "ls-files", "fihelpers"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.split()
     known = {ROOT / name for name in listed if (ROOT / name).exists()}
-    assert known and known <= set(files.lasting_files(files.PACKAGE))
+    assert known and known <= set(data.lasting_files(data.PACKAGE))
 
 
 def test_what_numba_compiles_leaves_the_hash_alone(tmp_path: Path) -> None:
-    shutil.copytree(files.PACKAGE, tmp_path / "fihelpers", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(data.PACKAGE, tmp_path / "fihelpers", ignore=shutil.ignore_patterns("__pycache__"))
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     environment = {name: value for name, value in environment.items() if not name.startswith("NUMBA")}
     done = subprocess.run(

@@ -14,8 +14,9 @@ from test_tiles import MEASURED, by_torch, close, factors_of
 
 from fihelpers.influence import Cut, Damped, Exact
 from fihelpers.measures import MEASURES, Influence, Measure
-from fihelpers.scores import tiles, weights
-from fihelpers.scores.classgrads import Factors
+from fihelpers.scores import weights
+from fihelpers.scores.hooks import Factors
+from fihelpers.scores.kernels import cpu as tiles
 
 ON_GPU = torch.cuda.is_available()
 FILTERS: list[Measure] = [Influence(Exact()), Influence(Damped(1e-2)), Influence(Cut(0.1))]

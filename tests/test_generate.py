@@ -10,9 +10,9 @@ from tiny import WORDS, tiny_model
 from torch import Tensor
 from transformers import GenerationConfig
 
-from fihelpers import generate
-from fihelpers.generate import Response, greedy, sample
-from fihelpers.models import LanguageModel
+from fihelpers.models import generate
+from fihelpers.models.generate import Response, greedy, sample
+from fihelpers.models.language import LanguageModel
 
 KINDS = ["qwen2", "llama", "gpt_neox", "gpt2"]
 PROMPTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9 w1", "w2 w2"]

@@ -16,11 +16,12 @@ import yaml
 from tiny import tiny_model
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from fihelpers import harness
 from fihelpers.answers import Groups, groups
-from fihelpers.evaluate import answer_all, wilson
-from fihelpers.harness import HarnessResult, evaluate_with_harness, score_number
-from fihelpers.models import LanguageModel, open_model
+from fihelpers.evaluate import harness
+from fihelpers.evaluate.harness import HarnessResult, evaluate_with_harness, score_number
+from fihelpers.evaluate.questions import answer_all
+from fihelpers.evaluate.stats import wilson
+from fihelpers.models.language import LanguageModel, open_model
 from fihelpers.perturb.sparsify import linear_names, zeroed
 from fihelpers.tasks import load_task
 

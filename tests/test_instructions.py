@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 
 from fihelpers.data import data_folder
-from fihelpers.minis.facts import instruction_prompt, load_instructions
-from fihelpers.models import open_model
+from fihelpers.models.language import open_model
 from fihelpers.tasks import load_task
-from fihelpers.tasks.instructions import read_difficulties
+from fihelpers.tasks.instructions import instruction_prompt, load_instructions, read_difficulties
 
 ROWS = [
     {"instruction": f"Do {i}.", "output": f"Done {i}.", "generator": "g", "dataset": "ab"[i % 3 > 0]}

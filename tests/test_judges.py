@@ -18,8 +18,7 @@ from scipy.optimize import minimize, root
 from scipy.special import expit
 from tiny import tiny_model
 
-from fihelpers.generate import Response, greedy
-from fihelpers.judges import (
+from fihelpers.evaluate.judges import (
     KEY,
     ApiJudge,
     LikelihoodJudge,
@@ -27,6 +26,7 @@ from fihelpers.judges import (
     rouge1,
     win_rate,
 )
+from fihelpers.models.generate import Response, greedy
 
 
 def _written(*texts: str) -> list[Response]:

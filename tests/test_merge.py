@@ -18,8 +18,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
-from fihelpers.modelfiles import open_weights, write_weights
-from fihelpers.models import LanguageModel, open_model
+from fihelpers.models.files import open_weights, write_weights
+from fihelpers.models.language import LanguageModel, open_model
+from fihelpers.models.tensors import Layout
 from fihelpers.perturb.merge import (
     METHODS,
     Average,
@@ -37,8 +38,7 @@ from fihelpers.perturb.merge import (
     merged_state,
 )
 from fihelpers.perturb.topshare import seed_of
-from fihelpers.scores import Scores
-from fihelpers.tensors import Layout
+from fihelpers.scores.store import Scores
 
 State = dict[str, Tensor]
 Trio = tuple[LanguageModel, LanguageModel, LanguageModel]

@@ -9,11 +9,11 @@ import torch
 
 from fihelpers.answers import usual_answers
 from fihelpers.data import check_folder, data_folder
-from fihelpers.evaluate import Evaluator
-from fihelpers.minis import facts, lm
-from fihelpers.minis.manifest import write_manifest
-from fihelpers.models import open_model
+from fihelpers.evaluate.questions import Evaluator
+from fihelpers.models.language import open_model
 from fihelpers.tasks import load_task
+from fiminis import facts, lm
+from fiminis.manifest import write_manifest
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from fihelpers.data import check_folder, data_folder
-from fihelpers.minis import experts, facts, lm
-from fihelpers.models import LanguageModel, open_model
+from fihelpers.models.language import LanguageModel, open_model
 from fihelpers.tasks import load_task
+from fiminis import experts, facts, lm
 
 OTHER = {"math": "health", "health": "math"}
 

@@ -12,12 +12,13 @@ import yaml
 from transformers import AutoTokenizer
 
 from fihelpers.data import check_folder, data_folder
-from fihelpers.evaluate import answer_images
+from fihelpers.evaluate.questions import answer_images
 from fihelpers.images import read_image
-from fihelpers.minis import images, vlm
-from fihelpers.minis.lm import save
+from fihelpers.models.vision import open_vision_model
 from fihelpers.tasks import load_task
-from fihelpers.vision import open_vision_model
+from fiminis import drawings as images
+from fiminis import vlm
+from fiminis.lm import save
 
 SMALL = replace(
     vlm.RECIPE,

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 
 from fihelpers.data import file_sha256
-from fihelpers.minis.manifest import write_manifest
-from fihelpers.models import LanguageModel, bundled_models, open_model
+from fihelpers.models.language import LanguageModel, bundled_models, open_model
+from fiminis.manifest import write_manifest
 
 KINDS = ("qwen2", "llama", "gpt_neox")
 PROMPTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9 w1", "w2 w2", "w3 w1 w9 w4 w5 w6 w7"]
@@ -322,7 +322,7 @@ def hub(saved: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
 def test_a_hub_model_is_pinned_to_the_commit_of_the_moment(
     hub, revision, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.INFO, "fihelpers.models"):
+    with caplog.at_level(logging.INFO, "fihelpers.models.language"):
         model = open_model("some/model", revision=revision)
     assert (model.name, model.revision) == ("some/model", COMMIT)
     assert hub[:2] == [("info", "some/model", revision), ("download", "some/model", COMMIT)]

@@ -8,11 +8,11 @@ import pytest
 import yaml
 from nbformat import NotebookNode
 
-from fihelpers.models import open_model
-from fihelpers.parameters import declared, read_profile, settle
-from fihelpers.results import compare, load_results
-from fihelpers.runs import chapters, run_chapter
-from fihelpers.vision import open_vision_model
+from fichapters.parameters import declared, read_profile, settle
+from fichapters.results import compare, load_results
+from fichapters.runs import chapters, run_chapter
+from fihelpers.models.language import open_model
+from fihelpers.models.vision import open_vision_model
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = chapters(ROOT / "notebooks")

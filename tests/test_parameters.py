@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from conftest import WriteChapter
 
-from fihelpers.parameters import declared, executed, profiles_folder, read_profile, settle, spoken
+from fichapters.parameters import declared, executed, profiles_folder, read_profile, settle, spoken
 
 DEFAULTS = {"PROFILE": "embedded", "SEED": 0, "N_TEST": 10, "RATES": [0, 0.5], "REVISION": None, "FAST": True}
 

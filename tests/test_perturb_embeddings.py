@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fihelpers.answers import Top
 from fihelpers.data import data_folder
-from fihelpers.models import open_model, open_tokenizer
+from fihelpers.models.language import open_model, open_tokenizer
 from fihelpers.perturb.embeddings import attack, question_region, top_dimensions
 from fihelpers.scores.inputs import EmbeddingBatch, embedding_batches
 from fihelpers.tasks import Example, load_task

@@ -7,13 +7,14 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
+from fichapters.ch03 import precision
+from fichapters.ch03.precision import agreement_by_answer, precision_agreement
 from fihelpers.data import data_folder
-from fihelpers.experiments import precision
-from fihelpers.experiments.precision import agreement_by_answer, precision_agreement
 from fihelpers.influence import Damped
-from fihelpers.models import open_model
+from fihelpers.models.language import open_model
 from fihelpers.perturb.sparsify import linear_names
-from fihelpers.scores import Scores, score_weights
+from fihelpers.scores.store import Scores
+from fihelpers.scores.weights import score_weights
 from fihelpers.tasks import load_task
 
 DAMPED = Damped(1e-4)

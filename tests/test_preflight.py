@@ -16,9 +16,10 @@ import torch
 from tiny import tiny_model
 from transformers import AutoConfig, Qwen2Config, Qwen2ForCausalLM, T5Config
 
-from fihelpers import preflight
 from fihelpers.data import data_folder
-from fihelpers.models import WEIGHTS, open_model
+from fihelpers.jobs import preflight
+from fihelpers.jobs.preflight import Estimate, Part, estimate_merge, estimate_quantization, estimate_scores
+from fihelpers.models.language import WEIGHTS, open_model
 from fihelpers.perturb.merge import merge_models
 from fihelpers.perturb.quantize import (
     Kept,
@@ -29,7 +30,6 @@ from fihelpers.perturb.quantize import (
     size_report,
 )
 from fihelpers.perturb.sparsify import linear_names
-from fihelpers.preflight import Estimate, Part, estimate_merge, estimate_quantization, estimate_scores
 
 FACTOR = 1.3  # between the memory foreseen and that measured
 QWEN2_7B = {

@@ -108,7 +108,7 @@ def test_make_installs_once(tmp_path: Path) -> None:
 def test_a_missing_browser_is_said_aloud_or_fails(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    from fihelpers import browser
+    from fibook import browser
     from fihelpers.__main__ import _check_pages
 
     monkeypatch.setattr(browser, "find_browser", lambda: None)

@@ -6,8 +6,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from fihelpers import published
-from fihelpers.runs import chapters
+from fichapters import papers as published
+from fichapters.runs import chapters
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = chapters(ROOT / "notebooks")

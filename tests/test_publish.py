@@ -14,11 +14,12 @@ import pytest
 import yaml
 from nbformat.v4 import new_notebook
 
-from fihelpers import __version__, publish
+from fibook import site as publish
+from fibook.build import BOOK
+from fibook.site import Address, address, check_sizes, write_status
+from fichapters.runs import chapters
+from fihelpers import __version__
 from fihelpers.__main__ import _parser
-from fihelpers.book import BOOK
-from fihelpers.publish import Address, address, check_sizes, write_status
-from fihelpers.runs import chapters
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))

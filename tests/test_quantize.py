@@ -19,7 +19,8 @@ from tiny import WORDS, tiny_examples, tiny_model
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
-from fihelpers.models import LanguageModel, open_model
+from fihelpers.jobs.preflight import estimate_quantization
+from fihelpers.models.language import LanguageModel, open_model
 from fihelpers.perturb import quantize
 from fihelpers.perturb.quantize import (
     BITS,
@@ -41,8 +42,8 @@ from fihelpers.perturb.quantize import (
     size_report,
 )
 from fihelpers.perturb.sparsify import linear_names
-from fihelpers.preflight import estimate_quantization
-from fihelpers.scores import Scores, score_weights
+from fihelpers.scores.store import Scores
+from fihelpers.scores.weights import score_weights
 
 ORACLES = Path(sys.prefix) / "oracles"
 SCHEMES = [

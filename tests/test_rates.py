@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny_network
 
-from fihelpers import rates
-from fihelpers.experiments.cost import FI, Shape, operations
+from fichapters.ch10.lab import FI, Shape, operations
+from fihelpers.jobs import speed as rates
+from fihelpers.jobs.speed import Rate, Work, matrices_of, measure_rate, shapes_of
 from fihelpers.measures import find_measure
-from fihelpers.rates import Rate, Work, matrices_of, measure_rate, shapes_of
 
 MEASURES = {m.name: m for m in (find_measure("FI"),)}
 

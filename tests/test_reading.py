@@ -13,13 +13,13 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
+from fichapters.ch07.text import framed
 from fihelpers.answers import letters
-from fihelpers.evaluate import answer_all
-from fihelpers.experiments.generation import framed
-from fihelpers.generate import greedy, prompt_ids
-from fihelpers.models import Framed, LanguageModel, in_chat, tokenize
-from fihelpers.preflight import plan_scores
-from fihelpers.scores import score_weights
+from fihelpers.evaluate.questions import answer_all
+from fihelpers.jobs.preflight import plan_scores
+from fihelpers.models.generate import greedy, prompt_ids
+from fihelpers.models.language import Framed, LanguageModel, in_chat, tokenize
+from fihelpers.scores.weights import score_weights
 from fihelpers.tasks import Example
 
 

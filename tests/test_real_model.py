@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from fichapters.ch07.lab import Plan, run_sweep, summary
 from fihelpers.answers import Top
 from fihelpers.data import data_folder
-from fihelpers.experiments.sparsification import Plan, run_sweep, summary
 from fihelpers.measures import MEASURES
-from fihelpers.models import LanguageModel, open_model
+from fihelpers.models.language import LanguageModel, open_model
 from fihelpers.perturb.sparsify import linear_names
-from fihelpers.scores import score_weights
+from fihelpers.scores.weights import score_weights
 from fihelpers.tasks import load_task
 
 

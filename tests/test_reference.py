@@ -6,9 +6,9 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from fihelpers import reference
-from fihelpers.book import BOOK
-from fihelpers.files import PACKAGE
+from fibook import reference
+from fibook.build import BOOK
+from fihelpers.data import PACKAGE
 
 MODULES = [reference.read_module(name) for name in reference.module_names()]
 SOURCE = '''"""A module."""

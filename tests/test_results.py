@@ -14,9 +14,9 @@ from conftest import WriteChapter
 from tiny import tiny_network
 from torch import nn
 
+from fichapters.results import Chapter, Record, begin, compare, load_results
 from fihelpers.influence import Cut
-from fihelpers.linear import linear_share
-from fihelpers.results import Chapter, Record, begin, compare, load_results
+from fihelpers.models.linear import linear_share
 
 MODEL = SimpleNamespace(name="mini", revision=None, sha256="ab" * 32)
 

@@ -11,10 +11,10 @@ import nbformat
 import pytest
 from conftest import WriteChapter
 
-from fihelpers import files, runs
+from fichapters import runs
+from fichapters.results import load_results
+from fichapters.runs import ChapterError, chapters, find_chapter, run_all, run_chapter
 from fihelpers.__main__ import main
-from fihelpers.results import load_results
-from fihelpers.runs import ChapterError, chapters, find_chapter, run_all, run_chapter
 
 OUT = Path("build/runs/smoke")
 RECORD = 'run.record("n", run.p.N, n=1)'
@@ -48,9 +48,7 @@ def test_a_chapter_runs_in_this_environment_and_is_not_run_again(
     spec = {"argv": ["no-such-python", "{connection_file}"], "display_name": "other", "language": "python"}
     (other / "kernel.json").write_text(json.dumps(spec))
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
-    monkeypatch.setattr(
-        files, "PACKAGE", tmp_path / "data"
-    )  # so that nobody's edit meanwhile changes the key
+    monkeypatch.setattr(runs, "PACKAGE", tmp_path / "data")  # so that nobody's edit meanwhile changes the key
     where = "import sys\n\nprint(sys.executable, run.p)"
     notebook = write_chapter(RECORD, where, "import ipywidgets\n\nipywidgets.IntSlider(5)")
 
@@ -84,7 +82,7 @@ def test_the_key_sees_all_that_a_run_depends_on(
     (package / "a.py").write_text("a = 1")
     (package / "a.pyc").write_text("compiled")
     (model / "weights").write_text("w")
-    monkeypatch.setattr(files, "PACKAGE", package)
+    monkeypatch.setattr(runs, "PACKAGE", package)
 
     def key(**settings: Any) -> str:
         return runs._key(notebook, {"N": 2, "MODEL": str(model), **settings}, OUT)

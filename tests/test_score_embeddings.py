@@ -10,7 +10,7 @@ from torch import Tensor
 from fihelpers.answers import Answers, Top, letters
 from fihelpers.influence import Damped, SaturationWarning, ceiling
 from fihelpers.measures import MEASURES
-from fihelpers.models import LanguageModel
+from fihelpers.models.language import LanguageModel
 from fihelpers.scores.inputs import (
     EmbeddingBatch,
     embedding_batches,

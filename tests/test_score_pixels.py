@@ -13,9 +13,9 @@ from torch import Tensor
 from fihelpers.answers import Groups, Top
 from fihelpers.images import encode_png
 from fihelpers.influence import Damped, SaturationWarning, ceiling, gram
+from fihelpers.models.vision import VisionModel, open_vision_model
 from fihelpers.scores.pixels import PixelBatch, pixel_batches, score_batches, score_pixels
 from fihelpers.tasks import Example
-from fihelpers.vision import VisionModel, open_vision_model
 
 SIZES = ((16, 16), (24, 16), (19, 21))  # the last is resized by every kind
 EVERY = ("FI summed", "Jacobian norm", "SNIP", "saliency", "random", "information length")

@@ -21,13 +21,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny_examples, tiny_model
 
-from fihelpers import preflight, scoring
 from fihelpers.__main__ import main
 from fihelpers.influence import Cut, Damped, Exact, spectral_of
-from fihelpers.models import LanguageModel, check_placed, open_model
-from fihelpers.preflight import plan_scores
-from fihelpers.scores import Scores, classgrads, score_weights, weights
-from fihelpers.scoring import Processes, score_task
+from fihelpers.jobs import preflight
+from fihelpers.jobs import score as scoring
+from fihelpers.jobs.preflight import plan_scores
+from fihelpers.jobs.score import Processes, score_task
+from fihelpers.models.language import LanguageModel, check_placed, open_model
+from fihelpers.scores import hooks as classgrads
+from fihelpers.scores import weights
+from fihelpers.scores.store import Scores
+from fihelpers.scores.weights import score_weights
 from fihelpers.tasks import Task, load_task
 from fihelpers.tasks.base import make_task
 
@@ -415,7 +419,7 @@ def test_a_run_that_does_not_fit_is_refused_before_the_model_is_opened(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     places = [str(saved / "model"), str(saved / "contexts.txt"), "--out", str(tmp_path / "out.safetensors")]
-    monkeypatch.setattr("fihelpers.models.open_network", None)  # opening would fail
+    monkeypatch.setattr("fihelpers.models.language.open_network", None)  # opening would fail
     settings = {"measures": ["FI"], "classes": 9, "every": True, "displaced": False}
     whole = plan_scores(saved / "model", lengths=[6] * N, save_memory=True, **settings).memory_bytes
     single = plan_scores(saved / "model", lengths=[6] * N, save_memory=True, batch_size=1, **settings)

@@ -11,13 +11,14 @@ from tiny import WORDS, tiny_examples, tiny_model
 from torch import Tensor
 
 from fihelpers.answers import Top, letters
-from fihelpers.generate import Response, sample
 from fihelpers.influence import Damped, SaturationWarning, ceiling
 from fihelpers.measures import Influence, Measure, find_measure
-from fihelpers.models import LanguageModel, open_model
-from fihelpers.scores import score_weights, sequences
+from fihelpers.models.generate import Response, sample
+from fihelpers.models.language import LanguageModel, open_model
+from fihelpers.scores import sequences
 from fihelpers.scores.inputs import score_embeddings
 from fihelpers.scores.sequences import Sampling, score_prompt_tokens, score_sequences
+from fihelpers.scores.weights import score_weights
 from fihelpers.tasks import Example
 
 KINDS = ["qwen2", "llama", "gpt_neox"]
@@ -257,7 +258,7 @@ def test_a_rerun_takes_the_samples_of_the_cache(tmp_path: Path, monkeypatch: pyt
     model, examples = model_for("llama", True), tiny_examples(3)
     cache = tmp_path / "samples.jsonl"
     first = score_sequences(model, examples, ["SNIP"], horizon=4, samples=5, cache=cache)["SNIP"]
-    monkeypatch.setattr("fihelpers.generate._write", lambda *_: pytest.fail("sampled again"))
+    monkeypatch.setattr("fihelpers.models.generate._write", lambda *_: pytest.fail("sampled again"))
     again = score_sequences(model, examples, ["SNIP"], horizon=4, samples=5, cache=cache)["SNIP"]
     assert again.metadata == first.metadata
     assert all(torch.equal(again[key], value) for key, value in first.values.items())

@@ -10,12 +10,18 @@ from typing import Any
 import pytest
 from opening import NOTEBOOKS, ROOT, Opened, run_until_opened, settled
 
-from fihelpers import models, runs
+from fichapters import runs
+from fichapters.ch02 import lab as manifold
+from fichapters.ch03 import lab as limits
+from fichapters.ch05 import lab as prompts
+from fichapters.ch07 import text as generation
+from fichapters.ch09 import lab as merging
+from fichapters.ch11 import lab as relatives
+from fichapters.parameters import declared
+from fichapters.runs import find_chapter
+from fichapters.settings import JOINS, RULES, Rule, agreed
 from fihelpers.__main__ import main
-from fihelpers.experiments import generation, limits, manifold, merging, prompts, relatives
-from fihelpers.parameters import declared
-from fihelpers.runs import find_chapter
-from fihelpers.settings import JOINS, RULES, Rule, agreed
+from fihelpers.models import language as models
 
 PROFILES = sorted(path.stem for path in (ROOT / "notebooks" / "profiles").glob("*.yaml"))
 
@@ -161,7 +167,7 @@ def test_none_stands_for_all_where_the_notebook_says_so() -> None:
 
 
 def test_a_grid_is_refused_whole_before_any_cell_runs(tmp_path: Path) -> None:
-    from fihelpers.sweeps import cells_of
+    from fichapters.sweeps import cells_of
 
     notebook = find_chapter(ROOT / "notebooks", "1")
     with pytest.raises(ValueError, match="the parameter SHARE must be above 0 and at most 1, not 2"):

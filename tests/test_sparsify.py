@@ -5,7 +5,7 @@ import torch
 from tiny import tiny_model
 
 from fihelpers.perturb.sparsify import linear_names, select, zeroed
-from fihelpers.scores import Scores
+from fihelpers.scores.store import Scores
 
 
 def scores(seed: int = 0) -> dict[str, torch.Tensor]:

@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 import pytest
 from matplotlib.colors import to_rgb
 
-from fihelpers.figures.style import LOOKS, legend_outside, look, look_of, new_figure, use_style
+from fichapters.style import LOOKS, legend_outside, look, look_of, new_figure, use_style
 from fihelpers.measures import MEASURES
 
 

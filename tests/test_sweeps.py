@@ -16,11 +16,11 @@ import pytest
 from conftest import WriteChapter
 from distributed import LocalCluster
 
-from fihelpers import sweeps
+from fichapters import sweeps
+from fichapters.results import SHARED, Record
+from fichapters.runs import ChapterError
+from fichapters.sweeps import Cell, Work, alone_on, cells_of, read_grid, run_cell, sweep
 from fihelpers.__main__ import main
-from fihelpers.results import SHARED, Record
-from fihelpers.runs import ChapterError
-from fihelpers.sweeps import Cell, Work, alone_on, cells_of, read_grid, run_cell, sweep
 
 # dask leaves sockets of lost connections to the garbage collector, which is called before the next test
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")

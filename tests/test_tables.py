@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from fihelpers.experiments.tables import average, judged_lines, show
+from fichapters.tables import average, judged_lines, show
 
 CLAIM = "24: a claim whose words are longer than the fifty letters that pandas prints of a column"
 JUDGED = pd.DataFrame(

@@ -7,9 +7,9 @@ from pathlib import Path
 import datasets
 import pytest
 
-from fihelpers.minis.manifest import write_manifest
 from fihelpers.tasks import load_task
 from fihelpers.tasks.mcq import HUB_REVISION, Row, format_prompt
+from fiminis.manifest import write_manifest
 
 SUBJECTS = ("business", "world_law")
 QUESTIONS = {"dev": 3, "val": 4, "test": 6}

@@ -18,12 +18,13 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from fihelpers.experiments import pixels, prompts
+from fichapters.ch04 import lab as pixels
+from fichapters.ch05 import lab as prompts
 from fihelpers.images import read_image
-from fihelpers.minis.manifest import write_manifest
 from fihelpers.tasks import Example, Task, image_prompt, load_task, with_instruction
 from fihelpers.tasks.base import make_task
-from fihelpers.tasks.images import HUB_REVISIONS
+from fihelpers.tasks.pictures import HUB_REVISIONS
+from fiminis.manifest import write_manifest
 
 
 def png(level: int = 7, size: tuple[int, int] = (5, 4)) -> bytes:

@@ -11,8 +11,8 @@ from numba.core.dispatcher import Dispatcher
 from fihelpers import influence
 from fihelpers.influence import Cut, Damped, Exact, ceiling
 from fihelpers.measures import MEASURES, DataFree, Elementwise, Influence, Measure
-from fihelpers.scores import tiles
-from fihelpers.scores.classgrads import Factors
+from fihelpers.scores.hooks import Factors
+from fihelpers.scores.kernels import cpu as tiles
 
 MEASURED = [m for m in MEASURES.values() if not isinstance(m, DataFree)]
 

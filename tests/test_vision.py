@@ -28,7 +28,7 @@ from transformers import LlavaImageProcessorPil, Qwen2VLImageProcessorPil
 from fihelpers.answers import letters
 from fihelpers.data import file_sha256
 from fihelpers.images import read_image, to_pil
-from fihelpers.vision import (
+from fihelpers.models.vision import (
     ClipPreprocess,
     Preprocess,
     QwenPreprocess,

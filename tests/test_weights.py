@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from fihelpers.answers import groups, letters
 from fihelpers.influence import EXACT, Damped, SaturationWarning, fi
 from fihelpers.measures import MEASURES, RANDOM
-from fihelpers.models import LanguageModel
-from fihelpers.scores import Scores, classgrads, score_weights, weights
-from fihelpers.scores.weights import class_grads_of_weights, score_contexts
+from fihelpers.models.language import LanguageModel
+from fihelpers.scores import hooks as classgrads
+from fihelpers.scores import weights
+from fihelpers.scores.store import Scores
+from fihelpers.scores.weights import class_grads_of_weights, score_contexts, score_weights
 
 KINDS = ["qwen2", "llama", "gpt_neox", "gpt2"]
 

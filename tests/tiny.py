@@ -19,7 +19,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from fihelpers.models import LanguageModel
+from fihelpers.models.language import LanguageModel
 from fihelpers.tasks import Example
 
 WORDS = ["<unk>", *"ABCD", *(f"w{i}" for i in range(27))]

@@ -2,11 +2,11 @@
 
     python tools/golden.py OLD [NEW] [--profile smoke] [--chapters 01 07] [--keep build/golden]
 
-Both commits run every chapter with one thread and the compiled loops, each from its own files. Every record and
-every table is compared: whole numbers, selections and words equal, other numbers to a relative 1e-5. Where a row
-differs in nothing but whole numbers or words, the list says so, since that is what a flipped tie looks like.
-Timings, memory, versions and hashes are left out. Runs are kept by commit; the exit code is the number of
-differences, at most 99. "." stands for the files as they are.
+Both commits run every chapter with one thread and the compiled loops, each from its own files. Every record
+and every table is compared: whole numbers, selections and words equal, other numbers to a relative 1e-5.
+Where a column differs in nothing but whole numbers or words, the list says so: that is what a flipped tie
+looks like. Timings, memory, versions and hashes are left out. Runs are kept by commit; the exit
+code is the number of differences, at most 99. "." stands for the files as they are.
 """
 
 import argparse
@@ -119,7 +119,7 @@ def _same(a: Any, b: Any) -> bool:
 
 def _flips(old: pd.Series, new: pd.Series, wrong: Sequence[int]) -> bool:
     """Whether what differs are words, or digits for single answers."""
-    return all(isinstance(old[i], str) or isinstance(old[i], int | np.integer) for i in wrong)
+    return all(isinstance(old[i], str | int | np.integer) for i in wrong)
 
 
 def _is_time(row: pd.Series) -> bool:

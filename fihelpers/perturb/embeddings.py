@@ -14,7 +14,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from fihelpers.models import LanguageModel
+from fihelpers.models.language import LanguageModel
 from fihelpers.scores.inputs import EmbeddingBatch
 from fihelpers.tasks import Example
 

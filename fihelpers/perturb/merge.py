@@ -30,9 +30,10 @@ import torch
 from torch import Tensor
 
 from fihelpers import __version__
-from fihelpers.conversion import StoredTensors
-from fihelpers.modelfiles import SHARD_BYTES, ModelWeights, new_folder, open_weights, write_weights
-from fihelpers.models import WEIGHTS_INDEX, LanguageModel
+from fihelpers.models.conversion import StoredTensors
+from fihelpers.models.files import SHARD_BYTES, ModelWeights, new_folder, open_weights, write_weights
+from fihelpers.models.language import WEIGHTS_INDEX, LanguageModel
+from fihelpers.models.tensors import Layout, TensorDict, TensorFile
 from fihelpers.perturb.merge_methods import (
     METHODS,
     AnyScores,
@@ -51,7 +52,6 @@ from fihelpers.perturb.merge_methods import (
 )
 from fihelpers.perturb.topshare import CHUNK, TopShare, seed_of
 from fihelpers.scores.store import Scores
-from fihelpers.tensors import Layout, TensorDict, TensorFile
 
 __all__ = [
     "METHODS",

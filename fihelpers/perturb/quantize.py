@@ -4,7 +4,7 @@ A matrix W (out, in) is cut to 1, 2, 3, 4 or 8 bits, but for chosen channels, ou
 which keep 16 bits. What is kept takes no part in the ranges of the rest. The codes are really packed: what a
 model weighs in memory and on disk is measured, not estimated. Rounding follows torchao's affine primitives,
 with scales in float16. Every linear weight is such a matrix: those of fused experts are one, with the rows of
-all experts (`fihelpers.linear`).
+all experts (`fihelpers.models.linear`).
 """
 
 from __future__ import annotations
@@ -32,8 +32,15 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from fihelpers.linear import as_rows, from_rows, linear_names, turned_names
-from fihelpers.models import WEIGHTS, LanguageModel, brief, find_device, open_tokenizer, weights_sha256
+from fihelpers.models.language import (
+    WEIGHTS,
+    LanguageModel,
+    brief,
+    find_device,
+    open_tokenizer,
+    weights_sha256,
+)
+from fihelpers.models.linear import as_rows, from_rows, linear_names, turned_names
 from fihelpers.perturb.sparsify import Scope, Which, select
 from fihelpers.scores.channels import Axis, check_axis
 from fihelpers.scores.store import Scores
@@ -234,7 +241,7 @@ def quantization_error(
     """The displacement of every weight, quantized minus original, like weight in float32 or better.
 
     It is the delta of the displacement-aware scores (method 1b.4). weight: a matrix W (out, in), or a linear
-    weight of another shape, `turned` or not (`fihelpers.linear`). Raises what `pack` raises.
+    weight of another shape, `turned` or not (`fihelpers.models.linear`). Raises what `pack` raises.
     """
     exact = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
     matrix = weight if weight.dim() < 2 else as_rows(weight, turned)

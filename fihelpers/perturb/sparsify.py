@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fihelpers.linear import as_rows, linear_names
+from fihelpers.models.linear import as_rows, linear_names
 from fihelpers.scores.store import Scores
 
 __all__ = ["linear_names", "select", "zeroed"]
@@ -32,7 +32,7 @@ def select(
 
     share: of all named weights (scope "global"), of each tensor's ("layer"), or of each of its rows, the
         weights of one output ("row", for "top" and "bottom"), rounded to a whole number of weights. `Scores`
-        know which tensors lie turned (`fihelpers.linear`); in a mapping the last axis is the input.
+        know which tensors lie turned (`fihelpers.models.linear`); in a mapping the last axis is the input.
     which: "top" and "bottom" by score, "random" over all, or "low half": a random draw from the lower
         half by score, the paper's FI-low.
     Ties at the border are settled by a seeded random draw among the tied weights (method 1b.5).

@@ -27,10 +27,10 @@ from fihelpers.influence import (
     fi_from_gram,
     gram,
 )
-from fihelpers.linear import as_rows, from_rows, turned_names
 from fihelpers.measures import FISHER, INFORMATION_LENGTH, SQUARED_SCORE
-from fihelpers.models import Batch, LanguageModel
-from fihelpers.scores.classgrads import Block, class_grad_blocks, frozen, missed_by_hooks, named_parameters
+from fihelpers.models.language import Batch, LanguageModel
+from fihelpers.models.linear import as_rows, from_rows, turned_names
+from fihelpers.scores.hooks import Block, class_grad_blocks, frozen, missed_by_hooks, named_parameters
 from fihelpers.scores.store import Scores, provenance
 from fihelpers.scores.watched import Layers, Watched, batch_size_for, linear_layers, of_tokens, watching
 from fihelpers.tasks import Example

@@ -30,7 +30,7 @@ from fihelpers.influence import (
     warn_if_saturated,
 )
 from fihelpers.measures import Elementwise, Influence, Measure, Random, find_measure
-from fihelpers.models import Batch, LanguageModel
+from fihelpers.models.language import Batch, LanguageModel
 from fihelpers.tasks import Example
 
 LogProbs = Callable[[Tensor], Tensor]

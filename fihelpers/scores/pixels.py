@@ -22,10 +22,10 @@ from fihelpers.answers import Answers, Groups, letters
 from fihelpers.images import read_image
 from fihelpers.influence import EXACT, Spectral
 from fihelpers.measures import Measure
+from fihelpers.models.vision import VisionModel
 from fihelpers.scores.inputs import InputGrads, class_grads_of_inputs, gathered
 from fihelpers.tasks import Example
-from fihelpers.tasks.images import LETTERS
-from fihelpers.vision import VisionModel
+from fihelpers.tasks.pictures import LETTERS
 
 Grouping = Literal["pixel", "channel", "patch", "token"]
 

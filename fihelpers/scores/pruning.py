@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fihelpers.answers import Answers, Groups, usual_answers
-from fihelpers.linear import as_rows, from_rows
-from fihelpers.models import Batch, LanguageModel
+from fihelpers.models.language import Batch, LanguageModel
+from fihelpers.models.linear import as_rows, from_rows
 from fihelpers.scores.store import Scores, provenance
 from fihelpers.scores.watched import Layers, batch_size_for, linear_layers, of_tokens, watching
 from fihelpers.tasks import Example

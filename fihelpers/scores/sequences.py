@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 
 from fihelpers.answers import Answers, Top
-from fihelpers.generate import Response, prompt_ids, sample
 from fihelpers.influence import EXACT, Spectral
 from fihelpers.measures import MEASURES, Influence, Measure, find_measure
-from fihelpers.models import Batch, LanguageModel, left_padded
-from fihelpers.scores.classgrads import named_parameters
+from fihelpers.models.generate import Response, prompt_ids, sample
+from fihelpers.models.language import Batch, LanguageModel, left_padded
+from fihelpers.scores.hooks import named_parameters
 from fihelpers.scores.inputs import FI_SUMMED, InputGrads, class_grads_of_inputs, gathered
 from fihelpers.scores.store import Scores
 from fihelpers.scores.weights import score_contexts
@@ -132,7 +132,8 @@ def score_sequences(
     discount: gamma between 0 and 1 for the discounted form; None for FI_seq^L. See the module for both,
         and for how responses that end before step L count.
     answers: the classes of every step, by default the 8 likeliest tokens and the rest.
-    seed, cache: as in `fihelpers.generate.sample`, which draws the responses; the rest as in `score_weights`.
+    seed, cache: as in `fihelpers.models.generate.sample`, which draws the responses; the rest as in
+    `score_weights`.
 
     Returns what `score_weights` returns. The metadata also hold horizon, samples, seed, `ended` (the share of
     responses that came to their end within the horizon), and `contexts`, the number of distinct contexts

@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fihelpers.linear import as_rows, turned_names
-from fihelpers.models import LanguageModel
+from fihelpers.models.language import LanguageModel
+from fihelpers.models.linear import as_rows, turned_names
 from fihelpers.tasks import Example
 
 TURNED = "turned"  # the metadata's list of weights whose last axis is the output
@@ -34,7 +34,7 @@ class Scores:
         return self.values[name]
 
     def rows(self, name: str) -> Tensor:
-        """The scores of a weight as rows (rows, in), one an output; see `fihelpers.linear`."""
+        """The scores of a weight as rows (rows, in), one an output; see `fihelpers.models.linear`."""
         return as_rows(self.values[name], name in self.turned)
 
     @property

@@ -16,8 +16,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from fihelpers.linear import as_rows, linear_names, turned_names
-from fihelpers.models import Batch
+from fihelpers.models.language import Batch
+from fihelpers.models.linear import as_rows, linear_names, turned_names
 
 # name of the weight, number of the expert (0 where there is one matrix), input (..., in), output (..., out)
 See = Callable[[str, int, Tensor, Tensor], None]
@@ -38,7 +38,7 @@ class Watched:
 
     @property
     def rows(self) -> Tensor:
-        """The weight as a matrix (rows, in), see `fihelpers.linear`."""
+        """The weight as a matrix (rows, in), see `fihelpers.models.linear`."""
         return as_rows(self.weight.detach(), self.turned)
 
     @property

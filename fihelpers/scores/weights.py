@@ -22,9 +22,8 @@ from fihelpers.measures import (
     Measure,
     find_measure,
 )
-from fihelpers.models import Batch, LanguageModel
-from fihelpers.scores import tiles
-from fihelpers.scores.classgrads import (
+from fihelpers.models.language import Batch, LanguageModel
+from fihelpers.scores.hooks import (
     Block,
     Factors,
     class_grad_blocks,
@@ -33,8 +32,9 @@ from fihelpers.scores.classgrads import (
     named_parameters,
     not_finite,
 )
+from fihelpers.scores.kernels import cpu as tiles
+from fihelpers.scores.kernels.cpu import Formula
 from fihelpers.scores.store import Scores, provenance
-from fihelpers.scores.tiles import Formula
 from fihelpers.tasks import Example
 
 DISPLACED = (SQUARED_SCORE, FISHER)
@@ -297,7 +297,9 @@ def _in_tiles(factors: Factors, totals: Tensor, formulas: tuple[Formula, ...]) -
 def _kernel(device: torch.device, dtype: torch.dtype, formulas: tuple[Formula, ...]) -> Adder | None:
     """The kernel of a GPU, None (and a warning) where it does not do what a CPU does: it is tried once."""
     try:
-        from fihelpers.scores import fused  # Triton is there where torch is made for GPUs, and only there
+        from fihelpers.scores.kernels import (
+            gpu as fused,  # Triton is there where torch is made for GPUs, and only there
+        )
 
         fused.check(device, dtype, formulas)
     except Exception as error:  # Triton, the compiler that it calls and the driver raise errors of many types

@@ -6,9 +6,10 @@ from os import PathLike
 from pathlib import Path
 
 from fihelpers.data import data_folder
-from fihelpers.tasks import images, instructions, mcq, text
+from fihelpers.tasks import instructions, mcq, text
+from fihelpers.tasks import pictures as images
 from fihelpers.tasks.base import Example, Task, make_task
-from fihelpers.tasks.images import image_prompt, with_instruction
+from fihelpers.tasks.pictures import image_prompt, with_instruction
 
 __all__ = ["Example", "Task", "image_prompt", "load_task", "with_instruction"]
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import yaml
 
 from fihelpers.data import check_file, data_folder
-from fihelpers.minis.facts import instruction_prompt, load_instructions
 from fihelpers.tasks.base import Example
 
 log = logging.getLogger(__name__)
@@ -24,6 +24,16 @@ DIFFICULTY_FILE = "instruction_difficulty.csv"
 NO_DATASET = "no data set"  # of a row that does not say where it comes from
 SPLITS = ("val", "test")
 HALVES = {"val": 0, "test": 1}  # rows 0, 2, 4, ... and rows 1, 3, 5, ...
+
+
+def load_instructions(folder: Path) -> list[dict]:
+    """data/instructions.yaml: entries of three wordings (the last is held out) and one answer."""
+    return yaml.safe_load((folder / "instructions.yaml").read_text(encoding="ascii"))["instructions"]
+
+
+def instruction_prompt(wording: str) -> str:
+    """An instruction as the bundled model reads it, up to where its response begins."""
+    return f"Instruction: {wording}\nResponse:"
 
 
 def read_bundled(split: str) -> list[Example]:

@@ -1,0 +1,1 @@
+"""How the bundled models and the drawn data are made."""

@@ -1,0 +1,141 @@
+"""How sure one can be of a mean, a share or a difference (method.md, section 4)."""
+
+from functools import lru_cache
+from math import isfinite, sqrt
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.stats import t as student_t
+
+BLOCK = 5_000_000  # resampled values held at once by the bootstrap (40 MB)
+
+
+def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Return Wilson's score interval (low, high) of a proportion.
+
+    Raises ValueError unless 0 <= successes <= n, n >= 1 and 0 < level < 1.
+    """
+    _check_level(level)
+    if n < 1 or not 0 <= successes <= n:
+        raise ValueError(f"{successes} successes of {n} is no proportion; give 0 <= successes <= n, n >= 1.")
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    share = successes / n
+    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z * sqrt(share * (1 - share) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
+    # At the ends the formula gives 0 and 1 up to rounding.
+    return (0.0 if successes == 0 else centre - half, 1.0 if successes == n else centre + half)
+
+
+def paired_difference(
+    a: ArrayLike,
+    b: ArrayLike,
+    *,
+    seed: int,
+    resamples: int = 10_000,
+    level: float = 0.95,
+) -> tuple[float, float, float]:
+    """Return the mean of a - b over questions and its bootstrap interval: (mean difference, low, high).
+
+    a and b (N,) belong to the same questions, in the same order (correct or not, log-probabilities);
+    questions are resampled, with the percentiles of the resampled means as the interval.
+    Raises ValueError for empty, unequal or non-finite input.
+    """
+    _check_level(level)
+    left, right = _values(a, "a"), _values(b, "b")
+    if len(left) != len(right):
+        raise ValueError(f"a has {len(left)} values and b has {len(right)}; pair them question by question.")
+    if resamples < 1:
+        raise ValueError(f"resamples must be at least 1, got {resamples}.")
+    difference = left - right
+    n = len(difference)
+    rng = np.random.default_rng(seed)
+    rows = max(1, BLOCK // n)
+    blocks = [min(rows, resamples - start) for start in range(0, resamples, rows)]
+    means = np.concatenate([difference[rng.integers(n, size=(block, n))].mean(1) for block in blocks])
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(difference.mean()), float(low), float(high)
+
+
+def crossed_difference(
+    a: ArrayLike, b: ArrayLike, *, seed: int, resamples: int = 10_000, level: float = 0.95
+) -> tuple[float, float, float]:
+    """Return the mean of a - b over seeds and questions and its interval: (mean difference, low, high).
+
+    a and b (S, N): a row for each calibration set, a column for each question, paired. Both are resampled, so
+    that the interval covers the choice of the calibration sets and of the questions.
+    Raises ValueError for input that is empty, unequal or not finite.
+    """
+    _check_level(level)
+    left, right = _crossed(a, b)
+    difference = left - right
+    set_weights, question_weights = _resampled(*difference.shape, seed, resamples)
+    means = ((set_weights @ difference) * question_weights).sum(1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(difference.mean()), float(low), float(high)
+
+
+def crossed_ratio(
+    a: ArrayLike, b: ArrayLike, *, seed: int, resamples: int = 10_000, level: float = 0.95
+) -> tuple[float, float, float]:
+    """Return by what share the mean of a exceeds that of b and its interval: (relative gain, low, high).
+
+    a and b hold right (1) and wrong (0), in shape, pairing and resampling as in :func:`crossed_difference`;
+    both means come from the same draws. Where b has nothing right, half an answer stands for it.
+    Raises ValueError for input that is empty, unequal or not finite.
+    """
+    _check_level(level)
+    left, right = _crossed(a, b)
+    least = 0.5 / left.size
+    weights = _resampled(*left.shape, seed, resamples)
+    above, below = (((weights[0] @ values) * weights[1]).sum(1) for values in (left, right))
+    gains = above / np.maximum(below, least) - 1
+    low, high = np.quantile(gains, [(1 - level) / 2, (1 + level) / 2])
+    return float(left.mean() / max(right.mean(), least) - 1), float(low), float(high)
+
+
+def _crossed(a: ArrayLike, b: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    left, right = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    if left.ndim != 2 or left.shape != right.shape or left.size == 0:
+        raise ValueError(f"a and b need one shape (seeds, questions), got {left.shape} and {right.shape}.")
+    if not np.isfinite(left - right).all():
+        raise ValueError("a or b holds NaN or infinite values; leave them out.")
+    return left, right
+
+
+@lru_cache(maxsize=2)
+def _resampled(sets: int, n: int, seed: int, resamples: int) -> tuple[np.ndarray, np.ndarray]:
+    """Weights (resamples, sets) and (resamples, n) of a bootstrap; the differences of a table share them."""
+    rng = np.random.default_rng(seed)
+    set_weights = rng.multinomial(sets, np.full(sets, 1 / sets), size=resamples) / sets
+    question_weights = rng.multinomial(n, np.full(n, 1 / n), size=resamples) / n
+    return set_weights, question_weights
+
+
+def mean_interval(values: ArrayLike, level: float = 0.95) -> tuple[float, float, float]:
+    """Return the mean of a few values, such as one a seed, and its t interval: (mean, low, high).
+
+    Raises ValueError for fewer than two values, which have no spread, or non-finite ones.
+    """
+    _check_level(level)
+    numbers = _values(values, "values")
+    n = len(numbers)
+    if n < 2:
+        raise ValueError(f"an interval needs at least two values, got {n}; use more seeds.")
+    half = float(student_t.ppf((1 + level) / 2, n - 1)) * float(numbers.std(ddof=1)) / sqrt(n)
+    mean = float(numbers.mean())
+    return mean, mean - half, mean + half
+
+
+def _values(values: ArrayLike, name: str) -> np.ndarray:
+    numbers = np.asarray(values, dtype=np.float64)
+    if numbers.ndim != 1 or numbers.size == 0:
+        raise ValueError(f"{name} must be a non-empty list of numbers, got shape {numbers.shape}.")
+    if not np.isfinite(numbers).all():
+        raise ValueError(f"{name} holds NaN or infinity at position {np.isfinite(numbers).argmin()}.")
+    return numbers
+
+
+def _check_level(level: float) -> None:
+    if not (isfinite(level) and 0 < level < 1):
+        raise ValueError(f"the level of an interval must lie between 0 and 1, got {level}.")

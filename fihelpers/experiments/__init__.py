@@ -1,1 +1,0 @@
-"""The experiments of the chapters: functions that return tidy tables, one module a chapter."""

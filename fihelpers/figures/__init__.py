@@ -1,1 +1,0 @@
-"""The figures of the chapters: functions that take tables and return matplotlib figures."""

@@ -1,0 +1,655 @@
+"""What a run needs of memory and disk, estimated from the configuration before anything is downloaded.
+
+    estimate_quantization("Qwen/Qwen2-7B", Scheme(4), dtype="bfloat16").check()
+    print(estimate_merge("mini-lm", "mini-math", "mini-health"))
+    print(plan_scores("mini-lm", lengths=[60] * 32).check())
+
+Parameters are counted exactly, on a network without storage; bytes follow from what the code keeps. Memory is
+of tensors: Python and its libraries add about half a gigabyte. Seconds follow from a short calibration on
+this machine (`fihelpers.jobs.speed`) and the operations of the run.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import psutil
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from fihelpers.jobs.speed import Rate, Work, matrices_of, measure_rate, shapes_of
+from fihelpers.measures import MEASURES, Measure, find_measure
+from fihelpers.models.conversion import builds_tensors
+from fihelpers.models.language import (
+    DTYPES,
+    HUB_FILES,
+    HUB_ID,
+    brief,
+    bundled_models,
+    find_device,
+    locate,
+    open_tokenizer,
+    tokenize,
+    weight_files,
+)
+from fihelpers.models.linear import as_rows, turned_names
+from fihelpers.perturb.merge_methods import Dare, Method, Ties, find_method
+from fihelpers.perturb.quantize import Scheme
+from fihelpers.perturb.sparsify import linear_names
+from fihelpers.perturb.topshare import CHUNK
+from fihelpers.scores.hooks import BLOCK, transformer_blocks
+from fihelpers.scores.weights import DISPLACED
+
+log = logging.getLogger(__name__)
+
+SCORE = 4  # bytes of a score, float32
+TOKENS = 512  # of the longest prompt, where the caller does not say
+WORK = 16 * CHUNK * 8  # bytes of the pieces that a merge works on
+SIXTEEN = 2  # bytes of a weight that quantization keeps
+
+
+@dataclass(frozen=True)
+class Part:
+    """Bytes that a run needs in one place: "memory", "memory of cuda:0" or "disk at /"."""
+
+    what: str
+    bytes: int
+    place: str
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run needs, and what is free.
+
+    parameters: of the model, or of all models. free: bytes by place, when the estimate was made.
+    alternatives: bytes of memory under other settings. path: the way that is taken, where there are several.
+    seconds: that the run takes once the model is open, None where they were not asked for.
+    """
+
+    what: str
+    parameters: int
+    parts: tuple[Part, ...]
+    free: Mapping[str, int]
+    alternatives: Mapping[str, int] = field(default_factory=dict)
+    path: str = ""
+    save_memory: bool = False
+    seconds: float | None = None
+
+    @property
+    def memory_bytes(self) -> int:
+        return sum(part.bytes for part in self.parts if not _is_disk(part.place))
+
+    @property
+    def disk_bytes(self) -> int:
+        return sum(part.bytes for part in self.parts if _is_disk(part.place))
+
+    def table(self) -> pd.DataFrame:
+        """A row for each part, and for each place its sum beside what is free there."""
+        rows = [{"place": p.place, "part": p.what, "bytes": p.bytes} for p in self.parts]
+        for place, free in self.free.items():
+            needed = self._needed(place)
+            rows.append({"place": place, "part": "together", "bytes": needed, "free": free})
+        order = list(self.free)
+        return pd.DataFrame(sorted(rows, key=lambda row: order.index(str(row["place"]))))
+
+    def __str__(self) -> str:
+        lines = [", ".join(filter(None, [f"{self.what}: {self.parameters:,} parameters", self.path]))]
+        if self.seconds is not None:
+            lines.append(f"  time: about {_time(self.seconds)}")
+        for place, free in self.free.items():
+            lines.append(f"  {place}: {_size(self._needed(place))} of {_size(free)} free")
+            lines += [f"    {_size(p.bytes):>9}  {p.what}" for p in self.parts if p.place == place]
+        return "\n".join(lines)
+
+    @property
+    def fits(self) -> bool:
+        return all(self._needed(place) <= free for place, free in self.free.items())
+
+    def check(self) -> Estimate:
+        """Return the estimate; raise MemoryError or OSError, in one sentence, where the run does not fit."""
+        for place, free in self.free.items():
+            needed = self._needed(place)
+            if needed <= free:
+                continue
+            problem = (
+                f"{self.what} needs {_size(needed)} of {place}, {_size(needed - free)} more than the "
+                f"{_size(free)} that are free; "
+            )
+            if _is_disk(place):
+                raise OSError(errno.ENOSPC, problem + "make room, or choose a folder on another disk")
+            raise MemoryError(problem + self._remedy(free))
+        return self
+
+    def _needed(self, place: str) -> int:
+        return sum(part.bytes for part in self.parts if part.place == place)
+
+    def _remedy(self, free: int) -> str:
+        for settings, needed in self.alternatives.items():
+            if needed <= free:
+                return f"with {settings} it needs {_size(needed)} and fits."
+        remedy = "choose a smaller model or a larger machine."
+        if not self.alternatives:
+            return remedy
+        least = min(self.alternatives, key=lambda settings: self.alternatives[settings])
+        return f"even with {least} it needs {_size(self.alternatives[least])}: {remedy}"
+
+
+def estimate_scores(
+    model_name: str | PathLike[str],
+    *,
+    dtype: str = "float32",
+    measures: Sequence[str | Measure] | None = None,
+    revision: str | None = None,
+    batch_size: int = 16,
+    tokens: int = TOKENS,
+    lengths: Sequence[int] | None = None,
+    classes: int = 4,
+    layers: Collection[str] | None = None,
+    every: bool = False,
+    displaced: bool = True,
+    save_memory: bool = False,
+    device: str = "cpu",
+    device_map: str | None = None,
+    processes: int = 1,
+    out: str | PathLike[str] | None = None,
+    files: int | None = None,
+    at_a_time: int | None = None,
+) -> Estimate:
+    """What `score_weights` needs for the weights of linear layers, and for saving the scores below `out`.
+
+    model_name: bundled name, folder or hub id. dtype: of the weights in memory; scores are float32 at least.
+    measures, displaced, save_memory: as for `score_weights`. tokens: of the longest prompt. lengths: of all
+    prompts, in tokens; with them the seconds are predicted, from a calibration of a few seconds. classes: K.
+    layers: names of linear layers such as "o_proj"; all by default. every: all parameters are scored, not
+    only linear weights. device_map: "auto" spreads the model over all GPUs. processes: that share the prompts
+    and, on a CPU, its memory. files: how many scores of all weights are saved; one a measure by default.
+    at_a_time: bytes of scores to which groups of tensors are limited that are scored one after the other;
+    each measure is then put together in the machine's memory.
+
+    Raises ValueError for an unknown dtype, measure or architecture, FileNotFoundError for an unknown name,
+    and ConnectionError where the hub does not give the configuration.
+    """
+    source = _source(model_name, revision)
+    chosen = {
+        m.name: m for m in (*map(find_measure, measures or MEASURES), *(DISPLACED if displaced else ()))
+    }
+    run = _Scoring(
+        source,
+        tuple(_all(source) if every else _linear(source, layers)),
+        chosen,
+        dtype,
+        batch_size,
+        tuple(lengths or ()),
+        max(lengths or [tokens]),
+        classes,
+        save_memory,
+        device,
+        device_map,
+        processes,
+        at_a_time,
+    )
+    return run.estimate(out, files)
+
+
+def plan_scores(
+    model_name: str | PathLike[str], *, save_memory: bool = False, lengths: Sequence[int], **settings: Any
+) -> Estimate:
+    """`estimate_scores` of the way to take: at once, or block by block where only that fits, or if asked to.
+
+    The seconds are measured for what fits; of what does not, the estimate says how much is missing.
+    """
+    tokens = max(lengths)  # and no lengths at first: nothing is timed that does not fit
+    first = estimate_scores(model_name, save_memory=save_memory, tokens=tokens, **settings)
+    found, saving = first, save_memory
+    if not first.fits and "save_memory=True" in first.alternatives:
+        found, saving = estimate_scores(model_name, save_memory=True, tokens=tokens, **settings), True
+    if not found.fits:
+        return first
+    return estimate_scores(model_name, save_memory=saving, lengths=lengths, **settings)
+
+
+def prompt_lengths(
+    model_name: str | PathLike[str], prompts: Sequence[str], revision: str | None = None
+) -> list[int]:
+    """How many tokens each prompt has; of a model on the hub the tokenizer alone is fetched."""
+    name = str(model_name)
+    if _is_here(name):
+        folder, label, _ = locate(name, revision, False)
+        tokenizer = open_tokenizer(folder, label, False)
+    else:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                name, revision=revision or "main", trust_remote_code=False
+            )
+        except (OSError, ValueError) as error:
+            raise ConnectionError(
+                f"the hub did not give the tokenizer of {name!r} ({type(error).__name__}); check the name, "
+                "the revision and the network."
+            ) from error
+    return [len(ids) for ids in tokenize(tokenizer, prompts)]
+
+
+@dataclass(frozen=True, eq=False)
+class _Scoring:
+    """A run of `score_weights`; names: of the parameters that are scored."""
+
+    source: _Source
+    names: tuple[str, ...]
+    measures: Mapping[str, Measure]
+    dtype: str
+    batch_size: int
+    lengths: tuple[int, ...]
+    tokens: int
+    classes: int
+    save_memory: bool
+    device: str
+    device_map: str | None
+    processes: int
+    at_a_time: int | None
+
+    @property
+    def network(self) -> PreTrainedModel:
+        return self.source.network
+
+    @property
+    def sizes(self) -> list[int]:
+        return [self.network.get_parameter(name).numel() for name in self.names]
+
+    @property
+    def weights(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def path(self) -> str:
+        way = f"block by block ({_blocks(self.network)} blocks)" if self.save_memory else "at once"
+        if self.device_map:
+            return f"{way}, over all GPUs (device map {self.device_map})"
+        return way if self.processes == 1 else f"{way}, in {self.processes} processes"
+
+    def estimate(self, out: str | PathLike[str] | None, files: int | None) -> Estimate:
+        whole = SCORE * self.weights
+        found = _estimate(
+            f"scoring the weights of {self.source.label} in {self.dtype}",
+            [self.source],
+            self.memory(),
+            {"scores, saved": whole * (len(self.measures) if files is None else files)},
+            self.device,
+            out,
+            self.alternatives(),
+            {} if self.at_a_time is None else {"one measure of all weights": whole},
+            self.device_map,
+        )
+        seconds = self.seconds() if self.lengths else None
+        return replace(found, path=self.path, save_memory=self.save_memory, seconds=seconds)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes by part, of all processes that share a CPU's memory."""
+        itemsize = max(_itemsize(self.dtype), SCORE)
+        # One matrix's gradient is there twice, in autograd and as `.grad`, while hooks are compared with it;
+        # what the measures make of a block of gradients comes to some four times the block.
+        parts = {
+            "weights": self.source.parameters * _itemsize(self.dtype),
+            "scores at work": min(
+                len(self.measures) * self.weights * itemsize, self.at_a_time or sys.maxsize
+            ),
+            "gradients of a batch": self._activations() + 2 * max(self.sizes) * itemsize,
+            "block of gradients at work": 5 * BLOCK * SCORE,
+        }
+        copies = self.processes if find_device(self.device).type == "cpu" else 1
+        return {name: copies * size for name, size in parts.items()}
+
+    def _activations(self) -> int:
+        """Bytes of a batch: what each layer gives, as much again in the graph, and K - 1 of its gradients.
+
+        Block by block they are of one block, beside what goes from each to the next.
+        """
+        network, itemsize = self.network, _itemsize(self.dtype)
+        text, head = network.config.get_text_config(), network.get_output_embeddings()
+        places, ends = self.batch_size * self.tokens * itemsize, self.batch_size * text.vocab_size * SCORE
+        if not self.save_memory:
+            width = sum(_width(module) for module in network.modules() if module is not head)
+            return (self.classes + 1) * (places * width + ends)
+        width = max(sum(map(_width, block.modules())) for block in transformer_blocks(network))
+        return (self.classes + 1) * (places * width + ends) + _blocks(network) * places * text.hidden_size
+
+    def alternatives(self) -> dict[str, int]:
+        """Bytes of memory under other settings, those that keep the precision first."""
+        exact: list[dict[str, Any]] = [{"batch_size": 1}] if self.batch_size > 1 else []
+        if not self.save_memory and _blocks(self.network):
+            exact += [{**way, "save_memory": True} for way in [{}, *exact]]
+        ways = [*exact, *({"dtype": other, **way} for other in _narrower(self.dtype) for way in [{}, *exact])]
+        needed = {
+            " and ".join(f"{key}={value!r}" for key, value in way.items()): sum(
+                replace(self, **way).memory().values()
+            )
+            for way in ways
+        }
+        gpus = torch.cuda.device_count() if find_device(self.device).type == "cuda" else 0
+        if gpus > 1 and not self.device_map:  # each then holds its part
+            needed[f"device_map='auto' over {gpus} GPUs"] = sum(self.memory().values()) // gpus
+        return needed
+
+    def seconds(self) -> float | None:
+        """Seconds of the process that has most to do; None where no part of the network can be timed."""
+        if not _blocks(self.network):
+            return None
+        shapes = shapes_of(self.lengths, self.batch_size)[-1 :: -self.processes]
+        try:
+            rate: Rate = measure_rate(
+                self.network.config,
+                self.measures,
+                batch_size=min(self.batch_size, len(self.lengths)),
+                tokens=self.tokens,
+                classes=self.classes,
+                device=self.device,
+                dtype=self.dtype,
+                save_memory=self.save_memory,
+            )
+        except Exception as error:  # two blocks of an unusual architecture: no reason not to score the whole
+            log.info("the time of %s is not foreseen (%s)", self.source.label, brief(error))
+            return None
+        return rate.seconds(self._work(), shapes)
+
+    def _work(self) -> Work:
+        scored = set(self.names)
+        size = {p: p.numel() for name, p in self.network.named_parameters() if name in scored}
+        embedding, head = (
+            sum(size.get(p, 0) for p in ends.parameters())
+            for ends in (self.network.get_input_embeddings(), self.network.get_output_embeddings())
+        )
+        matrices = matrices_of(self.network)
+        asked = sum(count for name, count in matrices.items() if name in scored)
+        depth = self.network.config.get_text_config().num_hidden_layers
+        return Work(sum(matrices.values()), asked, depth, embedding, head)
+
+
+def estimate_quantization(
+    model_name: str | PathLike[str],
+    scheme: Scheme,
+    *,
+    share: float = 0.0,
+    dtype: str = "float32",
+    revision: str | None = None,
+    layers: Collection[str] | None = None,
+    device: str = "cpu",
+    out: str | PathLike[str] | None = None,
+) -> Estimate:
+    """What it needs to quantize linear weights but a share of their rows, and to save the model below `out`.
+
+    While it is packed, memory holds the model as it was as well. layers: as in `estimate_scores`, which says
+    what is raised, and
+    ValueError for a share outside [0, 1].
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"The share of kept rows must lie in [0, 1], not {share}.")
+    source = _source(model_name, revision)
+    network, turned = source.network, turned_names(source.network)
+    matrices = [as_rows(network.get_parameter(name), name in turned) for name in _linear(source, layers)]
+    packed = sum(_packed_bytes(scheme, m.shape[0], m.shape[1], share) for m in matrices)
+    others = source.parameters - sum(m.numel() for m in matrices)
+
+    def memory(dtype: str) -> dict[str, int]:
+        return {
+            "weights": source.parameters * _itemsize(dtype),
+            "packed weights": packed,
+            "one matrix at work": 4 * SCORE * max(m.numel() for m in matrices),
+        }
+
+    return _estimate(
+        f"quantizing {source.label} to {scheme.bits} bit in {dtype}",
+        [source],
+        memory(dtype),
+        {"quantized model, saved": packed + others * _itemsize(dtype)},
+        device,
+        out,
+        {f"dtype={other!r}": sum(memory(other).values()) for other in _narrower(dtype)},
+    )
+
+
+def estimate_merge(
+    base: str | PathLike[str] | None,
+    a: str | PathLike[str],
+    b: str | PathLike[str],
+    *,
+    method: str | Method = "average",
+    protected: bool = True,
+    revisions: tuple[str | None, str | None, str | None] = (None, None, None),
+    out: str | PathLike[str] = ".",
+) -> Estimate:
+    """What `merge_models` needs: memory for one tensor of each model, disk for the models and the result.
+
+    A tensor is one of the opened model; where those are put together from stored ones, both forms are there.
+    protected: whether weights are protected by scores of A and B, which then take disk as well, a file of
+    float32 for the linear weights of each. Raises what `estimate_scores` raises.
+    """
+    chosen = find_method(method)
+    given = [
+        (name, revision) for name, revision in zip((base, a, b), revisions, strict=True) if name is not None
+    ]
+    sources = [_source(name, revision) for name, revision in given]
+    first = sources[0]
+    largest = max(p.numel() for p in first.network.parameters())
+    masks = 2 * largest * (protected + isinstance(chosen, Ties | Dare))
+    memory = {
+        "one tensor of each model": sum(largest * source.itemsize for source in sources),
+        "its merged form": largest * first.itemsize,
+        "masks": masks,
+        "pieces at work": WORK,
+    }
+    if builds_tensors(first.network):
+        memory["stored tensors that it is built from"] = largest * first.itemsize
+    disk = {"merged model": first.parameters * first.itemsize}
+    if protected:
+        linear = sum(first.network.get_parameter(name).numel() for name in linear_names(first.network))
+        memory["scores of one tensor"] = largest * SCORE
+        disk["scores of A and B, saved"] = 2 * linear * SCORE
+    what = f"merging {' and '.join(source.label for source in sources[-2:])}"
+    return _estimate(what, sources, memory, disk, "cpu", out, {})
+
+
+@dataclass(frozen=True, eq=False)
+class _Source:
+    """A model that may not be here yet: its network without storage, and its files.
+
+    itemsize: bytes of a weight as stored. download: bytes that are still to be fetched.
+    """
+
+    label: str
+    network: PreTrainedModel
+    itemsize: int
+    download: int
+
+    @property
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.network.parameters())
+
+
+def _source(name: str | PathLike[str], revision: str | None) -> _Source:
+    name = str(name)
+    if _is_here(name):
+        folder, label, _ = locate(name, revision, False)
+        weight_files(folder, label)
+        network = _without_storage(_config(str(folder), None, label), label)
+        return _Source(label, network, _stored_itemsize(network), 0)
+    network = _without_storage(_config(name, revision, name), name)
+    itemsize = _stored_itemsize(network)
+    download = _to_download(name, revision)
+    parameters = sum(p.numel() for p in network.parameters())
+    return _Source(name, network, itemsize, parameters * itemsize if download is None else download)
+
+
+def _is_here(name: str) -> bool:
+    """Whether a name is no hub id: what is neither bundled nor a folder either is then said to be unknown."""
+    local = name in bundled_models() or Path(name).expanduser().is_dir()
+    return local or not HUB_ID.fullmatch(name)
+
+
+def _all(source: _Source) -> list[str]:
+    return [name for name, _ in source.network.named_parameters()]
+
+
+def _linear(source: _Source, layers: Collection[str] | None) -> list[str]:
+    """Names of the weights of linear layers, all or those of some names. Raises ValueError for none."""
+    names = linear_names(source.network)
+    found = [name for name in names if layers is None or name.split(".")[-2] in layers]
+    if not found:
+        known = ", ".join(dict.fromkeys(name.split(".")[-2] for name in names))
+        raise ValueError(f"{source.label!r} has no linear layers {sorted(layers or ())}; known: {known}.")
+    return found
+
+
+def _config(place: str, revision: str | None, label: str) -> Any:
+    try:
+        return AutoConfig.from_pretrained(place, revision=revision or "main", trust_remote_code=False)
+    except ValueError as error:  # an unknown architecture, or one that needs remote code
+        raise ValueError(f"the configuration of {label!r} cannot be read: {brief(error)}") from error
+    except OSError as error:
+        raise ConnectionError(
+            f"the hub did not give the configuration of {label!r} ({type(error).__name__}); check the "
+            "name, the revision and the network."
+        ) from error
+
+
+def _without_storage(config: Any, label: str) -> PreTrainedModel:
+    try:
+        with torch.device("meta"):
+            network: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise ValueError(f"model {label!r} is no language model: {brief(error)}") from error
+    return network
+
+
+def _stored_itemsize(network: PreTrainedModel) -> int:
+    stored = getattr(network.config, "dtype", None)
+    return stored.itemsize if isinstance(stored, torch.dtype) else SCORE
+
+
+def _to_download(name: str, revision: str | None) -> int | None:
+    """Bytes of the files that `open_model` would fetch and that are not here yet; None without an answer.
+
+    Raises ValueError for a repository without safetensors.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        files = snapshot_download(name, revision=revision, allow_patterns=HUB_FILES, dry_run=True)
+    except Exception:  # the hub client raises many types; the configuration says enough
+        return None
+    if not any(file.filename.endswith(".safetensors") for file in files):
+        raise ValueError(
+            f"model {name!r} has no safetensors weights; pickled weights can run code and are not opened."
+        )
+    return sum(file.file_size or 0 for file in files if file.will_download)
+
+
+def _blocks(network: PreTrainedModel) -> int:
+    """How many transformer blocks there are to go through one by one; 0 for a network without a list."""
+    try:
+        return len(transformer_blocks(network))
+    except ValueError:
+        return 0
+
+
+def _width(module: nn.Module) -> int:
+    """Numbers that a layer with weights of its own gives for each token."""
+    own = [p for p in module.parameters(recurse=False) if p.dim()]
+    if not own or list(module.children()):
+        return 0
+    return own[0].shape[-1 if isinstance(module, nn.Embedding) else 0]
+
+
+def _packed_bytes(scheme: Scheme, rows: int, columns: int, share: float) -> int:
+    """Bytes of a quantized matrix of which a share of the rows is kept."""
+    kept = round(share * rows)
+    count = (rows - kept) * columns
+    channels = rows - kept if scheme.per == "rows" else columns
+    scales = count // scheme.group if scheme.group else channels
+    codes = -(-count * scheme.bits // 8)
+    positions = 4 * kept
+    return (
+        codes + scales * (3 if scheme.mapping == "asymmetric" else 2) + kept * columns * SIXTEEN + positions
+    )
+
+
+def _itemsize(dtype: str) -> int:
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}; use one of {', '.join(DTYPES)}.")
+    size: int = DTYPES[dtype].itemsize
+    return size
+
+
+def _narrower(dtype: str) -> list[str]:
+    """Types of fewer bytes, the widest first."""
+    return [other for other in ("float32", "bfloat16") if _itemsize(other) < _itemsize(dtype)]
+
+
+def _estimate(
+    what: str,
+    sources: Sequence[_Source],
+    memory: Mapping[str, int],
+    disk: Mapping[str, int],
+    device: str,
+    out: str | PathLike[str] | None,
+    alternatives: Mapping[str, int],
+    host: Mapping[str, int] | None = None,
+    device_map: str | None = None,
+) -> Estimate:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    place, free = _memory_free(device, device_map)
+    frees = {place: free}
+    parts = [Part(name, size, place) for name, size in memory.items()]
+    if host:
+        frees.setdefault("memory", psutil.virtual_memory().available)
+        parts += [Part(name, size, "memory") for name, size in host.items()]
+    downloads = {f"download of {source.label}": source.download for source in sources if source.download}
+    for sizes, folder in ((downloads, HF_HUB_CACHE), (disk, out)):
+        if sizes and folder is not None:
+            mount = _mount(Path(folder))
+            frees[f"disk at {mount}"] = shutil.disk_usage(mount).free
+            parts += [Part(name, size, f"disk at {mount}") for name, size in sizes.items()]
+    return Estimate(what, sum(s.parameters for s in sources), tuple(parts), frees, alternatives)
+
+
+def _memory_free(device: str, device_map: str | None = None) -> tuple[str, int]:
+    place = find_device(device)
+    gpus = torch.cuda.device_count() if device_map else 0
+    if gpus:
+        return f"memory of {gpus} GPUs", sum(torch.cuda.mem_get_info(i)[0] for i in range(gpus))
+    if place.type == "cuda":
+        return f"memory of {device}", torch.cuda.mem_get_info(place)[0]
+    return "memory", psutil.virtual_memory().available
+
+
+def _mount(folder: Path) -> Path:
+    """Where the file system begins that the folder lies on, or will."""
+    folder = folder.expanduser().resolve()
+    while not os.path.ismount(folder):
+        folder = folder.parent
+    return folder
+
+
+def _is_disk(place: str) -> bool:
+    return place.startswith("disk")
+
+
+def _time(seconds: float) -> str:
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.1f} seconds"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -1,0 +1,1 @@
+"""Language and vision-language models, their files, and what they write."""

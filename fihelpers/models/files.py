@@ -1,0 +1,237 @@
+"""Weights of a model as a stream: read one tensor at a time, and written without holding a whole shard."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoConfig, PreTrainedModel
+
+from fihelpers.models.conversion import LoadedTensors, as_loaded
+from fihelpers.models.language import (
+    WEIGHTS,
+    WEIGHTS_INDEX,
+    LanguageModel,
+    locate,
+    open_tokenizer,
+    weight_files,
+    weights_sha256,
+)
+from fihelpers.models.tensors import CODES, Layout, TensorDict, TensorFile, TensorGroup, Tensors
+
+SHARD_BYTES = 5 * 10**9  # as transformers writes them
+LONG = 2**28  # bytes from which on writing shows a bar
+
+
+@dataclass(frozen=True, eq=False)
+class ModelWeights:
+    """The weights of one model: where they come from and its tensors, a tied one once.
+
+    They have the names that they have in the opened model, or, where transformers does not know the
+    architecture, those that they are stored under. folder: None for a model in memory. config: what
+    config.json holds. loaded: how the opened model's tensors follow from the stored ones, None for a model in
+    memory and an unknown architecture.
+    """
+
+    label: str
+    revision: str | None
+    folder: Path | None
+    config: Mapping[str, Any]
+    parts: tuple[Tensors, ...]
+    model: LanguageModel | None = None
+    loaded: LoadedTensors | None = None
+
+    @cached_property
+    def layouts(self) -> dict[str, Layout]:
+        return {name: layout for part in self.parts for name, layout in part.layouts.items()}
+
+    @cached_property
+    def extra(self) -> frozenset[str]:
+        """Names, as stored, of learned tensors that the opened model does without."""
+        return frozenset(self.loaded.others if self.loaded else ())
+
+    @property
+    def network(self) -> PreTrainedModel | None:
+        """The opened model, or one like it without storage; None for an unknown architecture."""
+        return self.model.network if self.model else self.loaded.network if self.loaded else None
+
+    @cached_property
+    def architecture(self) -> str | None:
+        """The class of the opened model, as far as it is known."""
+        network = self.network
+        return type(network).__name__ if network else next(iter(self.config.get("architectures") or ()), None)
+
+    @cached_property
+    def tied(self) -> frozenset[str]:
+        """Further names of tensors that are tied to one another."""
+        return frozenset(self.network.state_dict() if self.network else ()) - self.layouts.keys()
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the weight files, as `open_model` records it."""
+        return weights_sha256(self.folder, self.label) if self.folder else self._open.sha256
+
+    @cached_property
+    def vocabulary(self) -> dict[str, int]:
+        """Ids of the tokens."""
+        tokenizer = open_tokenizer(self.folder, self.label, False) if self.folder else self._open.tokenizer
+        return dict(tokenizer.get_vocab())
+
+    def read(self, name: str, rows: int | None = None) -> Tensor:
+        return next(part for part in self.parts if name in part.layouts).read(name, rows)
+
+    @property
+    def _open(self) -> LanguageModel:
+        assert self.model is not None  # without a folder there is a model
+        return self.model
+
+
+def open_weights(
+    model: str | PathLike[str] | LanguageModel | ModelWeights, revision: str | None = None
+) -> ModelWeights:
+    """Open a model's weights by bundled name, folder or hub id (and revision), or those of an open model.
+
+    Raises what `open_model` raises for a model that is not there, and ValueError for a missing, damaged or
+    cut-off weight file, or one without some of the weights.
+    """
+    if isinstance(model, ModelWeights):
+        return model
+    if isinstance(model, LanguageModel):
+        network = model.network
+        tensors = {**dict(network.named_parameters()), **_saved_buffers(network)}
+        config = network.config.to_dict()
+        return ModelWeights(model.name, model.revision, None, config, (TensorDict(tensors),), model)
+    folder, label, commit = locate(str(model), revision, False)
+    files = TensorGroup([TensorFile(path, label) for path in weight_files(folder, label)])
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    loaded = _loaded(folder, files, label)
+    if loaded is None:
+        return ModelWeights(label, commit, folder, config, (files,))
+    parts = (loaded, files.only(loaded.others))
+    return ModelWeights(label, commit, folder, config, parts, None, loaded)
+
+
+def _loaded(folder: Path, files: Tensors, label: str) -> LoadedTensors | None:
+    """The stored tensors as transformers loads them, None where it does not know the architecture."""
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception:  # of many types, for a configuration that is not of the library's
+        return None
+    if getattr(config, "quantization_config", None) is not None:
+        return None  # its codes have no mean, under whatever name
+    return as_loaded(files, config, label)
+
+
+def _saved_buffers(network: PreTrainedModel) -> dict[str, Tensor]:
+    saved = network.state_dict(keep_vars=True)
+    return {name: value for name, value in network.named_buffers() if name in saved}
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A hidden folder beside `out` that takes its name once all is written; after any error nothing is left.
+
+    Raises FileExistsError where `out` is a file or a folder that is not empty, and OSError, in one sentence,
+    where the disk is full or cannot be written.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} is already there and not an empty folder; choose another one.")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    except OSError as error:
+        raise _unwritten(out, error) from error
+    try:
+        yield folder
+        folder.chmod(0o755)
+        if out.exists():
+            out.rmdir()
+        os.replace(folder, out)
+    except OSError as error:
+        raise _unwritten(out, error) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _unwritten(out: Path, error: OSError) -> OSError:
+    reason = error.strerror or str(error)
+    return OSError(error.errno, f"{out} could not be written ({reason}) and nothing of it is left; make room")
+
+
+def write_weights(
+    folder: Path,
+    layouts: Mapping[str, Layout],
+    make: Callable[[str], Tensor],
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write `make(name)` for every name into safetensors files, one tensor in memory at a time.
+
+    One file where all fit into `shard_bytes`, otherwise several with an index, as transformers reads them.
+    """
+    shards = _divided(layouts, shard_bytes)
+    total = sum(layout.bytes for layout in layouts.values())
+    names = [WEIGHTS]
+    if len(shards) > 1:
+        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        places = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+        (folder / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    with tqdm(total=len(layouts), desc="writing", unit="tensor", leave=False, disable=total < LONG) as bar:
+        for file_name, shard in zip(names, shards, strict=True):
+            with open(folder / file_name, "wb") as file:
+                _write_shard(file, shard, layouts, make, bar)
+
+
+def _divided(layouts: Mapping[str, Layout], shard_bytes: int) -> list[list[str]]:
+    """Names in their order, divided into shards; a tensor larger than a shard has one of its own."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, layout in layouts.items():
+        if shards[-1] and filled + layout.bytes > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += layout.bytes
+    return shards
+
+
+def _write_shard(
+    file: BinaryIO,
+    names: list[str],
+    layouts: Mapping[str, Layout],
+    make: Callable[[str], Tensor],
+    bar: tqdm[Any],
+) -> None:
+    """One file of the safetensors format: length of the header (8 bytes), header (JSON), bytes of all."""
+    # The widest types first, so that every tensor begins at a multiple of its elements' size.
+    names = sorted(names, key=lambda name: -layouts[name].dtype.itemsize)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        layout = layouts[name]
+        start, end = end, end + layout.bytes
+        header[name] = {
+            "dtype": CODES[layout.dtype],
+            "shape": list(layout.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for name in names:
+        tensor = make(name)
+        assert (tuple(tensor.shape), tensor.dtype) == (layouts[name].shape, layouts[name].dtype), name
+        file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        bar.update()

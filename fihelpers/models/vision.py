@@ -1,0 +1,601 @@
+"""Vision-language models whose logits are differentiable in the grey levels of the original image.
+
+The library prepares images with Pillow, where gradients end. Here the same steps (resize, crop, scale,
+normalise, cut into patches) are tensor operations, configured by the model's own files, so that a gradient
+reaches every pixel of the image as it was given (method 4.1). Families: Qwen2-VL and Qwen2.5-VL, and LLaVA
+with a CLIP tower.
+"""
+
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import PIL
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+from fihelpers.images import MAX_ASPECT
+from fihelpers.models.language import (
+    DTYPES,
+    Batch,
+    brief,
+    check_tokens,
+    checked_logits,
+    find_device,
+    left_padded,
+    locate,
+    open_network,
+    open_tokenizer,
+    weights_sha256,
+)
+
+PRECISION_BITS = 22  # of Pillow's 8-bit resampling: 32 bits less 8 for the pixel and 2 of head room
+BICUBIC = 3  # Pillow's number for it
+PILLOW = int(PIL.__version__.partition(".")[0])
+QWEN_CUTS = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}  # with the library's defaults
+STEPS = ("do_resize", "do_rescale", "do_normalize")  # of the library's processors, all done here
+
+
+class _Rounded(torch.autograd.Function):
+    """Round to the grey levels 0..255 as Pillow does; the gradient passes as if nothing was changed."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(levels: Tensor) -> Tensor:
+        return torch.floor(levels + 0.5).clamp(0, 255)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+@lru_cache(maxsize=8)  # of a large photograph one takes 100 MB
+def resize_matrix(source: int, target: int) -> Tensor:
+    """Return Pillow's bicubic antialias weights (target, source) in float64, rounded to 22 bits as Pillow's.
+
+    Each row sums to 1 up to that rounding. The kernel has a = -0.5 and widens where the image shrinks.
+    """
+    scale = source / target
+    width = max(scale, 1.0)
+    centre = (torch.arange(target, dtype=torch.float64) + 0.5) * scale
+    first = (centre - 2 * width + 0.5).trunc().clamp(min=0)[:, None]
+    last = (centre + 2 * width + 0.5).trunc().clamp(max=source)[:, None]
+    pixel = torch.arange(source, dtype=torch.float64)
+    x = ((pixel - centre[:, None] + 0.5) * (1 / width)).abs()
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = -0.5 * (((x - 5) * x + 8) * x - 4)
+    weights = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
+    weights = torch.where((pixel >= first) & (pixel < last), weights, 0.0)
+    # Summed one after another as Pillow does: another last digit may round to another weight.
+    weights = weights / weights.cumsum(-1)[:, -1:] * 2**PRECISION_BITS
+    rounded = torch.where(weights < 0, (weights - 0.5).trunc(), (weights + 0.5).trunc())
+    return rounded / 2**PRECISION_BITS
+
+
+def resize(images: Tensor, height: int, width: int) -> Tensor:
+    """Resize grey levels (..., H, W) to (..., height, width) with the values of Pillow's bicubic filter.
+
+    One axis after the other, in Pillow's order, each result rounded to whole grey levels; an axis that keeps
+    its length is not touched. In float64, where the sums are exact. The gradient is that of the two matrix
+    products alone: rounding and clipping to 0..255 are passed straight through.
+    """
+    if images.shape[-2:] == (height, width):
+        return images
+    passes = [(-1, width), (-2, height)]  # the rows' pixels first
+    if _shrinks_down_first(images.shape[-2] - height, images.shape[-1] - width):
+        passes.reverse()
+    result = images.double()
+    for axis, length in passes:
+        if length != result.shape[axis]:
+            weights = resize_matrix(result.shape[axis], length).to(images.device)
+            result = _Rounded.apply(result @ weights.T if axis == -1 else weights @ result)
+    return result.to(images.dtype)
+
+
+def _shrinks_down_first(lost_rows: int, lost_columns: int) -> bool:
+    """Whether Pillow resizes the columns first: from version 13, where the height shrinks much more."""
+    return PILLOW >= 13 and lost_rows > 0 and lost_rows > 2 * lost_columns
+
+
+def qwen_patches(images: Tensor, patch: int = 14, merge: int = 2, temporal: int = 2) -> tuple[Tensor, Tensor]:
+    """Cut normalised images (B, 3, H, W) into the patches that the Qwen-VL networks take.
+
+    Returns ``pixel_values`` (B * H/patch * W/patch, 3 * temporal * patch * patch), the patches of one merged
+    token one after another and a still image repeated ``temporal`` times, and ``image_grid_thw`` (B, 3):
+    1 and the number of patches down and across. H and W have to be multiples of patch * merge.
+    """
+    size, channels, height, width = images.shape
+    block = patch * merge
+    if height % block or width % block:
+        raise ValueError(
+            f"patches need whole blocks of {block} x {block} pixels, got images of {height} x {width}."
+        )
+    down, across = height // block, width // block
+    cut = images.reshape(size, channels, down, merge, patch, across, merge, patch)
+    cut = cut.permute(0, 2, 5, 3, 6, 1, 4, 7)  # image, token row and column, patch row and column, channel
+    cut = cut.unsqueeze(6).expand(-1, -1, -1, -1, -1, -1, temporal, -1, -1)
+    grid = torch.tensor([[1, down * merge, across * merge]], device=images.device).expand(size, 3)
+    return cut.reshape(size * down * across * merge**2, -1), grid
+
+
+@dataclass(frozen=True)
+class PatchLayout:
+    """Where the image tokens of one image lie: ``rows`` x ``columns`` of them.
+
+    The image of ``height`` x ``width`` pixels is resized to ``resized`` (height, width), of which each token
+    sees a square of ``block`` pixels; the first begins at ``top``, ``left`` (not 0 where it is cropped).
+    Where ``resized`` is the image's own size, the squares are blocks of original pixels.
+    """
+
+    rows: int
+    columns: int
+    height: int
+    width: int
+    resized: tuple[int, int]
+    block: int
+    top: int = 0
+    left: int = 0
+
+    @property
+    def token_rows(self) -> Tensor:
+        """The token row (H,) that sees the middle of each row of original pixels, -1 where it is cut off."""
+        return self._tokens(self.height, self.resized[0], self.top, self.rows)
+
+    @property
+    def token_columns(self) -> Tensor:
+        """The token column (W,) that sees the middle of each column of original pixels, -1 where cut off."""
+        return self._tokens(self.width, self.resized[1], self.left, self.columns)
+
+    def _tokens(self, length: int, resized: int, start: int, count: int) -> Tensor:
+        middle = (torch.arange(length, dtype=torch.float64) + 0.5) * resized / length
+        token = torch.div(middle - start, self.block, rounding_mode="floor").long()
+        return torch.where((token >= 0) & (token < count), token, -1)
+
+
+@dataclass(frozen=True)
+class Preprocess(ABC):
+    """From grey levels 0..255 to a network's image inputs, differentiable.
+
+    ``mean`` and ``std`` are of the values multiplied by ``scale``; ``patch`` is the side of the tower's
+    patches in pixels.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    scale: float
+    patch: int
+
+    def __call__(self, images: Tensor | Sequence[Tensor]) -> dict[str, Tensor]:
+        """Return the inputs for images (B, 3, H, W), or for a list of images (3, H, W) of any sizes.
+
+        Whole grey levels give what the library's Pillow processor gives. Other values are legal, and stay
+        as they are where no resize is needed. Raises ValueError for another shape, and for an image with
+        one side more than :data:`fihelpers.images.MAX_ASPECT` times the other.
+        """
+        parts = [self._inputs(batch) for batch in _batches(images)]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def layout(self, height: int, width: int) -> PatchLayout:
+        """Return where the image tokens of an image of this size lie; raises ValueError for a refused one."""
+        if min(height, width) < 1 or max(height, width) > MAX_ASPECT * min(height, width):
+            raise ValueError(
+                f"the image has {height} x {width} pixels; one side may be at most {MAX_ASPECT} times the "
+                "other, so crop it."
+            )
+        return self._layout(height, width)
+
+    @abstractmethod
+    def _layout(self, height: int, width: int) -> PatchLayout: ...
+
+    @abstractmethod
+    def _inputs(self, images: Tensor) -> dict[str, Tensor]: ...
+
+    def _normalised(self, images: Tensor, layout: PatchLayout) -> Tensor:
+        """Resize, cut out what the tokens see, and normalise (B, 3, H, W)."""
+        levels = resize(images, *layout.resized)
+        bottom, right = layout.top + layout.rows * layout.block, layout.left + layout.columns * layout.block
+        levels = levels[..., layout.top : bottom, layout.left : right]
+        mean, std = (levels.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
+        return (levels * self.scale - mean) / std
+
+
+@dataclass(frozen=True)
+class QwenPreprocess(Preprocess):
+    """Qwen2-VL and Qwen2.5-VL: whole blocks of patch * merge pixels, between two numbers of pixels."""
+
+    merge: int
+    temporal: int
+    min_pixels: int
+    max_pixels: int
+
+    def _layout(self, height: int, width: int) -> PatchLayout:
+        block = self.patch * self.merge
+        resized = smart_resize(height, width, block, self.min_pixels, self.max_pixels)
+        return PatchLayout(resized[0] // block, resized[1] // block, height, width, resized, block)
+
+    def _inputs(self, images: Tensor) -> dict[str, Tensor]:
+        normalised = self._normalised(images, self.layout(*images.shape[-2:]))
+        values, grid = qwen_patches(normalised, self.patch, self.merge, self.temporal)
+        return {"pixel_values": values, "image_grid_thw": grid}
+
+
+@dataclass(frozen=True)
+class ClipPreprocess(Preprocess):
+    """LLaVA with a CLIP tower: the shorter side to ``shortest`` pixels, then the middle ``crop`` square."""
+
+    shortest: int
+    crop: int
+
+    def _layout(self, height: int, width: int) -> PatchLayout:
+        long = int(self.shortest * max(height, width) / min(height, width))
+        resized = (long, self.shortest) if width <= height else (self.shortest, long)
+        top, left = ((side - self.crop) // 2 for side in resized)
+        count = self.crop // self.patch
+        return PatchLayout(count, count, height, width, resized, self.patch, top, left)
+
+    def _inputs(self, images: Tensor) -> dict[str, Tensor]:
+        return {"pixel_values": self._normalised(images, self.layout(*images.shape[-2:]))}
+
+
+def _batches(images: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """Return stacks (B, 3, H, W) that follow each other as the images do."""
+    if len(images) == 0:
+        raise ValueError("there are no images; give at least one.")
+    shapes = [tuple(image.shape) for image in images]
+    for i, shape in enumerate(shapes):
+        if len(shape) != 3 or shape[0] != 3 or 0 in shape:
+            raise ValueError(f"an image has the shape (3, height, width), got {shape} for image {i}.")
+    if isinstance(images, Tensor):
+        stacks = [images]
+    elif len(set(shapes)) == 1:
+        stacks = [torch.stack(list(images))]
+    else:
+        stacks = [image[None] for image in images]
+    return [stack if stack.is_floating_point() else stack.float() for stack in stacks]
+
+
+def _placed(images: Tensor | Sequence[Tensor], device: torch.device) -> Tensor | list[Tensor]:
+    return images.to(device) if isinstance(images, Tensor) else [image.to(device) for image in images]
+
+
+@dataclass(eq=False)
+class VisionModel(ABC):
+    """A vision-language model in evaluation mode with its tokenizer and its preparation of images.
+
+    ``revision`` is the hub commit (None for local weights), ``sha256`` the hash of the weights as opened,
+    ``template`` the chat template (None: a plain prompt, see :meth:`plain`).
+    """
+
+    network: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    revision: str | None
+    sha256: str
+    preprocess: Preprocess
+    template: str | None
+
+    def __post_init__(self) -> None:
+        # Experiments ask the same prompts about the same images many times.
+        self._ids = lru_cache(maxsize=4096)(self._prompt_ids)
+        self._texts = lru_cache(maxsize=64)(self._text_inputs)
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.device
+
+    def layout(self, height: int, width: int) -> PatchLayout:
+        """Return where the image tokens of an image of this size lie; raises ValueError for a refused one."""
+        return self.preprocess.layout(height, width)
+
+    def last_logits(self, images: Tensor | Sequence[Tensor], prompts: Sequence[str]) -> Tensor:
+        """Return the logits (B, V) of the next token, float32 or better, differentiable in the images.
+
+        ``images`` are grey levels 0..255 (B, 3, H, W), or a list of images (3, H, W) of any sizes; prompt i
+        asks about image i. The chat template and the image's tokens are added here. Raises ValueError for
+        an image that :class:`Preprocess` refuses, a number of prompts that is not the number of images, and a
+        prompt that is too long for the context together with its image, or holds the image placeholder;
+        FloatingPointError, naming the model and a prompt, for NaN or infinite logits.
+        """
+        if isinstance(prompts, str) or len(prompts) != len(images):
+            given = "one text" if isinstance(prompts, str) else f"{len(prompts)} prompts"
+            raise ValueError(f"each image needs a prompt, got {given} for {len(images)} images.")
+        inputs = self.preprocess(_placed(images, self.device))
+        layouts = [self.layout(*image.shape[-2:]) for image in images]
+        batch, text = self._texts(tuple(prompts), tuple((at.rows, at.columns) for at in layouts))
+        values = inputs.pop("pixel_values").to(self.network.dtype)
+        output = self.network(**text, pixel_values=values, **inputs, use_cache=False, logits_to_keep=1)
+        return checked_logits(output.logits[:, -1], batch.index, self.name)
+
+    @contextmanager
+    def feature_maps(self) -> Iterator[nn.Module]:
+        """Route the image tokens' features, as the language model gets them, through a module.
+
+        While the context is open, the module that it yields takes and gives them as (B, C, rows, columns) in
+        every forward pass, so Captum's LayerGradCam can use it as its layer. The images of a batch have to
+        have one size, else the forward pass raises ValueError.
+        """
+        maps = nn.Identity()
+
+        def route(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            return self._routed(maps, kwargs, output)
+
+        handle = self._tower().register_forward_hook(route, with_kwargs=True)
+        try:
+            yield maps
+        finally:
+            handle.remove()
+
+    @abstractmethod
+    def plain(self, prompt: str) -> str:
+        """Return the text that stands in for a chat template."""
+
+    @abstractmethod
+    def _positions(self, batch: Batch, shapes: Sequence[tuple[int, int]]) -> Tensor:
+        """Return the position ids of a batch whose images have these numbers of token rows and columns."""
+
+    @abstractmethod
+    def _tower(self) -> nn.Module:
+        """Return the module that gives the image tokens' features."""
+
+    @abstractmethod
+    def _routed(self, maps: nn.Module, kwargs: Mapping[str, Any], output: Any) -> Any:
+        """Return the tower's output after its features went through ``maps``."""
+
+    def _prompt_ids(self, prompt: str) -> list[int]:
+        """Return the tokens of a prompt in its chat, with one placeholder for the image."""
+        text = self._rendered(prompt)
+        bos = self.tokenizer.bos_token
+        ids: list[int] = self.tokenizer(
+            text, add_special_tokens=not (bos and text.startswith(bos)), verbose=False
+        )["input_ids"]
+        image = self.network.config.image_token_id
+        if ids.count(image) == 1:
+            return ids
+        placeholder = str(self.tokenizer.convert_ids_to_tokens(image))
+        if placeholder in prompt:
+            raise ValueError(
+                f"the prompt {prompt[:60]!r} holds the image placeholder {placeholder!r}; leave it out, it "
+                "is added for you."
+            )
+        raise ValueError(
+            f"the chat template of model {self.name!r} makes {ids.count(image)} image placeholders "
+            f"{placeholder!r} of one image; use the template that the model was trained with."
+        )
+
+    def _rendered(self, prompt: str) -> str:
+        if self.template is None:
+            return self.plain(prompt)
+        content = [{"type": "image"}, {"type": "text", "text": prompt}]
+        chat: list[dict[str, Any]] = [{"role": "user", "content": content}]
+        try:
+            text = self.tokenizer.apply_chat_template(
+                chat,
+                chat_template=self.template,
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+        except Exception as error:  # a template is a program of its own
+            raise ValueError(f"the chat template of model {self.name!r} fails: {brief(error)}") from error
+        return str(text)
+
+    def _text_inputs(
+        self, prompts: tuple[str, ...], shapes: tuple[tuple[int, int], ...]
+    ) -> tuple[Batch, dict[str, Tensor]]:
+        image = self.network.config.image_token_id
+        ids = []
+        for prompt, (rows, columns) in zip(prompts, shapes, strict=True):
+            text = self._ids(prompt)
+            at = text.index(image)
+            ids.append([*text[:at], *[image] * (rows * columns), *text[at + 1 :]])
+        check_tokens(ids, self.network, self.name, "shorten it or use a smaller image")
+        batch = left_padded(range(len(ids)), ids, self.device)
+        # The network looks for its image token in the padding, too.
+        tokens = batch.input_ids.masked_fill(batch.attention_mask == 0, int(image == 0))
+        text_inputs = {"input_ids": tokens, "attention_mask": batch.attention_mask}
+        return batch, text_inputs | {"position_ids": self._positions(batch, shapes)}
+
+
+class QwenVision(VisionModel):
+    """Qwen2-VL and Qwen2.5-VL."""
+
+    def plain(self, prompt: str) -> str:
+        """Return start of vision, the image, end of vision, and the prompt, with nothing between them."""
+        config = self.network.config
+        ids = [config.vision_start_token_id, config.image_token_id, config.vision_end_token_id]
+        return "".join(self.tokenizer.convert_ids_to_tokens(ids)) + prompt
+
+    def _positions(self, batch: Batch, shapes: Sequence[tuple[int, int]]) -> Tensor:
+        merge = self.network.config.vision_config.spatial_merge_size
+        grid = torch.tensor([[1, rows * merge, columns * merge] for rows, columns in shapes])
+        images = (batch.input_ids == self.network.config.image_token_id) & (batch.attention_mask == 1)
+        positions: Tensor = self.network.model.get_rope_index(
+            batch.input_ids,
+            mm_token_type_ids=images.int(),
+            image_grid_thw=grid.to(self.device),
+            attention_mask=batch.attention_mask,
+        )[0]
+        return positions
+
+    def _tower(self) -> nn.Module:
+        tower: nn.Module = self.network.model.visual
+        return tower
+
+    def _routed(self, maps: nn.Module, kwargs: Mapping[str, Any], output: Any) -> Any:
+        grids = kwargs["grid_thw"].tolist()
+        if any(grid != grids[0] for grid in grids):
+            raise ValueError("feature maps need images of one size in a batch; give them one by one.")
+        merge = self.network.config.vision_config.spatial_merge_size
+        rows, columns = grids[0][1] // merge, grids[0][2] // merge
+        output.pooler_output = _through(maps, output.pooler_output, len(grids), rows, columns)
+        return output
+
+
+class LlavaVision(VisionModel):
+    """LLaVA with a CLIP tower."""
+
+    def plain(self, prompt: str) -> str:
+        """Return the image's placeholder, a line break, and the prompt."""
+        placeholder = self.tokenizer.convert_ids_to_tokens(self.network.config.image_token_id)
+        return f"{placeholder}\n{prompt}"
+
+    def _positions(self, batch: Batch, shapes: Sequence[tuple[int, int]]) -> Tensor:
+        return batch.position_ids
+
+    def _tower(self) -> nn.Module:
+        tower: nn.Module = self.network.model.multi_modal_projector
+        return tower
+
+    def _routed(self, maps: nn.Module, kwargs: Mapping[str, Any], output: Any) -> Any:
+        side = math.isqrt(output.shape[1])
+        return _through(maps, output, len(output), side, side)
+
+
+def _through(maps: nn.Module, features: Tensor, size: int, rows: int, columns: int) -> Tensor:
+    """Send features (size * rows * columns, C), in any shape of these values, through a module as maps."""
+    tokens = features.reshape(size, rows, columns, -1)
+    routed: Tensor = maps(tokens.permute(0, 3, 1, 2))
+    return routed.permute(0, 2, 3, 1).reshape(features.shape)
+
+
+FAMILIES: dict[str, type[VisionModel]] = {
+    "qwen2_vl": QwenVision,
+    "qwen2_5_vl": QwenVision,
+    "llava": LlavaVision,
+}
+
+
+def open_vision_model(
+    name: str | PathLike[str] = "mini-vlm",
+    revision: str | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
+) -> VisionModel:
+    """Open a bundled vision-language model by name, a local folder, or a hub id.
+
+    Everything said of :func:`fihelpers.models.language.open_model` holds here, too. Further ValueErrors: a
+    model of another family than :data:`FAMILIES`, and a processor that does more or other than is done here.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}; use one of {', '.join(DTYPES)}.")
+    place = find_device(device)
+    folder, label, commit = locate(str(name), revision, trust_remote_code)
+    sha256 = weights_sha256(folder, label)
+    family = FAMILIES[_model_type(folder, label)]
+    tokenizer = open_tokenizer(folder, label, trust_remote_code)
+    kind = AutoModelForImageTextToText
+    network = open_network(folder, label, DTYPES[dtype], trust_remote_code, kind).to(place).eval()  # type: ignore[arg-type]
+    preprocess = _open_preprocess(folder, label, network.config)
+    template = _template(folder, label, tokenizer)
+    return family(network, tokenizer, label, commit, sha256, preprocess, template)
+
+
+def _model_type(folder: Path, label: str) -> str:
+    kind = str(_read_json(folder / "config.json", label).get("model_type"))
+    if kind not in FAMILIES:
+        raise ValueError(
+            f"model {label!r} is of type {kind!r}, which is none of the vision-language models that can be "
+            f"read: {', '.join(FAMILIES)}."
+        )
+    return kind
+
+
+def _read_json(path: Path, label: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # neither JSON nor UTF-8
+        raise ValueError(f"{path.name} of model {label!r} is damaged; fetch it again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} of model {label!r} is damaged; fetch it again.")
+    return content
+
+
+def _template(folder: Path, label: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return the chat template; a model's processor used to keep its own in chat_template.json."""
+    old = folder / "chat_template.json"
+    if old.is_file() and not (folder / "chat_template.jinja").is_file():
+        template = _read_json(old, label).get("chat_template")
+    else:
+        template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    return template
+
+
+def _open_preprocess(folder: Path, label: str, config: Any) -> Preprocess:
+    """Read the image processor's configuration, in whichever file and layout the model has it."""
+    old, new = folder / "preprocessor_config.json", folder / "processor_config.json"
+    said = _read_json(new, label).get("image_processor") if new.is_file() else None
+    if said is None:
+        if not old.is_file():
+            raise ValueError(f"model {label!r} has no {old.name}; give a folder saved with its processor.")
+        said = _read_json(old, label)
+    if not all(said.get(step, True) for step in STEPS) or said.get("resample", BICUBIC) != BICUBIC:
+        raise ValueError(
+            f"the processor of model {label!r} leaves out one of {', '.join(STEPS)} or does not resize "
+            "bicubically; only processors that do are imitated."
+        )
+    read = _clip_preprocess if config.model_type == "llava" else _qwen_preprocess
+    return read(said, config, label)
+
+
+def _common(said: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...], float]:
+    mean, std = said.get("image_mean", OPENAI_CLIP_MEAN), said.get("image_std", OPENAI_CLIP_STD)
+    return tuple(mean), tuple(std), float(said.get("rescale_factor", 1 / 255))
+
+
+def _qwen_preprocess(said: Mapping[str, Any], config: Any, label: str) -> QwenPreprocess:
+    """Sizes are in pixels: two numbers on their own (which count first), or in ``size`` under either name."""
+    size = said.get("size") or {}
+    low = said.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels") or 56 * 56
+    high = said.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels") or 28 * 28 * 1280
+    patch, merge, temporal = cuts = [said.get(name, usual) for name, usual in QWEN_CUTS.items()]
+    tower = config.vision_config
+    if cuts != [tower.patch_size, tower.spatial_merge_size, tower.temporal_patch_size]:
+        raise ValueError(
+            f"the processor of model {label!r} cuts patches ({', '.join(QWEN_CUTS)}: {cuts}) that its "
+            "network does not take; use the processor that the model was trained with."
+        )
+    return QwenPreprocess(*_common(said), patch, merge, temporal, low, high)
+
+
+def _clip_preprocess(said: Mapping[str, Any], config: Any, label: str) -> ClipPreprocess:
+    size, crop = said.get("size", 224), said.get("crop_size", 224)
+    shortest = size.get("shortest_edge") if isinstance(size, dict) else size
+    sides = (crop.get("height"), crop.get("width")) if isinstance(crop, dict) else (crop, crop)
+    tower = config.vision_config
+    crops = said.get("do_center_crop", True) and not said.get("do_pad")
+    if (
+        not crops
+        or shortest is None
+        or sides != (tower.image_size, tower.image_size)
+        or shortest < tower.image_size
+    ):
+        raise ValueError(
+            f"the processor of model {label!r} does not resize the shorter side and cut out a square of "
+            f"{tower.image_size} pixels; only such processors are imitated for LLaVA."
+        )
+    # A token for each patch and none besides: CLIP's class token is left out.
+    strategy = config.vision_feature_select_strategy
+    whole = tower.image_size % tower.patch_size == 0
+    if tower.model_type != "clip_vision_model" or strategy != "default" or not whole:
+        raise ValueError(
+            f"model {label!r} has a vision tower of type {tower.model_type!r} with strategy {strategy!r}; "
+            "LLaVA models are read with a CLIP tower of whole patches and strategy 'default'."
+        )
+    return ClipPreprocess(*_common(said), tower.patch_size, shortest, tower.image_size)

@@ -1,0 +1,789 @@
+"""Chapter 04: mask the pixels that a measure calls fragile; what becomes of the answer (method 4.1)."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from tqdm import tqdm
+
+from fichapters import tables
+from fihelpers.answers import Top
+from fihelpers.data import write_atomically
+from fihelpers.evaluate.questions import answer_images
+from fihelpers.evaluate.stats import wilson
+from fihelpers.influence import Damped, Exact, SaturationWarning, Spectral, ceiling, saturated
+from fihelpers.measures import Influence, Measure, Random, find_measure
+from fihelpers.models.vision import VisionModel
+from fihelpers.perturb.pixels import (
+    NOISES,
+    Fill,
+    information_loss,
+    masked,
+    noised,
+    top_patches,
+    top_pixels,
+)
+from fihelpers.scores.pixels import (
+    GRAD_CAM,
+    INTEGRATED_GRADIENTS,
+    Grouping,
+    PixelBatch,
+    image_of,
+    pixel_batches,
+)
+from fihelpers.tasks import Example, load_task
+
+CLASSES = 8  # likeliest tokens that are classes of their own beside the rest
+FI_TOP = f"FI exact, top {CLASSES}"
+FI_SUMMED = "FI exact summed"
+RANDOM = "random"
+INTACT = "intact"
+FI_SETTINGS = ("FI exact", FI_TOP, FI_SUMMED, "FI damped 1e-06", "FI damped 0.0001")
+OTHERS = (
+    "Jacobian norm",
+    "saliency",
+    "SNIP",
+    "information length",
+    GRAD_CAM,
+    INTEGRATED_GRADIENTS,
+    RANDOM,
+)
+MEASURES = (*FI_SETTINGS, *OTHERS)
+QUICK = tuple(m for m in MEASURES if m not in (INTEGRATED_GRADIENTS, FI_TOP))  # these take many passes
+KEYS = {  # how the measures are called in the names of records
+    "FI exact": "exact",
+    FI_TOP: "top",
+    FI_SUMMED: "summed",
+    "FI damped 1e-06": "light",
+    "FI damped 0.0001": "damped",
+    "Jacobian norm": "jacobian",
+    "saliency": "saliency",
+    "SNIP": "snip",
+    "information length": "length",
+    GRAD_CAM: "gradcam",
+    INTEGRATED_GRADIENTS: "path",
+    RANDOM: "random",
+}
+TOP = 10  # pixels masked for the paper's first table
+PATCH = 14  # pixels, the side of a patch: that of the Qwen-VL family's vision towers
+SOME_PATCHES = 8  # masked where one number stands for the sweep
+DAMPED = tuple(Influence(Damped(lam)) for lam in (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1.0))
+CASE = "FI damped 0.0001"  # the measure that chooses the case
+NOISE_KEYS = {
+    CASE: "mask",
+    RANDOM: "random",
+    "Poisson": "poisson",
+    "salt & pepper": "salt",
+    "speckle": "speckle",
+    "random erasing": "erasing",
+}
+CASE_COUNTS = (10, 20, 50, 100, 200, 400, 800)  # pixels masked in it
+FILLS: tuple[Fill, ...] = ("black", "mean", "blur", "noise")
+STRICT = Exact(1e-12)  # drops hardly any direction for being small
+PAPER_TOLERANCE = 8  # grey levels; what differs more from the border's colour is drawn
+HIGHEST = 0.01  # the share of the pixels or patches whose part of the total is measured
+
+
+class Setting(NamedTuple):
+    """One way to score the groups of a picture: a measure (which implies the classes) and a grouping."""
+
+    measure: str
+    over: Grouping
+
+
+SETTINGS: dict[str, Setting] = {
+    "letters, pixels": Setting("FI exact", "pixel"),
+    "letters, patches": Setting("FI exact", "patch"),
+    "letters, single channels": Setting("FI exact", "channel"),
+    "letters, channels summed": Setting(FI_SUMMED, "pixel"),
+    "letters, damped 1e-06": Setting("FI damped 1e-06", "pixel"),
+    "letters, damped 0.0001": Setting("FI damped 0.0001", "pixel"),
+    "top 8 + rest, pixels": Setting(FI_TOP, "pixel"),
+    "top 8 + rest, patches": Setting(FI_TOP, "patch"),
+    "Jacobian norm, pixels": Setting("Jacobian norm", "pixel"),
+}
+SETTING_KEYS = dict(
+    zip(SETTINGS, ("pixel", "patch", "channel", "summed", "light", "damped", "top", "toppatch", "jacobian"),
+        strict=True)
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is masked in every picture, by every measure: the top `counts` of pixels, the top `shares` of the
+    pixels, and the top `patches` of the squares of `patch` pixels, each with every one of the `fills`.
+    `draws`: of the random measure."""
+
+    measures: tuple[str | Measure, ...] = MEASURES
+    counts: tuple[int, ...] = ()
+    shares: tuple[float, ...] = ()
+    patches: tuple[int, ...] = ()
+    patch: int = PATCH
+    fills: tuple[Fill, ...] = ("black",)
+    draws: int = 1
+    seed: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """Pictures of one size whose class gradients are made once for all measures, filters and groupings."""
+
+    letters: PixelBatch
+
+    @property
+    def examples(self) -> tuple[Example, ...]:
+        return self.letters.examples
+
+    @property
+    def images(self) -> Tensor:
+        return self.letters.images
+
+    @cached_property
+    def top(self) -> PixelBatch:
+        """The same pictures under the likeliest tokens and the rest as classes."""
+        (batch,) = pixel_batches(self.letters.model, self.examples, Top(CLASSES), len(self.examples))
+        return batch
+
+    @cached_property
+    def _made(self) -> dict[tuple[str, Grouping, int], Tensor]:
+        return {}
+
+    def scores(self, measure: str | Measure, over: Grouping = "pixel", patch: int = PATCH) -> Tensor:
+        """One value a group, (N, *groups). That FI may rank nothing is measured here, so nothing warns."""
+        if isinstance(measure, Measure):
+            return self._scores(measure, over, patch)
+        key = (measure, over, patch if over == "patch" else 0)
+        if key not in self._made:
+            self._made[key] = self._scores(measure, over, patch)
+        return self._made[key]
+
+    def ask(self, images: Sequence[Tensor]) -> dict[str, np.ndarray]:
+        """Answers to changed pictures, each (N, 3, H, W): correct, log_prob, predicted, (changes, N)."""
+        shape = (len(images), len(self.examples))
+        outcome = answer_images(
+            self.letters.model, self.examples * len(images), images=list(torch.cat(list(images)))
+        )
+        found = {"correct": outcome.correct, "log_prob": outcome.log_prob, "predicted": outcome.predicted}
+        return {name: values.double().reshape(shape).numpy() for name, values in found.items()}
+
+    def _scores(self, measure: str | Measure, over: Grouping, patch: int) -> Tensor:
+        if measure in (GRAD_CAM, INTEGRATED_GRADIENTS):
+            if over == "patch":  # a patch is worth the sum of its pixels
+                return patch_sums(self.scores(measure), patch)
+            return self.letters.scores([measure])[str(measure)].cpu()
+        batch = self.top if measure == FI_TOP else self.letters
+        name = "FI exact" if measure == FI_TOP else measure
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SaturationWarning)
+            return next(iter(batch.scores([name], over, patch=patch).values())).cpu()
+
+
+def load_pictures(
+    task: str, subjects: Sequence[str], n: int | None, seed: int
+) -> tuple[list[Example], list[str]]:
+    """Test pictures of every subject (n of each, None takes all), and why rows were left out."""
+    tasks = [load_task(task, subject, "test", n, seed) for subject in subjects]
+    # a row too damaged to tell its subject is named by every task
+    return [e for t in tasks for e in t], list(dict.fromkeys(reason for t in tasks for reason in t.skipped))
+
+
+def draw_pictures(examples: Sequence[Example], n: int, seed: int) -> tuple[list[Example], list[Example]]:
+    """n pictures of every subject, drawn with a seed, and those that are left, both in their order."""
+    drawn: set[str] = set()
+    for subject in dict.fromkeys(e.subject for e in examples):
+        ids = [e.id for e in examples if e.subject == subject]
+        drawn.update(random.Random(seed).sample(ids, min(n, len(ids))))
+    return [e for e in examples if e.id in drawn], [e for e in examples if e.id not in drawn]
+
+
+def scored(model: VisionModel, examples: Sequence[Example], batch_size: int) -> Iterator[Scored]:
+    """The pictures in batches; keep them in a list to use their class gradients again."""
+    if not examples:
+        return
+    yield from (Scored(batch) for batch in pixel_batches(model, examples, None, batch_size))
+
+
+def patch_sums(maps: Tensor, patch: int) -> Tensor:
+    """Sums over squares of `patch` pixels: (..., H, W) to (..., rows, columns), smaller at the far edges."""
+    down, across = (-side % patch for side in maps.shape[-2:])
+    whole = pad(maps, (0, across, 0, down))
+    return whole.unflatten(-1, (-1, patch)).unflatten(-3, (-1, patch)).sum((-3, -1))
+
+
+def run_sweep(batches: Iterable[Scored], plan: Plan, cache: Path) -> pd.DataFrame:
+    """Mask every picture as the plan says and ask again.
+
+    One row for each picture and change: id, subject, measure, draw, kind ("count", "share" or "patches"),
+    amount, fill, correct, log_prob (of the right answer, nats), predicted; the untouched picture is the
+    measure "intact". Finished batches lie in `cache`. Raises ValueError for an unknown measure, a share
+    outside [0, 1] or no pictures.
+    """
+    for measure in plan.measures:
+        if measure not in MEASURES:
+            find_measure(measure)
+    made = [
+        _kept(cache, "sweep", b, plan, partial(_sweep, b, plan))
+        for b in tqdm(batches, desc="masking", unit="batch")
+    ]
+    if not made:
+        raise ValueError("there are no pictures to mask; give at least one.")
+    return pd.concat(made, ignore_index=True)
+
+
+def per_picture(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a sweep with the draws of the random measure averaged."""
+    by = ["id", "subject", "measure", "kind", "amount", "fill"]
+    return rows.groupby(by, sort=False)[["correct", "log_prob"]].mean().reset_index()
+
+
+def wide(rows: pd.DataFrame, kind: str, amount: float, value: str, fill: str = "black") -> pd.DataFrame:
+    """One value for each picture (row) and measure (column) after one change; the first column is "intact".
+
+    Raises ValueError where the sweep holds no such change.
+    """
+    per = per_picture(rows)
+    chosen = per[(per.kind == kind) & np.isclose(per.amount, amount) & (per.fill == fill)]
+    if chosen.empty:
+        raise ValueError(f"the sweep has no {kind} of {amount} with fill {fill!r}; add it to the plan.")
+    table = chosen.pivot(index="id", columns="measure", values=value)
+    intact = per[per.measure == INTACT].set_index("id")[value]
+    table.insert(0, INTACT, intact.reindex(table.index))
+    return table[[INTACT, *dict.fromkeys(chosen.measure)]]
+
+
+def by_category(rows: pd.DataFrame, kind: str, amount: float, value: str) -> pd.DataFrame:
+    """Mean over the pictures of each category: a row a measure, a column a category, and all together."""
+    table = wide(rows, kind, amount, value)
+    subjects = rows.drop_duplicates("id").set_index("id").subject.reindex(table.index)
+    means = table.groupby(subjects, sort=False).mean().T
+    means["all"] = table.mean()
+    means["n"] = table.notna().sum()
+    return means.rename_axis("measure")
+
+
+def against(
+    rows: pd.DataFrame, kind: str, amount: float, reference: str, seed: int, fill: str = "black"
+) -> pd.DataFrame:
+    """Every measure minus `reference`, picture by picture: accuracy and log_prob, as in `tables.against`."""
+    values = {"accuracy": "correct", "log_prob": "log_prob"}
+    return tables.against(
+        {name: wide(rows, kind, amount, value, fill) for name, value in values.items()}, reference, seed
+    )
+
+
+def curves(rows: pd.DataFrame, kind: str) -> pd.DataFrame:
+    """Deletion curves: mean accuracy and log P for every measure and amount, from the untouched pictures on.
+
+    Columns: measure, amount, accuracy, log_prob, n.
+    """
+    per = per_picture(rows)
+    intact = per[per.measure == INTACT]
+    part = per[per.kind == kind]
+    means = part.groupby(["measure", "amount"], sort=False).agg(
+        accuracy=("correct", "mean"), log_prob=("log_prob", "mean"), n=("id", "size")
+    )
+    start = pd.DataFrame({"measure": part.measure.unique()}).assign(
+        amount=0.0, accuracy=intact.correct.mean(), log_prob=intact.log_prob.mean(), n=len(intact)
+    )
+    return pd.concat([start, means.reset_index()], ignore_index=True)
+
+
+def areas(rows: pd.DataFrame, kind: str, seed: int) -> pd.DataFrame:
+    """Area under each measure's deletion curve, as the curve's mean height, and its difference from random.
+
+    A row a measure, with intervals over the pictures (bootstrap): accuracy and log_prob with _low and _high,
+    and the same names after "less_" for the difference, paired by picture; n.
+    """
+    heights = {
+        name: _heights(rows, kind, value)
+        for value, name in (("correct", "accuracy"), ("log_prob", "log_prob"))
+    }
+    lines = {}
+    for measure in heights["log_prob"].columns:
+        line: dict[str, float] = {"n": len(heights["log_prob"])}
+        for name, table in heights.items():
+            own = table[measure]
+            less = tables.difference(own, table[RANDOM], seed)
+            for key, found in ((name, tables.average(own, seed)), (f"less_{name}", less)):
+                line |= {key: found[0], f"{key}_low": found[1], f"{key}_high": found[2]}
+        lines[str(measure)] = line
+    return pd.DataFrame.from_dict(lines, orient="index").rename_axis("measure")
+
+
+def duels(rows: pd.DataFrame, kind: str, amount: float, others: Sequence[str], seed: int) -> pd.DataFrame:
+    """log P after masking by each setting of FI minus after masking by each other measure, with verdicts.
+
+    Below zero FI does more damage. Columns: fi, other, n, difference, low, high, verdict.
+    """
+    lines = []
+    for other in others:
+        table = against(rows, kind, amount, other, seed)
+        for name in FI_SETTINGS:
+            if name in table.index:
+                row = table.loc[name]
+                ends = (row.log_prob, row.log_prob_low, row.log_prob_high)
+                lines.append((name, other, int(row.n), *ends, tables.verdict(*ends[1:])))
+    return pd.DataFrame(lines, columns=["fi", "other", "n", "difference", "low", "high", "verdict"])
+
+
+def accuracies(model: VisionModel, examples: Sequence[Example]) -> pd.DataFrame:
+    """Accuracy on the untouched pictures of each category and of all, with Wilson intervals.
+
+    Columns: subject, n, accuracy, low, high, log_prob (of the right answer), confidence (median P(ŷ)).
+    """
+    outcome = answer_images(model, examples)
+    each = pd.DataFrame(
+        {
+            "subject": [e.subject for e in examples],
+            "correct": outcome.correct.double(),
+            "log_prob": outcome.log_prob.double(),
+            "confidence": outcome.log_probs.exp().amax(1).double(),
+        }
+    )
+    lines = []
+    for subject, part in [*each.groupby("subject", sort=False), ("all", each)]:
+        low, high = wilson(round(part.correct.sum()), len(part))
+        ends = (part.correct.mean(), low, high, part.log_prob.mean(), part.confidence.median())
+        lines.append((subject, len(part), *ends))
+    columns = ["subject", "n", "accuracy", "low", "high", "log_prob", "confidence"]
+    return pd.DataFrame(lines, columns=columns)
+
+
+def outcomes(rows: pd.DataFrame, at: Mapping[str, float], seed: int) -> pd.DataFrame:
+    """Claim 10: random masks against the untouched picture, and guided masks against random ones.
+
+    at: the amount of each kind. Each pair is compared on all pictures that were masked so by both. Columns:
+    kind, amount, first, second, n, difference of accuracy, low, high.
+    """
+    lines = []
+    for kind, amount in at.items():
+        guided = (*FI_SETTINGS, "Jacobian norm", "information length")
+        pairs = {RANDOM: INTACT} | dict.fromkeys(guided, RANDOM)
+        for first, second in pairs.items():
+            table = wide(rows, kind, amount, "correct")
+            if first in table:
+                pair = table[[first, second]].dropna()
+                found = tables.difference(pair[first], pair[second], seed)
+                lines.append((kind, amount, first, second, len(pair), *found))
+    columns = ["kind", "amount", "first", "second", "n", "difference", "low", "high"]
+    return pd.DataFrame(lines, columns=columns)
+
+
+def damping_table(rows: pd.DataFrame, share: float, seed: int) -> pd.DataFrame:
+    """Damage at one share for every filter of FI and for the Jacobian norm, with its difference from it."""
+    values = {name: wide(rows, "share", share, name).drop(columns=INTACT) for name in ("correct", "log_prob")}
+    made = pd.DataFrame({"n": values["correct"].count(), "accuracy": values["correct"].mean()})
+    made["log_prob"] = values["log_prob"].mean()
+    less = against(rows, "share", share, "Jacobian norm", seed)
+    names = {"log_prob": "minus_jacobian", "log_prob_low": "low", "log_prob_high": "high"}
+    return made.join(less[list(names)].rename(columns=names)).rename_axis("measure")
+
+
+GUIDED = {  # what a line about guided masks is called, by how they are counted
+    "count": "7, 10: ten pixels beat random ones",
+    "share": "10: a share of the pixels beats random ones",
+    "patches": "7, 10: patches beat random ones",
+}
+
+
+def claims(
+    duelled: Mapping[str, pd.DataFrame], guided: pd.DataFrame, things: pd.DataFrame, noises: pd.DataFrame
+) -> pd.DataFrame:
+    """Claims 7 to 11 with what was measured: claim, setting, n, value, low, high, verdict.
+
+    duelled: from `duels`, by what was masked; guided: from `outcomes`; things: from `on_things`; noises: from
+    `noise_table` without its own mask. A claim holds where the whole 95 % interval lies on its side.
+    """
+    lines: list[tuple[object, ...]] = []
+    for row in guided.itertuples():
+        ends = (row.difference, row.low, row.high)
+        said = "10: random masks do no harm" if row.second == INTACT else GUIDED[row.kind]
+        judged = tables.verdict(row.low, row.high)
+        if row.second == INTACT:
+            judged = "no loss seen" if row.low <= 0 <= row.high else "a loss"
+        lines.append((said, f"{row.first}, {row.kind} {row.amount:g}", row.n, *ends, judged))
+    for change, row in noises.iterrows():
+        ends, judged = (row.mask_minus_this, row.low, row.high), tables.verdict(row.low, row.high)
+        lines.append(("8: noise of equal loss hurts less", change, int(row.n), *ends, judged))
+    for name, row in things.iterrows():
+        judged = tables.verdict(1 - row.high, 1 - row.low)
+        told = str(name)
+        if not told.startswith("Jacobian"):
+            told = f"FI {told}" if "damped" in told else f"FI exact, {told}"
+        lines.append(("9: higher on things", told, int(row.n), row.ratio, row.low, row.high, judged))
+    for what, table in duelled.items():
+        for row in table.itertuples():
+            told = f"{row.fi} against {row.other}, {what}"
+            lines.append(("11: FI hurts most", told, row.n, row.difference, row.low, row.high, row.verdict))
+    columns = ["claim", "setting", "n", "value", "low", "high", "verdict"]
+    return pd.DataFrame(lines, columns=columns)
+
+
+# --- what the maps look like
+
+
+def describe(batches: Iterable[Scored], patch: int, cache: Path) -> pd.DataFrame:
+    """What the maps of every setting look like, one row for each picture and setting.
+
+    Columns: id, subject, setting; ceiling; at_ceiling: share of the groups whose FI is the ceiling to one
+    part in a thousand; p5, p95: percentiles of the map over the ceiling; held: share of the total that the
+    highest hundredth of the groups holds; area: share
+    of the pixels that are drawn; drawn and paper: mean score there over the mean of the map; hit: share of
+    the highest hundredth of the pixels that is drawn.
+    """
+    made = [
+        _kept(cache, "maps", b, patch, partial(_describe, b, patch))
+        for b in tqdm(batches, desc="maps", unit="batch")
+    ]
+    return pd.concat(made, ignore_index=True)
+
+
+def drawn_things(image: Tensor) -> Tensor:
+    """Where a picture (3, H, W) differs from the commonest colour of its border, a boolean mask (H, W)."""
+    border = torch.cat([image[:, 0], image[:, -1], image[:, :, 0], image[:, :, -1]], 1).T
+    colours, counts = border.unique(dim=0, return_counts=True)
+    paper = colours[counts.argmax()]
+    return ((image - paper[:, None, None]).abs() > PAPER_TOLERANCE).any(0)
+
+
+def saturation(maps: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """Means over the pictures of what `describe` says of each setting, a row a setting.
+
+    at_ceiling and held have intervals, a bootstrap over pictures (columns *_low, *_high). p5 and p95 are for
+    settings of FI.
+    """
+    lines = {}
+    for name, part in maps.groupby("setting", sort=False):
+        line: dict[str, float] = {"n": len(part)}
+        for column in ("held", "at_ceiling"):
+            if part[column].notna().all():
+                found = tables.average(part[column], seed)
+                line |= dict(zip((column, f"{column}_low", f"{column}_high"), found, strict=True))
+        if SETTINGS[str(name)].measure in FI_SETTINGS:
+            line |= {"p5": part.p5.mean(), "p95": part.p95.mean()}
+        lines[str(name)] = line
+    return pd.DataFrame.from_dict(lines, orient="index").rename_axis("setting")
+
+
+def at_ceiling(batches: Iterable[Scored], spectral: Spectral = STRICT) -> float:
+    """Mean share of the pixels at the ceiling for FI on letters under another filter."""
+    shares = []
+    for batch in batches:
+        grads = batch.letters.grads
+        full = saturated(batch.scores(Influence(spectral)), grads.probs.cpu(), grads.predicted.cpu())
+        shares.append(full.double().flatten(1).mean(1))
+    return float(torch.cat(shares).mean())
+
+
+def on_things(maps: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """Mean score on drawn things over that on the paper, with a bootstrap interval over pictures, and the
+    share of the highest hundredth that lies on drawn things beside their share of the picture.
+
+    A row a setting: ratio, low, high, hit, area, n. Pictures without paper or without things are left out.
+    """
+    lines = {}
+    whole = maps[maps.drawn.notna() & maps.paper.notna()]
+    for name, part in whole.groupby("setting", sort=False):
+        draws = np.random.default_rng(seed).integers(len(part), size=(tables.RESAMPLES, len(part)))
+        drawn, paper = part.drawn.to_numpy(), part.paper.to_numpy()
+        low, high = np.quantile(drawn[draws].mean(1) / paper[draws].mean(1), [0.025, 0.975])
+        lines[str(name)] = (
+            drawn.mean() / paper.mean(),
+            low,
+            high,
+            part.hit.mean(),
+            part.area.mean(),
+            len(part),
+        )
+    columns = ["ratio", "low", "high", "hit", "area", "n"]
+    return pd.DataFrame.from_dict(lines, orient="index", columns=columns).rename_axis("setting")
+
+
+def shown(model: VisionModel, examples: Sequence[Example], each: int) -> list[tuple[Tensor, Example, Tensor]]:
+    """The first `each` pictures of every subject: image, example, P of the options."""
+    subjects = dict.fromkeys(e.subject for e in examples)
+    chosen = [e for s in subjects for e in [x for x in examples if x.subject == s][:each]]
+    images = [image_of(e) for e in chosen]
+    return [(i, e, probabilities(model, e, [i])[0]) for i, e in zip(images, chosen, strict=True)]
+
+
+def setting_maps(batch: Scored, place: int, patch: int) -> dict[str, tuple[Tensor, float]]:
+    """The map of every setting for one picture of a batch, with the ceiling of FI under its classes."""
+    made = {}
+    for name, setting in SETTINGS.items():
+        classes = batch.top if setting.measure == FI_TOP else batch.letters
+        top = float(ceiling(classes.grads.probs, classes.grads.predicted)[place])
+        values = batch.scores(setting.measure, setting.over, patch)[place]
+        made[name] = (values, top)
+    return made
+
+
+# --- one picture, and noise
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One picture under a growing mask: `probs` (K,) for every count of `masks` and for 0 (untouched)."""
+
+    example: Example
+    image: Tensor
+    measure: str
+    scores: Tensor
+    masks: dict[int, Tensor]
+    probs: dict[int, Tensor]
+    flips_at: int | None
+
+    @property
+    def shown(self) -> int:
+        """The count at which the answer flips, or the largest where it never does."""
+        return self.flips_at or max(self.masks)
+
+
+def flip_counts(rows: pd.DataFrame) -> pd.DataFrame:
+    """For every rightly answered picture, the smallest count of pixels that makes the answer wrong.
+
+    rows: a sweep of counts by one measure. Columns: id, flips_at (NaN: never), left: log P of the right
+    answer at the largest count. Sorted: the case comes first (fewest pixels, then least left, then id).
+    """
+    right = rows[(rows.measure == INTACT) & (rows.correct == 1)].id
+    known = rows[(rows.kind == "count") & rows.id.isin(right if len(right) else rows.id)]
+    wrong = known[known.correct == 0].groupby("id").amount.min().rename("flips_at")
+    left = known[known.amount == known.amount.max()].set_index("id").log_prob.rename("left")
+    return pd.concat([wrong, left], axis=1).reset_index().sort_values(["flips_at", "left", "id"])
+
+
+def flipped(rows: pd.DataFrame, kind: str, amount: float) -> pd.DataFrame:
+    """Share of the rightly answered pictures that a mask makes wrong (Wilson intervals); a row a measure."""
+    part = rows[(rows.kind == kind) & np.isclose(rows.amount, amount)]
+    right = rows[(rows.measure == INTACT) & (rows.correct == 1)].id
+    lines = {}
+    for measure, own in part[(part.draw == 0) & part.id.isin(right)].groupby("measure", sort=False):
+        wrong = int((own.correct == 0).sum())
+        lines[str(measure)] = (wrong, len(own), wrong / len(own), *wilson(wrong, len(own)))
+    columns = ["flipped", "n", "share", "low", "high"]
+    return pd.DataFrame.from_dict(lines, orient="index", columns=columns).rename_axis("measure")
+
+
+def look_at(
+    batches: Sequence[Scored], flips: pd.DataFrame, measure: str, counts: Sequence[int], seed: int
+) -> Case:
+    """The first picture of `flips` under the masks of every count."""
+    first = flips.iloc[0]
+    batch = next(b for b in batches if first.id in [e.id for e in b.examples])
+    place = [e.id for e in batch.examples].index(first.id)
+    example, image = batch.examples[place], batch.images[place].cpu()
+    scores = batch.scores(measure)[place]
+    masks = {n: top_pixels(scores, min(n, scores.numel()), seed=seed) for n in sorted(counts)}
+    shown = [image, *(masked(image, mask) for mask in masks.values())]
+    probs = probabilities(batch.letters.model, example, shown)
+    at = None if np.isnan(first.flips_at) else int(first.flips_at)
+    return Case(example, image, measure, scores, masks, dict(zip((0, *masks), probs, strict=True)), at)
+
+
+def probabilities(model: VisionModel, example: Example, images: Sequence[Tensor]) -> Tensor:
+    """P of the options (len(images), K) of one question about several pictures."""
+    return answer_images(model, [example] * len(images), images=images).log_probs.exp()
+
+
+def matched_noises(image: Tensor, loss: float, seed: int) -> dict[str, Tensor]:
+    """Every kind of noise with that information loss; kinds that cannot destroy as much are left out."""
+    made = {}
+    for kind in NOISES:
+        try:
+            made[kind] = noised(image, kind, loss, seed)  # type: ignore[arg-type]
+        except ValueError:
+            continue
+    return made
+
+
+def noise_against_mask(
+    batches: Iterable[Scored], measure: str, share: float, seed: int, cache: Path
+) -> pd.DataFrame:
+    """Mask the top share of the pixels, mask as many random ones, and add noises that destroy as much.
+
+    Columns: id, subject, change, loss, correct, log_prob, changed (1 where the answer is no longer the
+    untouched picture's). The change "intact" has no loss.
+    """
+    settings = (measure, share, seed)
+    make = [(b, partial(_noise_batch, b, measure, share, seed)) for b in batches]
+    made = [_kept(cache, "noise", b, settings, one) for b, one in tqdm(make, desc="noise", unit="batch")]
+    return pd.concat(made, ignore_index=True)
+
+
+def noise_table(rows: pd.DataFrame, guided: str, seed: int) -> pd.DataFrame:
+    """Each change: mean loss, accuracy, share of answers changed (Wilson), and log P after the guided mask
+    minus after this change (paired bootstrap over the pictures). A row a change."""
+    lines = {}
+    guided_values = rows[rows.change == guided].set_index("id").log_prob
+    for change, part in rows.groupby("change", sort=False):
+        own = part.set_index("id").log_prob
+        found = tables.difference(guided_values.reindex(own.index), own, seed)
+        low, high = wilson(round(part.changed.sum()), len(part))
+        lines[str(change)] = {
+            "n": len(part), "loss": part.loss.mean(), "accuracy": part.correct.mean(),
+            "changed": part.changed.mean(), "changed_low": low, "changed_high": high,
+            "mask_minus_this": found[0], "low": found[1], "high": found[2],
+        }  # fmt: skip
+    return pd.DataFrame.from_dict(lines, orient="index").rename_axis("change")
+
+
+# --- one batch
+
+
+def _kept(
+    cache: Path, what: str, batch: Scored, settings: object, make: Callable[[], pd.DataFrame]
+) -> pd.DataFrame:
+    """What `make` gives, from the cache where it was made before."""
+    model = batch.letters.model
+    told = [(e.id, e.prompt, e.answer, hashlib.sha256(e.image or b"").hexdigest()) for e in batch.examples]
+    text = repr((what, model.sha256, model.network.dtype, settings, told))
+    path = cache / f"pixels.{what}.{hashlib.sha256(text.encode()).hexdigest()[:16]}.parquet"
+    if not path.is_file():
+        write_atomically(path, make().to_parquet(index=False))
+    return pd.read_parquet(path)
+
+
+def _sweep(batch: Scored, plan: Plan) -> pd.DataFrame:
+    rows = _rows(batch, [(INTACT, 0, INTACT, 0.0, "")], [batch.images])
+    for measure in plan.measures:
+        for draw in range(plan.draws if measure == RANDOM else 1):
+            changes, images = [], []
+            for kind, amount, mask in _masks(batch, plan, measure, draw):
+                for fill in plan.fills:
+                    changes.append((_name(measure), draw, kind, amount, fill))
+                    images.append(masked(batch.images, mask.to(batch.images.device), fill, plan.seed))
+            rows += _rows(batch, changes, images)
+    return pd.DataFrame(rows)
+
+
+def _masks(
+    batch: Scored, plan: Plan, measure: str | Measure, draw: int
+) -> Iterator[tuple[str, float, Tensor]]:
+    """The masks of one measure: kind, amount and mask (N, H, W)."""
+    used = Random(plan.seed + draw) if measure == RANDOM else measure
+    height, width = batch.images.shape[-2:]
+    if plan.counts or plan.shares:
+        pixels = batch.scores(used)
+        for count in plan.counts:
+            yield "count", float(count), top_pixels(pixels, min(count, height * width), seed=plan.seed)
+        for share in plan.shares:
+            yield "share", share, top_pixels(pixels, share=share, seed=plan.seed)
+    if plan.patches:
+        grid = batch.scores(used, "patch", plan.patch)
+        for count in plan.patches:
+            most = min(count, grid[0].numel())
+            mask = top_patches(grid, most, patch=plan.patch, size=(height, width), seed=plan.seed)
+            yield "patches", float(count), mask
+
+
+def _rows(
+    batch: Scored, changes: Sequence[tuple[str, int, str, float, str]], images: Sequence[Tensor]
+) -> list[dict[str, object]]:
+    if not changes:
+        return []
+    found = batch.ask(images)
+    names = ("measure", "draw", "kind", "amount", "fill")
+    return [
+        {"id": e.id, "subject": e.subject, **dict(zip(names, change, strict=True))}
+        | {key: values[i, j] for key, values in found.items()}
+        for i, change in enumerate(changes)
+        for j, e in enumerate(batch.examples)
+    ]
+
+
+def _describe(batch: Scored, patch: int) -> pd.DataFrame:
+    lines = []
+    things = torch.stack([drawn_things(image.cpu()) for image in batch.images])
+    for name, setting in SETTINGS.items():
+        values = batch.scores(setting.measure, setting.over, patch).double()
+        grads = (batch.top if setting.measure == FI_TOP else batch.letters).grads
+        probs, predicted = grads.probs.cpu(), grads.predicted.cpu()
+        judged = setting.measure in FI_SETTINGS and setting.measure != FI_SUMMED
+        full = saturated(values, probs, predicted).double().flatten(1).mean(1) if judged else None
+        tops = ceiling(probs, predicted)
+        spread = _spread_out(values, setting.over, patch, things.shape[-2:])
+        for i, example in enumerate(batch.examples):
+            at = float(full[i]) if full is not None else np.nan
+            line = {"id": example.id, "subject": example.subject, "setting": name, "ceiling": float(tops[i])}
+            ends = values[i].quantile(values.new_tensor([0.05, 0.95])) / tops[i]
+            line |= {"at_ceiling": at, "held": _held(values[i]), "p5": float(ends[0]), "p95": float(ends[1])}
+            lines.append(line | _on_things(spread[i], things[i]))
+    return pd.DataFrame(lines)
+
+
+def _spread_out(values: Tensor, over: Grouping, patch: int, size: Sequence[int]) -> Tensor:
+    """A value for every pixel (N, H, W): of its patch, or the mean of its channels."""
+    if over == "channel":
+        return values.mean(1)
+    if over == "patch":
+        values = values.repeat_interleave(patch, -2).repeat_interleave(patch, -1)
+    return values[..., : size[0], : size[1]]
+
+
+def _held(values: Tensor) -> float:
+    ordered = values.flatten().sort(descending=True).values
+    total = ordered.sum()
+    return float(ordered[: max(1, round(HIGHEST * len(ordered)))].sum() / total) if total > 0 else HIGHEST
+
+
+def _on_things(values: Tensor, things: Tensor) -> dict[str, float]:
+    area = float(things.double().mean())
+    if not 0 < area < 1:
+        return {"area": area, "drawn": np.nan, "paper": np.nan, "hit": np.nan}
+    mean = float(values.mean())
+    level = values / mean if mean > 0 else torch.ones_like(values)  # a map of zeros ranks nothing
+    hit = things[top_pixels(values, share=HIGHEST)].double().mean()
+    return {
+        "area": area,
+        "drawn": float(level[things].mean()),
+        "paper": float(level[~things].mean()),
+        "hit": float(hit),
+    }
+
+
+def _noise_batch(batch: Scored, measure: str, share: float, seed: int) -> pd.DataFrame:
+    """Noises differ in what they can destroy, so each picture is asked by itself."""
+    model, lines = batch.letters.model, []
+    chosen = top_pixels(batch.scores(measure), share=share, seed=seed)
+    drawn = top_pixels(batch.scores(Random(seed)), share=share, seed=seed)
+    for i, example in enumerate(batch.examples):
+        image = batch.images[i].cpu()
+        guided = masked(image, chosen[i])
+        made = {INTACT: image, measure: guided, RANDOM: masked(image, drawn[i])}
+        made |= matched_noises(image, information_loss(image, guided), seed)
+        outcome = answer_images(model, [example] * len(made), images=list(made.values()))
+        for j, (change, picture) in enumerate(made.items()):
+            line: dict[str, object] = {"id": example.id, "subject": example.subject, "change": change}
+            line |= {"loss": information_loss(image, picture), "correct": float(outcome.correct[j])}
+            line |= {"log_prob": float(outcome.log_prob[j])}
+            lines.append(line | {"changed": float(outcome.predicted[j] != outcome.predicted[0])})
+    return pd.DataFrame(lines)
+
+
+def _heights(rows: pd.DataFrame, kind: str, value: str) -> pd.DataFrame:
+    """Mean height of each picture's deletion curve: a row a picture, a column a measure."""
+    per = per_picture(rows)
+    start = per[per.measure == INTACT].set_index("id")[value]
+    made = {}
+    for measure, part in per[per.kind == kind].groupby("measure", sort=False):
+        table = part.pivot(index="id", columns="amount", values=value)
+        table.insert(0, 0.0, start.reindex(table.index))
+        amounts = table.columns.to_numpy(float)
+        made[measure] = pd.Series(np.trapezoid(table.to_numpy(), amounts, axis=1) / amounts[-1], table.index)
+    return pd.DataFrame(made)
+
+
+def _name(measure: str | Measure) -> str:
+    return measure if isinstance(measure, str) else measure.name

@@ -1,0 +1,136 @@
+"""Checks of chapter 09: where methods meet, TIES by hand, what is put back, a fair gain, the price for B."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fichapters.exercises import Wrong, choice, equal, exercise, tensor
+
+CLOSE = 1e-3
+GOOD = 0.999  # of what is possible
+
+
+@exercise
+def same_as_average(answer: object, base: float, a: float, b: float) -> str:
+    """The task weight at which task arithmetic gives the average of two models."""
+    slips = {
+        "With that weight each displacement is taken whole: the sum, not the mean.": 1.0,
+        "That weight leaves half of the mean.": 0.25,
+        "That is the merged weight itself; which task weight leads to it?": (a + b) / 2,
+    }
+    hint = "Write the average as the base plus something times the sum of the displacements."
+    equal(answer, 0.5, slips, hint=hint)
+    return (
+        "The average is one point on the line that task arithmetic searches, so a tuned task weight can only "
+        "do better on the questions it was tuned on. Protection has to beat the *tuned* merge."
+    )
+
+
+@exercise
+def ties(answer: object, delta_a: Tensor, delta_b: Tensor, keep: int) -> str:
+    """TIES of two displacements: keep the largest entries of each, elect signs, average what agrees."""
+    found = tensor(answer, delta_a.shape)
+    kept = [_trimmed(delta, keep) for delta in (delta_a, delta_b)]
+    truth = _elected(*kept)
+    if _like(found, truth):
+        return (
+            "Where one expert was trimmed the other decides alone; where they conflict, the larger sum wins."
+        )
+    if _like(found, _elected(delta_a, delta_b)):
+        raise Wrong("That is without the trim: first only the largest entries of each displacement stay.")
+    if _like(found, (kept[0] + kept[1]) / 2):
+        raise Wrong(
+            "That is the mean of both. Only entries with the elected sign are averaged, zeros left out."
+        )
+    if _like(found, kept[0] + kept[1]):
+        raise Wrong("That is the sum; TIES averages the entries that have the elected sign.")
+    raise Wrong(
+        f"{int((~_near(found, truth)).sum())} entries are off. Trim, elect, then average what agrees."
+    )
+
+
+@exercise
+def put_back(answer: object, share: float, common: float) -> str:
+    """The share of all weights that protection puts back, where each expert protects `share` of its own.
+
+    common: the share of one expert's protected weights that the other protects, too.
+    """
+    slips = {
+        "Weights that both protect stay merged: neither can have its way.": 2 * share,
+        "B's weights are put back, too.": share * (1 - common),
+        "That counts a common weight once. It is put back by neither.": share * (2 - common),
+        "That is the share that both protect.": share * common,
+    }
+    equal(answer, 2 * share * (1 - common), slips, hint="Count what exactly one of the two protects.")
+    return (
+        "Two scores with much in common put little back. Compare choices at the same number of weights put "
+        "back, or say that they differ."
+    )
+
+
+@exercise
+def which_control(answer: object) -> str:
+    """What to compare with, when protection by FI beats the plain average."""
+    choice(
+        answer,
+        "random protection of the same size",
+        {
+            "the base model": "The base tells what merging brings, not what the choice of weights brings.",
+            "the expert alone": "The expert is the upper end; any protection moves the merge towards it.",
+            "another seed of the questions": "That tells how sure the gain is, and not whose gain it is.",
+        },
+    )
+    return "Keeping any tenth of an expert moves the merge towards it. Only what is beyond chance is FI's."
+
+
+@exercise
+def fair_to_both(answer: object, delta: Tensor, needs_a: Tensor, needs_b: Tensor, count: int) -> str:
+    """`count` weights of A whose keeping lowers the sum of both losses most, against the plain average.
+
+    delta: A's weights minus B's. The loss of a model is half the sum of needs times squared distance from
+    its own expert.
+    """
+    values = tensor(answer, (count,))
+    chosen = values.round().long()
+    if not torch.equal(values, values.round()) or chosen.min() < 0 or chosen.max() >= len(delta):
+        raise Wrong(f"Give {count} positions, counted from 0 and below {len(delta)}.")
+    if len(set(chosen.tolist())) < count:
+        raise Wrong("A weight is named twice.")
+    gain_a, price_b = needs_a * delta.square() / 8, 3 * needs_b * delta.square() / 8
+    gain = gain_a - price_b
+    best, reached = float(gain.topk(count).values.sum()), float(gain[chosen].sum())
+    if reached < GOOD * best:
+        if set(chosen.tolist()) == set(gain_a.topk(count).indices.tolist()):
+            raise Wrong(
+                f"For A alone these are the best; for both they bring {reached / best:.0%} of what can be "
+                "had. B's loss rises, and by more than the average cost it."
+            )
+        raise Wrong(f"These bring {reached / best:.0%} of what can be had. A negative share is a loss.")
+    return (
+        f"{int((gain > 0).sum())} of {len(delta)} weights are worth keeping for both. Moving one from "
+        "the middle to A takes it twice as far from B, and the loss goes with the square: A must need it "
+        "three times as much."
+    )
+
+
+def _trimmed(delta: Tensor, keep: int) -> Tensor:
+    kept = torch.zeros_like(delta)
+    top = delta.abs().topk(keep).indices
+    kept[top] = delta[top]
+    return kept
+
+
+def _elected(a: Tensor, b: Tensor) -> Tensor:
+    """The mean of the entries that have the sign of the sum."""
+    both = torch.stack([a, b])
+    agrees = (both.sign() == both.sum(0).sign()) & (both != 0)
+    return (both * agrees).sum(0) / agrees.sum(0).clamp(min=1)
+
+
+def _near(a: Tensor, b: Tensor) -> Tensor:
+    return (a - b).abs() <= CLOSE * b.abs().max()
+
+
+def _like(a: Tensor, b: Tensor) -> bool:
+    return bool(_near(a, b).all())

@@ -1,0 +1,997 @@
+"""Chapter 09: merge two experts and keep the weights that scores call fragile (method 4.6).
+
+Who may see which questions: some of the validation split calibrate the scores, the others choose the settings
+(`Search`), and the test split is asked once, about a list of settings that is complete before any answer
+is seen (`Final`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from fichapters.parameters import nearest
+from fichapters.tables import verdict
+from fihelpers.answers import usual_answers
+from fihelpers.data import write_atomically
+from fihelpers.evaluate.questions import Evaluator
+from fihelpers.evaluate.stats import crossed_difference, crossed_ratio
+from fihelpers.jobs.preflight import Estimate, estimate_merge, estimate_scores
+from fihelpers.measures import FISHER, SQUARED_SCORE, Influence, Random, find_measure
+from fihelpers.models.files import ModelWeights, open_weights
+from fihelpers.models.language import LanguageModel, open_model
+from fihelpers.models.tensors import TensorDict
+from fihelpers.perturb.merge import (
+    Average,
+    Dare,
+    DareTies,
+    FisherAverage,
+    Merger,
+    Method,
+    Protection,
+    TaskArithmetic,
+    Ties,
+    merge_models,
+)
+from fihelpers.perturb.merge_methods import AnyScores, Elect, Scope, Stages, check_choice, check_share
+from fihelpers.perturb.sparsify import linear_names
+from fihelpers.perturb.topshare import TopShare
+from fihelpers.scores.store import Scores, provenance
+from fihelpers.scores.weights import score_weights
+from fihelpers.tasks import Example, load_task
+
+IN_MEMORY = 2**30  # bytes of a model up to which its tensors are held rather than read again for each merge
+GROUP_BYTES = 2**34  # of scores that are computed at a time
+
+EXACT, DAMPED, RANDOM = "FI exact", "FI damped 0.0001", "random"
+PREDICTED, LENGTH = "predicted change", "information length"
+WEIGHT, STEP = "size of the weight", "size of the displacement"
+FILTERS = {"exact": EXACT, "damped": DAMPED}
+# what protection may go by: the score, and whether it is multiplied by the squared displacement (method
+# 1b.4); beside these, FI with any other filter
+CHOICES: dict[str, tuple[str, bool]] = {
+    EXACT: (EXACT, False),
+    DAMPED: (DAMPED, False),
+    "Jacobian norm": ("Jacobian norm", False),
+    "Fisher diagonal": (FISHER.name, False),
+    "SNIP": ("SNIP", False),
+    PREDICTED: (SQUARED_SCORE.name, True),
+    LENGTH: (FISHER.name, True),
+    WEIGHT: ("magnitude", False),
+    STEP: (STEP, False),
+    RANDOM: (RANDOM, False),
+}
+NO_QUESTION = (WEIGHT, STEP)  # these look at no calibration question
+RESAMPLES = 2000
+# rows of Table 3: what each protects, and the merge without protection that it is compared with
+ROWS: dict[str, tuple[str, Mapping[str, object]]] = {
+    "average": ("average", {}),
+    "task arithmetic": ("task arithmetic", {}),
+    "TIES I": ("TIES", {"stages": "I"}),
+    "TIES II": ("TIES", {"stages": "II"}),
+    "TIES II, trimmed": ("TIES", {"stages": "II", "whole": False}),
+    "TIES I and II": ("TIES", {"stages": "I and II"}),
+    "Fisher average": ("Fisher average", {}),
+}
+RECORDED = {  # names of records and rows of Table 3 (a and b: the domains)
+    "base": "base",
+    "expert_a": "{a} expert",
+    "expert_b": "{b} expert",
+    "average": "average",
+    "task": "task arithmetic",
+    "ties": "TIES",
+    "fisher": "Fisher average",
+    "dare": "DARE task",
+    "dareties": "DARE TIES",
+}
+CLAIMS = {  # names of records and claims
+    "c20": "20: protection helps",
+    "c21": "21: TIES I is best",
+    "c22": "22: rises",
+    "c23": "23: beats random, follows the domain",
+}
+SAID = {"holds": "holds", "undecided": "undecided", "the reverse holds": "reverse"}
+CURVES = ("average", "task arithmetic", "TIES I")
+ELSEWHERE = {
+    "neither domain": {"task": "bundled", "subjects": ("business", "culture", "geography", "law")},
+}
+ALONE_SHARE = 0.1  # of A's weights that the earlier version of the paper keeps
+OWN, OTHER = "its own domain", "the other domain"
+
+Which = Literal["base", "a", "b"]
+Judge = Literal["correct", "log_prob"]
+JUDGES = ("correct", "log_prob")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is run.
+
+    domains: {name of A's domain: its subjects, name of B's: its subjects}. shares: k, as shares of the linear
+    weights, to search; wide: further ones for the curve. task_weights and densities: gamma, and what TIES
+    keeps, to search. seeds: number of calibration sets, of n_calibration questions each. n_validation and
+    n_test: questions of each domain (None takes all). elect: TIES' election. choices: what to compare, see
+    `score_of`, at the share `compared`. elsewhere: further questions to calibrate on, {name: {"task",
+    "subjects"}}.
+    """
+
+    task: str
+    domains: Mapping[str, Sequence[str]]
+    shares: tuple[float, ...]
+    wide: tuple[float, ...]
+    task_weights: tuple[float, ...]
+    densities: tuple[float, ...]
+    seeds: int
+    n_calibration: int
+    n_validation: int | None = None
+    n_test: int | None = None
+    elect: Elect = "mean"
+    choices: tuple[str, ...] = tuple(CHOICES)
+    compared: float = 0.05
+    elsewhere: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "choices", tuple(dict.fromkeys(map(_choice, self.choices))))
+
+    @property
+    def scored(self) -> tuple[str, ...]:
+        """The choices that anything of this plan protects by."""
+        return tuple(dict.fromkeys((*self.choices, *FILTERS.values(), RANDOM)))
+
+
+def plan_of(p: SimpleNamespace) -> Plan:
+    """The plan from a chapter's settled parameters. Raises ValueError for one that cannot be run.
+
+    And what `load_task` raises.
+    """
+    known = ("densities", "wide", "validation", "elect", "choices", "compared", "elsewhere")
+    for name in p.OPTIONS:
+        if name not in known:
+            raise ValueError(f"OPTIONS has no {name!r}{nearest(name, known)}")
+    for name in ("densities", "wide", "compared"):
+        if name not in p.OPTIONS:
+            raise ValueError(
+                f"OPTIONS lacks {name!r}; give densities, wide and compared, as the chapter does."
+            )
+    given = dict(p.OPTIONS)
+    plan = Plan(
+        task=p.TASK,
+        domains={domain: tuple(subjects) for domain, subjects in p.DOMAINS.items()},
+        shares=tuple(p.SHARES),
+        wide=tuple(given["wide"]),
+        task_weights=tuple(p.TASK_WEIGHTS),
+        densities=tuple(given["densities"]),
+        seeds=p.SEEDS,
+        n_calibration=p.N_CALIBRATION,
+        n_validation=given.get("validation"),
+        n_test=p.N_TEST,
+        elect=given.get("elect", "mean"),
+        choices=tuple(given.get("choices", CHOICES)),
+        compared=given["compared"],
+        elsewhere=given.get("elsewhere", ELSEWHERE),
+        seed=p.SEED,
+    )
+    check(plan)
+    return plan
+
+
+def score_of(by: str) -> tuple[str, bool]:
+    """The score that protection goes by, and whether it is multiplied by the squared displacement.
+
+    by: one of CHOICES, or FI with any filter, such as "FI damped 0.01". Raises ValueError for another one.
+    """
+    if by in CHOICES:
+        return CHOICES[by]
+    try:
+        measure = find_measure(by)
+    except ValueError:
+        measure = None
+    if not isinstance(measure, Influence):
+        raise ValueError(f"Nothing is protected by {by!r}{nearest(by, CHOICES)} FI may have another filter.")
+    return measure.name, False
+
+
+def needs(
+    plan: Plan, base: str, a: str, b: str, cache: Path, device: str = "cpu", dtype: str = "float32"
+) -> tuple[Estimate, ...]:
+    """What a run needs of memory and disk: to merge, and to score both experts on every calibration set."""
+    merge = estimate_merge(base, a, b, method="TIES", protected=False, out=tempfile.gettempdir())
+    own, other = (len(_wanted(plan, place)) for place in (OWN, OTHER))
+    files = plan.seeds * (2 * own + (1 + len(plan.elsewhere)) * other)
+    settings = {"dtype": dtype, "device": device, "out": cache, "at_a_time": GROUP_BYTES}
+    return (merge, *(estimate_scores(expert, files=files // 2, **settings) for expert in (a, b)))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Alone:
+    """A model as it is, unmerged."""
+
+    which: Which
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A merge: its method and what is protected.
+
+    by: see `score_of`, or "" for a merge without protection. share, stages, whole, scope: as in `Protection`.
+    calibrated_on: OWN, OTHER or a name of `Plan.elsewhere`. only_a: B's weights are not protected.
+    """
+
+    method: Method = field(default_factory=Average)
+    by: str = ""
+    share: float = 0.0
+    stages: Stages = "I"
+    whole: bool = True
+    scope: Scope = "global"
+    calibrated_on: str = OWN
+    only_a: bool = False
+
+    @property
+    def drawn(self) -> bool:
+        """Whether it differs between calibration sets, or between draws of what DARE drops."""
+        scored = self.by not in ("", *NO_QUESTION)
+        return scored or isinstance(self.method, FisherAverage | Dare | DareTies)
+
+
+Asked = Alone | Setting
+
+
+def calibration_set(plan: Plan, domain: str, k: int) -> list[Example]:
+    """The k-th calibration set of a domain: sets share no question with each other or with the search."""
+    n = plan.n_calibration
+    return _shuffled(plan, domain, "val")[k * n : (k + 1) * n]
+
+
+def validation_set(plan: Plan, domain: str) -> list[Example]:
+    """The validation questions that are in no calibration set. Raises ValueError if none is left."""
+    found = _shuffled(plan, domain, "val")
+    used = plan.seeds * plan.n_calibration
+    if used >= len(found):
+        raise ValueError(
+            f"{plan.seeds} calibration sets of {plan.n_calibration} questions leave none of the {len(found)} "
+            f"validation questions of {domain} for the search; make them smaller."
+        )
+    return found[used:][: plan.n_validation]
+
+
+def test_set(plan: Plan, domain: str) -> list[Example]:
+    """Questions of the test split."""
+    return _shuffled(plan, domain, "test")[: plan.n_test]
+
+
+test_set.__test__ = False  # type: ignore[attr-defined]  # pytest: not a test
+
+
+class Bench:
+    """The models, and one network that takes the weights of one merged model after another.
+
+    base, a, b: bundled name, folder or hub id. Raises, before anything runs, ValueError for a bad plan and
+    what `Merger` raises for models that cannot be merged.
+    """
+
+    def __init__(
+        self, base: str, a: str, b: str, plan: Plan, cache: Path, device: str = "cpu", dtype: str = "float32"
+    ) -> None:
+        check(plan)
+        self.plan = plan
+        self.model = open_model(base, None, device, dtype)
+        opened = {"base": open_weights(base, self.model.revision), "a": open_weights(a), "b": open_weights(b)}
+        self.weights = {which: _held(weights) for which, weights in opened.items()}
+        self.merger(Setting(Ties()), 0)
+        self.linear = linear_names(self.model.network)
+        key = [[w.sha256 for w in self.weights.values()], dtype, asdict(plan)]
+        self.cache = cache / f"merging.{_hash(key)}"
+        self._scores: dict[tuple[Which, int, str], dict[str, AnyScores]] = {}
+
+    def merger(self, setting: Setting, k: int) -> Merger:
+        """The merge of a setting with calibration set (or draw) number k."""
+        method = setting.method
+        fishers = None
+        if isinstance(method, FisherAverage):
+            fishers = (self.scores("a", k)[FISHER.name], self.scores("b", k)[FISHER.name])
+        if isinstance(method, Dare | DareTies):
+            method = replace(method, seed=self.plan.seed + k)
+        w = self.weights
+        return Merger(w["base"], w["a"], w["b"], method, self._protection(setting, k), fishers)
+
+    def put(self, asked: Asked, k: int) -> None:
+        """Give the network the weights of a model or of a merge."""
+        weights = self.weights[asked.which] if isinstance(asked, Alone) else None
+        read = self.merger(asked, k).tensor if isinstance(asked, Setting) else None
+        layouts = (weights or self.weights["base"]).layouts
+        own = self.model.network.state_dict()
+        with torch.no_grad():
+            for name in filter(own.__contains__, layouts):  # not what the network does without
+                value = read(name) if read is not None else weights.read(name)  # type: ignore[union-attr]
+                own[name].copy_(value)
+
+    def scores(self, which: Which, k: int, calibrated_on: str = OWN) -> dict[str, AnyScores]:
+        """Scores of one expert's linear weights, on calibration set number k; a large model's as files."""
+        key = (which, k, calibrated_on)
+        if key not in self._scores:
+            self._scores[key] = {
+                n: self._kept(s, f"{which}.{k}.{calibrated_on}.{n}")
+                for n, s in self._scored(which, k, calibrated_on)
+            }
+        return self._scores[key]
+
+    def _scored(self, which: Which, k: int, calibrated_on: str) -> Iterator[tuple[str, Scores]]:
+        """Scores by their names: of a small model all at once, of a large one in turn."""
+        weights, base = self.weights[which], self.weights["base"]
+        self.put(Alone(which), 0)
+        model = LanguageModel(
+            self.model.network, self.model.tokenizer, weights.label, weights.revision, weights.sha256
+        )
+        examples = self._calibration(which, k, calibrated_on)
+        wanted = _wanted(self.plan, calibrated_on)
+        if STEP in wanted:
+            steps = {name: (weights.read(name) - base.read(name)).abs() for name in self.linear}
+            yield STEP, Scores(steps, provenance(model, examples) | {"measure": STEP})
+        # with one seed for both experts they would draw the same weights, and none would be protected alone
+        seed = 2 * (self.plan.seed + k) + "ab".index(which)
+        names = [name for name in wanted if name != STEP]
+        large = 4 * sum(weights.layouts[name].numel for name in self.linear) > IN_MEMORY
+        for part in [[name] for name in names] if large else [names]:
+            yield from _in_groups(model, examples, part, self.linear, seed).items()
+
+    def _kept(self, scores: Scores, name: str) -> AnyScores:
+        if 4 * scores.numel() <= IN_MEMORY:
+            return scores
+        path = self.cache / f"{_hash(name)}.safetensors"
+        scores.save(path)
+        return path
+
+    def _calibration(self, which: Which, k: int, calibrated_on: str) -> list[Example]:
+        domains = list(self.plan.domains)
+        place = "ab".index(which)
+        if calibrated_on == OWN:
+            return calibration_set(self.plan, domains[place], k)
+        if calibrated_on == OTHER:
+            return calibration_set(self.plan, domains[1 - place], k)
+        return _elsewhere(self.plan, calibrated_on, k)
+
+    def _protection(self, setting: Setting, k: int) -> Protection | None:
+        if not setting.by:
+            return None
+        name, displaced = score_of(setting.by)
+        a = self.scores("a", k, setting.calibrated_on)[name]
+        b = None if setting.only_a else self.scores("b", k, setting.calibrated_on)[name]
+        return Protection(
+            setting.share, a, b, setting.scope, displaced, setting.stages, setting.whole, self.plan.seed + k
+        )
+
+
+class Exam:
+    """Questions of both domains, asked of one model after another; answers are kept in the bench's cache."""
+
+    def __init__(self, bench: Bench, questions: Mapping[str, Sequence[Example]]) -> None:
+        self.bench, self.counts = bench, {domain: len(found) for domain, found in questions.items()}
+        everything = [e for found in questions.values() for e in found]
+        if not all(e.options and e.answer is not None for e in everything):
+            raise ValueError(
+                "Merging is judged by questions with options and a right answer; give such a task."
+            )
+        self._ask = Evaluator(bench.model, everything, usual_answers(bench.model.tokenizer, lettered=True))
+        self._key = _hash([(e.prompt, e.answer) for e in everything])
+        self._known: dict[tuple[str, int], dict[str, object]] = {}
+
+    def row(self, name: str, asked: Asked, k: int) -> dict[str, object]:
+        """The answers of one model, under a name: see `rows`."""
+        key = (repr(asked), k)
+        if key not in self._known:
+            path = self.bench.cache / f"{_hash([self._key, *key])}.json"
+            if not path.is_file():
+                self.bench.put(asked, k)
+                write_atomically(path, json.dumps(self._answers()).encode())
+            self._known[key] = json.loads(path.read_text())
+        return {"name": name, "set": k, **_described(asked), **self._known[key]}
+
+    def rows(self, settings: Mapping[str, Asked]) -> pd.DataFrame:
+        """A row for each name and calibration set.
+
+        Columns: name, set, what describes the setting, the accuracy in each domain, their mean, and for each
+        question, domain after domain, `correct` (0 or 1) and `log_prob` (of the right answer).
+        """
+        pairs = [(n, s, k) for n, s in settings.items() for k in range(_sets(s, self.bench.plan))]
+        bar = tqdm(pairs, desc="merged models", unit="model")
+        return pd.DataFrame([self.row(name, asked, k) for name, asked, k in bar])
+
+    def _answers(self) -> dict[str, object]:
+        outcome = self._ask()
+        parts = outcome.correct.double().split(list(self.counts.values()))
+        accuracy = {domain: float(p.mean()) for domain, p in zip(self.counts, parts, strict=True)}
+        return {
+            **accuracy,
+            "mean": float(np.mean(list(accuracy.values()))),
+            "n": sum(self.counts.values()),
+            "correct": outcome.correct.int().tolist(),
+            "log_prob": [round(x, 4) for x in outcome.log_prob.tolist()],
+        }
+
+
+class Search:
+    """Chooses settings by their mean accuracy over both domains. It holds validation questions only.
+
+    A setting is tried with the first calibration set. Between equals the one that is named first wins.
+    """
+
+    def __init__(self, bench: Bench) -> None:
+        self.plan = bench.plan
+        self.exam = Exam(bench, {d: validation_set(bench.plan, d) for d in bench.plan.domains})
+        self.tried: list[dict[str, object]] = []
+
+    def best(self, name: str, settings: Sequence[Setting]) -> Setting:
+        """Try the settings and return the best."""
+        found = [self.exam.row(name, s, 0) for s in tqdm(settings, desc=f"search {name}", leave=False)]
+        self.tried += found
+        return settings[int(pd.Series([row["mean"] for row in found]).argmax())]
+
+    def plain(self, name: str, method: TaskArithmetic | Ties) -> Setting:
+        """The best gamma, and for TIES the best density with it, without protection."""
+        methods: list[TaskArithmetic | Ties] = [method]
+        if isinstance(method, Ties):
+            methods = [replace(method, density=density) for density in self.plan.densities]
+        weights = self.plan.task_weights
+        return self.best(name, [Setting(replace(m, task_weight=w)) for m in methods for w in weights])
+
+    def protected(self, name: str, setting: Setting) -> Setting:
+        """The best share for a setting's protection, then gamma once more between its neighbours."""
+        chosen = self.best(name, [replace(setting, share=s) for s in self.plan.shares])
+        method = chosen.method
+        if not isinstance(method, TaskArithmetic | Ties):
+            return chosen
+        grid = sorted(self.plan.task_weights)
+        place = grid.index(method.task_weight)
+        near = [method.task_weight, *grid[max(0, place - 1) : place], *grid[place + 1 : place + 2]]
+        return self.best(name, [replace(chosen, method=replace(method, task_weight=w)) for w in near])
+
+    def curve(self, settings: Mapping[str, Setting], shares: Sequence[float]) -> pd.DataFrame:
+        """Validation accuracy of each setting at each share, with all calibration sets (Fig. 5)."""
+        asked, of = {}, {}
+        for name, setting in settings.items():
+            for share in shares:
+                at = f"{name}, {share:g}"
+                of[at] = (name, setting.by, share)
+                asked[at] = everything(setting) if share == 1 else replace(setting, share=share)
+        rows = self.exam.rows(asked)
+        rows[["curve", "by", "share"]] = [of[name] for name in rows.name]
+        return rows
+
+    def table(self) -> pd.DataFrame:
+        """Everything that was tried, in its order."""
+        return pd.DataFrame(self.tried).drop(columns=["set", *JUDGES])
+
+
+class Final:
+    """The test split. It is asked once, about a list of settings that no test answer can have guided."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.exam = Exam(bench, {d: test_set(bench.plan, d) for d in bench.plan.domains})
+        self._asked = False
+
+    def ask(self, settings: Mapping[str, Asked]) -> pd.DataFrame:
+        """Ask about all settings, by name; rows as in `Exam.rows`. Raises RuntimeError the second time."""
+        if self._asked:
+            raise RuntimeError(
+                "The test questions have been asked already. Put every setting into one list, so that no "
+                "test answer guides the next choice."
+            )
+        self._asked = True
+        return self.exam.rows(settings)
+
+
+def answers_of(rows: pd.DataFrame, name: str, judge: Judge = "correct") -> np.ndarray:
+    """Right (1) or wrong (0), or log P of the right answer, by calibration set and question, for one name."""
+    part = rows[rows.name == name].sort_values("set")
+    if part.empty:
+        raise ValueError(f"There is no setting {name!r}; there are {', '.join(dict.fromkeys(rows.name))}.")
+    return np.array(part[judge].tolist(), dtype=float)
+
+
+def accuracy(rows: pd.DataFrame, name: str, counts: Mapping[str, int], seed: int) -> pd.DataFrame:
+    """Accuracy in each domain and the mean of both, with bootstrap intervals over sets and questions.
+
+    Columns value, low, high; index the domains and "mean".
+    """
+    answers = answers_of(rows, name)
+    lines = {}
+    for part, columns in (*_by_domain(counts).items(), ("mean", slice(None))):
+        values = answers[:, columns] * (_weights(counts) if part == "mean" else 1)
+        lines[part] = crossed_difference(values, np.zeros_like(values), seed=seed, resamples=RESAMPLES)
+    return pd.DataFrame.from_dict(lines, orient="index", columns=["value", "low", "high"])
+
+
+def difference(
+    rows: pd.DataFrame,
+    a: str,
+    b: str,
+    counts: Mapping[str, int],
+    seed: int,
+    domain: str = "mean",
+    judge: Judge = "correct",
+) -> tuple[float, float, float]:
+    """Accuracy of a (or its mean log P of the right answer) minus that of b, paired by question, and by set.
+
+    domain: one of them, or "mean" for the mean of both. The interval is a 95 % bootstrap over sets and
+    questions.
+    """
+    first, second = np.broadcast_arrays(answers_of(rows, a, judge), answers_of(rows, b, judge))
+    columns = slice(None) if domain == "mean" else _by_domain(counts)[domain]
+    weights = _weights(counts) if domain == "mean" else np.ones(first.shape[1])
+    found = crossed_difference(
+        (first * weights)[:, columns], (second * weights)[:, columns], seed=seed, resamples=RESAMPLES
+    )
+    mean, low, high = (round(x, 9) + 0.0 for x in found)  # an end at zero is no rounding error above it
+    return mean, low, high
+
+
+def differences(
+    rows: pd.DataFrame,
+    pairs: Iterable[tuple[str, str]],
+    counts: Mapping[str, int],
+    seed: int,
+    domain: str = "mean",
+    judge: Judge = "correct",
+) -> pd.DataFrame:
+    """`difference` for every pair, with the verdict on the claim that it is above zero.
+
+    Columns first, minus, difference, low, high, verdict.
+    """
+    lines = []
+    for a, b in pairs:
+        mean, low, high = difference(rows, a, b, counts, seed, domain, judge)
+        lines.append((a, b, mean, low, high, verdict(-high, -low)))
+    return pd.DataFrame(lines, columns=["first", "minus", "difference", "low", "high", "verdict"])
+
+
+def pooled(
+    rows: pd.DataFrame,
+    pairs: Sequence[tuple[str, str]],
+    counts: Mapping[str, int],
+    seed: int,
+    judge: Judge = "correct",
+) -> tuple[float, float, float]:
+    """The mean of `difference` over pairs that share questions and calibration sets, with its interval."""
+    both = [np.broadcast_arrays(answers_of(rows, a, judge), answers_of(rows, b, judge)) for a, b in pairs]
+    first, second = (np.mean([pair[i] for pair in both], 0) * _weights(counts) for i in (0, 1))
+    return crossed_difference(first, second, seed=seed, resamples=RESAMPLES)
+
+
+def table3(
+    rows: pd.DataFrame, names: Iterable[str], counts: Mapping[str, int], seed: int
+) -> dict[str, pd.DataFrame]:
+    """`accuracy` for each name."""
+    return {name: accuracy(rows, name, counts, seed) for name in names}
+
+
+def as_text(found: Mapping[str, pd.DataFrame], rows: pd.DataFrame) -> pd.DataFrame:
+    """Table 3 to read: accuracies with their intervals, and the k, gamma and density that were chosen."""
+    described = rows.drop_duplicates("name").set_index("name")
+    lines = {}
+    for name, table in found.items():
+        line = {i: f"{r.value:.2f} [{r.low:.2f}, {r.high:.2f}]" for i, r in table.iterrows()}
+        given = described.loc[name]
+        line["k"] = f"{100 * given.share:g} %" if given.by else ""
+        for column, title in {"task_weight": "γ", "density": "density"}.items():
+            line[title] = "" if np.isnan(given[column]) else f"{given[column]:g}"
+        lines[name] = line
+    return pd.DataFrame.from_dict(lines, orient="index")
+
+
+def as_lines(table: pd.DataFrame, *shown: str) -> pd.DataFrame:
+    """Differences with their intervals to read, a line each; `shown` names the further columns."""
+    made = {"difference [95 %]": interval_text(table, "difference", "low", "high")}
+    made |= {name.replace("_", " "): table[name] for name in shown}
+    return pd.DataFrame(made).set_index(table["first"].rename("")).round(3)
+
+
+def interval_text(table: pd.DataFrame, value: str, low: str, high: str) -> list[str]:
+    """Each line's value with its interval, as text."""
+    ends = zip(table[value], table[low], table[high], strict=True)
+    return [f"{v:+.3f} [{a:+.3f}, {b:+.3f}]" for v, a, b in ends]
+
+
+def price_text(price: pd.DataFrame, a: str, b: str) -> pd.DataFrame:
+    """`price_of` to read: what A's domain, B's and the mean of both gain, with intervals."""
+    made = {
+        f"{a} [95 %]": interval_text(price, a, "own_low", "own_high"),
+        f"{b} [95 %]": interval_text(price, b, "low", "high"),
+        "mean [95 %]": interval_text(price, "mean", "mean_low", "mean_high"),
+        f"{a}, relative to random [95 %]": [
+            f"{r.relative:+.0%} [{r.relative_low:+.0%}, {r.relative_high:+.0%}]" for r in price.itertuples()
+        ],
+    }
+    return pd.DataFrame(made, index=price.index)
+
+
+def claims(rows: pd.DataFrame, plan: Plan, counts: Mapping[str, int], seed: int) -> pd.DataFrame:
+    """The paired differences on which claims 20 to 23 rest, each with the verdict that it is above zero.
+
+    Columns claim, filter, n, those of `differences`, and log_p and by_log_p: the same for log P.
+    """
+    parts = []
+    total = sum(counts.values())
+    for key in FILTERS:
+        for claim, pairs, domain in _claimed(plan, key):
+            found = differences(rows, pairs, counts, seed, domain)
+            likely = differences(rows, pairs, counts, seed, domain, "log_prob")
+            found["n"] = counts.get(domain, total)
+            parts.append(
+                found.assign(claim=claim, filter=key, log_p=likely.difference, by_log_p=likely.verdict)
+            )
+    behind = [("task arithmetic", "DARE task"), ("TIES", "DARE TIES")]
+    likely = differences(rows, behind, counts, seed, judge="log_prob")
+    dare = differences(rows, behind, counts, seed).assign(log_p=likely.difference, by_log_p=likely.verdict)
+    dare = dare.assign(claim="21: DARE is behind", filter="none", n=total)
+    table = pd.concat([*parts, dare], ignore_index=True)
+    columns = [
+        "claim",
+        "filter",
+        "n",
+        "first",
+        "minus",
+        "difference",
+        "low",
+        "high",
+        "verdict",
+        "log_p",
+        "by_log_p",
+    ]
+    return table[columns].sort_values("claim", kind="stable", ignore_index=True)
+
+
+def _claimed(plan: Plan, key: str) -> list[tuple[str, list[tuple[str, str]], str]]:
+    """What claims 20 to 23 say of FI by one filter: claim, which rows should be above which, and where."""
+    by = FILTERS[key]
+    with_without = [(f"{row}, {by}", without) for row, (without, _) in ROWS.items()]
+    rises = [(f"{row}, {by}, at the peak", ROWS[row][0]) for row in CURVES]
+    falls = [(f"{row}, {by}, at the peak", f"{row}, all kept") for row in CURVES]
+    others = [n for n in table_order(plan.domains)[3:] if not n.startswith("TIES I,")]
+    best = [(f"TIES I, {by}", other) for other in others if FILTERS[_other(key)] not in other]
+    kept = f"A kept by {by}, "
+    places = [(kept + OWN, f"A kept by {RANDOM}"), (kept + OWN, "average")]
+    places += [(kept + OWN, kept + place) for place in (OTHER, *plan.elsewhere)]
+    return [
+        (CLAIMS["c20"], with_without, "mean"),
+        (CLAIMS["c21"], best, "mean"),
+        (CLAIMS["c22"], rises, "mean"),
+        ("22: and falls", falls, "mean"),
+        (CLAIMS["c23"], places, next(iter(plan.domains))),
+    ]
+
+
+def choose(search: Search) -> dict[str, Setting]:
+    """The settings of Table 3: each method without protection, and each of ROWS with FI by each filter."""
+    chosen = {"average": Setting(), "Fisher average": Setting(FisherAverage())}
+    chosen["task arithmetic"] = search.plain("task arithmetic", TaskArithmetic())
+    chosen["TIES"] = search.plain("TIES", Ties(elect=search.plan.elect))
+    for row, (without, stages) in ROWS.items():
+        for by in FILTERS.values():
+            start = replace(chosen[without], by=by, **stages)  # type: ignore[arg-type]
+            chosen[f"{row}, {by}"] = search.protected(f"{row}, {by}", start)
+    task, ties = chosen["task arithmetic"].method, chosen["TIES"].method
+    assert isinstance(task, TaskArithmetic) and isinstance(ties, Ties)
+    chosen["DARE task"] = Setting(Dare(task_weight=task.task_weight))
+    chosen["DARE TIES"] = Setting(
+        DareTies(task_weight=ties.task_weight, density=ties.density, elect=ties.elect)
+    )
+    return chosen
+
+
+def table_order(domains: Iterable[str]) -> list[str]:
+    """The rows of Table 3, from the base and the experts on."""
+    names = ["base", *(f"{domain} expert" for domain in domains)]
+    for row, (without, _) in ROWS.items():
+        names += [] if without in names else [without]
+        names += [f"{row}, {by}" for by in FILTERS.values()]
+    return [*names, "DARE task", "DARE TIES"]
+
+
+def models_alone(domains: Iterable[str]) -> dict[str, Asked]:
+    """The base and the experts, unmerged."""
+    a, b = domains
+    return {"base": Alone("base"), f"{a} expert": Alone("a"), f"{b} expert": Alone("b")}
+
+
+def curve_settings(chosen: Mapping[str, Setting]) -> dict[str, Setting]:
+    """What the curve over k follows, at the plain merge's gamma: CURVES by FI, the first also by chance."""
+    found = {}
+    for row in CURVES:
+        without, stages = ROWS[row]
+        for by in (*FILTERS.values(), *([RANDOM] if row == CURVES[0] else [])):
+            found[f"{row}, {by}"] = replace(chosen[without], by=by, **stages)  # type: ignore[arg-type]
+    return found
+
+
+def everything(setting: Setting) -> Setting:
+    """The same merge as with all weights of both experts protected, which needs no scores.
+
+    Nothing is protected by one alone: nothing is put back, no election is decided. Stage I trims nothing.
+    """
+    method = setting.method
+    if isinstance(method, Ties) and "I" in setting.stages.split(" and "):
+        method = replace(method, density=1.0)
+    return Setting(method)
+
+
+def peaks(curve: pd.DataFrame, settings: Mapping[str, Setting]) -> dict[str, Setting]:
+    """Each FI curve's best share below 1, and the curves' ends, to be asked of the test split."""
+    found = {}
+    for name, part in curve[(curve.by != RANDOM) & (curve.share < 1)].groupby("curve", sort=False):
+        by_share = part.groupby("share")["mean"].mean()
+        found[f"{name}, at the peak"] = replace(settings[str(name)], share=float(by_share.idxmax()))
+    return found | {f"{row}, all kept": everything(settings[f"{row}, {EXACT}"]) for row in CURVES}
+
+
+def compared(plan: Plan) -> dict[str, Setting]:
+    """The average, protected by each choice at one size, and by FI layer by layer."""
+    share = plan.compared
+    found = {f"average by {by}": Setting(by=by, share=share) for by in plan.scored}
+    layered = {
+        f"average by {by}, per layer": Setting(by=by, share=share, scope="layer") for by in FILTERS.values()
+    }
+    return found | layered
+
+
+def expert_alone(plan: Plan) -> dict[str, Setting]:
+    """The earlier version's setting: only A is protected from the average, by scores from several domains."""
+    kept = Setting(share=ALONE_SHARE, only_a=True)
+    found = {
+        f"A kept by {by}, {place}": replace(kept, by=by, calibrated_on=place)
+        for by in FILTERS.values()
+        for place in (OWN, OTHER, *plan.elsewhere)
+    }
+    others = [by for by in ("Jacobian norm", "SNIP") if by in plan.choices]
+    found |= {f"A kept by {by}, {OWN}": replace(kept, by=by) for by in others}
+    unasked = [STEP] if STEP in plan.choices else []
+    return found | {f"A kept by {by}": replace(kept, by=by) for by in (*unasked, RANDOM)}
+
+
+def price_of(rows: pd.DataFrame, names: Sequence[str], counts: Mapping[str, int], seed: int) -> pd.DataFrame:
+    """What protecting A alone changes from the plain average: in A's domain, in B's, and in the mean of both.
+
+    Columns: the domains and "mean"; low and high (of B's domain), own_low and own_high (of A's), mean_low and
+    mean_high; relative: accuracy in A's domain over that with random protection, minus 1, with
+    relative_low and relative_high. Index the names.
+    """
+    a, b = counts
+    lines = {}
+    for name in names:
+        own, other, both = (difference(rows, name, "average", counts, seed, d) for d in (a, b, "mean"))
+        gain, least, most = relative(rows, name, f"A kept by {RANDOM}", counts, seed, a)
+        lines[name] = {
+            a: own[0], "own_low": own[1], "own_high": own[2], b: other[0], "low": other[1], "high": other[2],
+            "mean": both[0], "mean_low": both[1], "mean_high": both[2],
+            "relative": gain, "relative_low": least, "relative_high": most,
+        }  # fmt: skip
+    return pd.DataFrame.from_dict(lines, orient="index")
+
+
+def relative(
+    rows: pd.DataFrame, a: str, b: str, counts: Mapping[str, int], seed: int, domain: str
+) -> tuple[float, float, float]:
+    """Accuracy of a over that of b in one domain, minus 1, with its bootstrap interval as in `difference`."""
+    first, second = np.broadcast_arrays(answers_of(rows, a), answers_of(rows, b))
+    columns = _by_domain(counts)[domain]
+    gains = crossed_ratio(first[:, columns], second[:, columns], seed=seed, resamples=RESAMPLES)
+    gain, low, high = (round(x, 9) + 0.0 for x in gains)
+    return gain, low, high
+
+
+def conventions(chosen: Mapping[str, Setting]) -> dict[str, Setting]:
+    """Conventions in which published programs differ, each changed alone, and each paper's own defaults."""
+    ties, task = chosen["TIES"].method, chosen["DARE task"].method
+    dare_ties = chosen["DARE TIES"].method
+    assert isinstance(ties, Ties) and isinstance(task, Dare) and isinstance(dare_ties, DareTies)
+    other = "larger" if ties.elect == "mean" else "mean"
+    return {
+        "task arithmetic, as advised": Setting(TaskArithmetic()),
+        "TIES, as advised": Setting(Ties()),
+        "TIES, trimmed by tensor": Setting(replace(ties, trim="tensor")),
+        f"TIES, elect {other}": Setting(replace(ties, elect=other)),  # type: ignore[arg-type]
+        "DARE task, not rescaled": Setting(replace(task, rescale=False)),
+        "DARE task, half dropped": Setting(replace(task, density=0.5)),
+        "DARE TIES, no trim": Setting(replace(dare_ties, density=1.0)),
+    }
+
+
+def overlap(bench: Bench, share: float) -> pd.DataFrame:
+    """How much of what A and B protect is the same, and how much is put back, for each choice.
+
+    Columns common (share of one's weights that the other has too), put back (share of the scored weights).
+    """
+    lines = {}
+    for by in bench.plan.scored:
+        name, displaced = score_of(by)
+        if displaced:
+            continue
+        a, b = (_top(bench.scores(which, 0)[name], share) for which in ("a", "b"))
+        chosen = max(1, int(a.sum()))
+        lines[by] = (int((a & b).sum()) / chosen, int((a ^ b).sum()) / len(a))
+    return pd.DataFrame.from_dict(lines, orient="index", columns=["common", "put back"])
+
+
+def displacements(bench: Bench) -> dict[str, float]:
+    """What a merge has to reconcile, over the linear weights.
+
+    Cosine of both displacements, share of equal signs, and the norm of each relative to the base's weights.
+    """
+    flat = {which: _flat(weights, bench.linear) for which, weights in bench.weights.items()}
+    a, b = flat["a"] - flat["base"], flat["b"] - flat["base"]
+    return {
+        "cosine": float(torch.nn.functional.cosine_similarity(a, b, 0)),
+        "equal signs": float((a.sign() == b.sign()).double().mean()),
+        "size of A": float(a.norm() / flat["base"].norm()),
+        "size of B": float(b.norm() / flat["base"].norm()),
+        "weights": a.numel(),
+    }
+
+
+def written(bench: Bench, setting: Setting) -> tuple[str, float]:
+    """Write a merge to a temporary folder and open it again.
+
+    Returns its model card, and the largest difference of the weights read back from those in memory.
+    """
+    w, protection = bench.weights, bench.merger(setting, 0).protection
+    with tempfile.TemporaryDirectory() as folder:
+        out = merge_models(w["base"], w["a"], w["b"], Path(folder) / "merged", setting.method, protection)
+        opened = open_model(str(out), dtype="float32")
+        card = (out / "README.md").read_text(encoding="utf-8")
+    merger, own = bench.merger(setting, 0), opened.network.state_dict()
+    return card, max(
+        float((own[n].float() - merger.tensor(n).float()).abs().max())
+        for n in own.keys() & merger.layouts.keys()
+    )
+
+
+def _other(key: str) -> str:
+    return next(name for name in FILTERS if name != key)
+
+
+def _wanted(plan: Plan, calibrated_on: str) -> list[str]:
+    """The scores that are made of an expert; for other questions than its own domain's only FI."""
+    choices = plan.scored if calibrated_on == OWN else tuple(FILTERS.values())
+    own = [FISHER.name] if calibrated_on == OWN else []
+    return list(dict.fromkeys([*(score_of(choice)[0] for choice in choices), *own]))
+
+
+def _in_groups(
+    model: LanguageModel, examples: Sequence[Example], names: Sequence[str], linear: Sequence[str], seed: int
+) -> dict[str, Scores]:
+    """`score_weights` for groups of tensors, so that the scores of one group fit beside a large model."""
+    sizes = {name: p.numel() for name, p in model.network.named_parameters() if name in set(linear)}
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name in linear:
+        needed = 4 * sizes[name] * len(names)
+        if groups[-1] and filled + needed > GROUP_BYTES:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += needed
+    values: dict[str, dict[str, torch.Tensor]] = {}
+    metadata = {}
+    for number, group in enumerate(groups):
+        random = Random(seed + 1000 * number)
+        known = {RANDOM: random, SQUARED_SCORE.name: SQUARED_SCORE}
+        measures = [known.get(name) or find_measure(name) for name in names]
+        for name, scores in score_weights(model, examples, measures, only=group, displaced=False).items():
+            values.setdefault(name, {}).update({key: value.cpu() for key, value in scores.values.items()})
+            metadata[name] = scores.metadata
+    return {name: Scores(tensors, metadata[name]) for name, tensors in values.items()}
+
+
+def _flat(weights: ModelWeights, names: Iterable[str]) -> torch.Tensor:
+    return torch.cat([weights.read(name).flatten().double() for name in names])
+
+
+def _top(given: AnyScores, share: float) -> torch.Tensor:
+    """The mask of the top share of all scored weights together."""
+    scores = given if isinstance(given, Scores) else Scores.load(Path(given))
+    count = round(share * scores.numel())
+    top = TopShare(scores.values, lambda name: iter([scores[name].flatten()]), count, torch.float32)
+    return torch.cat([top.mask(name) for name in scores.values])
+
+
+def _held(weights: ModelWeights) -> ModelWeights:
+    """The tensors of a small model in memory."""
+    if sum(layout.bytes for layout in weights.layouts.values()) > IN_MEMORY:
+        return weights
+    return replace(weights, parts=(TensorDict({name: weights.read(name) for name in weights.layouts}),))
+
+
+def _shuffled(plan: Plan, domain: str, split: str) -> list[Example]:
+    """All questions of a domain's subjects in one split, in a seeded order."""
+    return _in_random_order(plan.task, plan.domains[domain], split, plan.seed)
+
+
+def _elsewhere(plan: Plan, name: str, k: int) -> list[Example]:
+    if name not in plan.elsewhere:
+        raise ValueError(
+            f"There are no questions {name!r} to calibrate on; known: {', '.join(plan.elsewhere)}."
+        )
+    source = plan.elsewhere[name]
+    found = _in_random_order(str(source["task"]), source["subjects"], "val", plan.seed)  # type: ignore[arg-type]
+    return found[k * plan.n_calibration : (k + 1) * plan.n_calibration]
+
+
+def _in_random_order(task: str, subjects: Sequence[str], split: str, seed: int) -> list[Example]:
+    found = [e for subject in subjects for e in load_task(task, subject, split).examples]
+    return [found[i] for i in np.random.default_rng(seed).permutation(len(found))]
+
+
+def _by_domain(counts: Mapping[str, int]) -> dict[str, slice]:
+    ends = np.cumsum([0, *counts.values()])
+    return {domain: slice(ends[i], ends[i + 1]) for i, domain in enumerate(counts)}
+
+
+def _weights(counts: Mapping[str, int]) -> np.ndarray:
+    """What each question counts, so that the mean over questions is the mean of the domains' accuracies."""
+    total = sum(counts.values())
+    return np.concatenate([np.full(n, total / (len(counts) * n)) for n in counts.values()])
+
+
+def _sets(asked: Asked, plan: Plan) -> int:
+    return plan.seeds if isinstance(asked, Setting) and asked.drawn else 1
+
+
+def _described(asked: Asked) -> dict[str, object]:
+    """The setting as columns of a table."""
+    if isinstance(asked, Alone):
+        return {"method": "", "task_weight": np.nan, "density": np.nan, "by": "", "share": 0.0}
+    given = {name: getattr(asked.method, name, np.nan) for name in ("task_weight", "density")}
+    return {"method": asked.method.name, **given, "by": asked.by, "share": asked.share}
+
+
+def _hash(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _choice(by: str) -> str:
+    """A choice by the name that results keep it under: "FI damped 1e-4" is "FI damped 0.0001"."""
+    return by if by in CHOICES else score_of(by)[0]
+
+
+def check(plan: Plan) -> None:
+    """Raise ValueError for a plan that cannot be run; a chapter calls it before it opens a model."""
+    if len(plan.domains) != 2:
+        raise ValueError(f"Two domains are needed, A's and B's, not {len(plan.domains)}.")
+    if plan.seeds < 1 or plan.n_calibration < 1:
+        raise ValueError(
+            f"{plan.seeds} calibration sets of {plan.n_calibration} questions: both must be at least 1."
+        )
+    for share in (*plan.shares, *plan.wide, plan.compared):
+        check_share("A share", share, "k % is a hundredth of k")
+    for density in plan.densities:
+        check_share("A density", density)
+    check_choice("elect", plan.elect, Elect)
+    for name, values in {
+        "shares": plan.shares,
+        "task_weights": plan.task_weights,
+        "densities": plan.densities,
+    }.items():
+        if not values:
+            raise ValueError(f"{name} is empty; give at least one value to search.")
+    for domain, subjects in plan.domains.items():
+        if not isinstance(subjects, list | tuple) or not subjects:
+            raise ValueError(f"the domain {domain!r} needs a list of subjects, not {subjects!r}.")
+    for domain in plan.domains:  # the questions are there, and enough of them
+        validation_set(plan, domain)
+        test_set(plan, domain)
+    for name in plan.elsewhere:
+        if len(_elsewhere(plan, name, plan.seeds - 1)) < plan.n_calibration:
+            raise ValueError(
+                f"Of {name!r} there are too few questions for {plan.seeds} sets of {plan.n_calibration}."
+            )

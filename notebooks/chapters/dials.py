@@ -1,0 +1,369 @@
+"""The dials of chapters 03, 04 and 09: what their explorers show, made of what the chapters computed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fichapters.ch03 import lab as limits
+from fichapters.ch04 import lab as pixels
+from fichapters.ch04.draw import covered
+from fichapters.ch09 import lab as merging
+from fichapters.explorers import Axes, Bar, Dial, Line, Live, Position, dial
+from fichapters.style import SEQUENTIAL
+from fihelpers.answers import usual_answers
+from fihelpers.evaluate.questions import Evaluator
+from fihelpers.evaluate.stats import wilson
+from fihelpers.influence import Damped
+from fihelpers.measures import Influence
+from fihelpers.models.language import LanguageModel
+from fihelpers.perturb.sparsify import select, zeroed
+from fihelpers.scores.store import Scores
+from fihelpers.scores.weights import score_weights
+from fihelpers.tasks import Example
+
+# --- chapter 03: from exact FI through damping to the Jacobian norm
+
+FILTERS = (
+    "FI exact",
+    *(f"FI damped {x}" for x in ("1e-08", "1e-07", "1e-06", "1e-05", "0.0001", "0.01")),
+    limits.JACOBIAN2,
+)
+ZEROED = (0.003, 0.01, 0.02, 0.05)  # shares of the weights
+SIDE = 64  # weights along a side of the shown corner of a matrix
+
+
+def filter_curves(
+    model: LanguageModel,
+    scores: Mapping[str, Scores],
+    test: Sequence[Example],
+    names: Sequence[str],
+    seed: int,
+    shares: Sequence[float] = ZEROED,
+) -> pd.DataFrame:
+    """Zero the top share by each ranking and ask again.
+
+    scores: by ranking. Columns: ranking, share (0: nothing zeroed), accuracy, low, high (Wilson), n.
+    """
+    ask = Evaluator(model, test, usual_answers(model.tokenizer, lettered=bool(test[0].options)))
+    intact = int(ask().correct.sum())
+    rows = []
+    for ranking, found in tqdm(scores.items(), desc="damage by filter", unit="ranking"):
+        rows.append((ranking, 0.0, intact))
+        for share in shares:
+            with zeroed(model.network, select(found, share, names=names, seed=seed)):
+                rows.append((ranking, share, int(ask().correct.sum())))
+    n = len(test)
+    lines = [(ranking, share, right / n, *wilson(right, n), n) for ranking, share, right in rows]
+    return pd.DataFrame(lines, columns=["ranking", "share", "accuracy", "low", "high", "n"])
+
+
+@dataclass(frozen=True)
+class _Filters:
+    """What the dial of the filters shows: the ranks in a matrix, and the damage that a ranking does."""
+
+    model: LanguageModel
+    sweep: limits.Sweep
+    curves: pd.DataFrame
+    calibration: Sequence[Example]
+    test: Sequence[Example]
+    names: Sequence[str]
+    seed: int
+
+    def stored(self, ranking: str, matrix: str) -> Position:
+        """One of FILTERS, from what the chapter computed."""
+        likeness = self.sweep.ranks.groupby("ranking")["with_jacobian"].mean()[ranking]
+        told = f". Over all weights its rank correlation with the {limits.JACOBIAN2} is {likeness:.2f}."
+        own = self.curves[self.curves.ranking == ranking]
+        return self._position(ranking, matrix, self.sweep.scores[ranking].values, own, told)
+
+    def computed(self, matrix: str, decade: float) -> Position:
+        """Damping by any 10^decade, computed now."""
+        measure = Influence(Damped(10**decade))
+        found = score_weights(self.model, self.calibration, [measure], only=self.names)[measure.name]
+        own = filter_curves(self.model, {measure.name: found}, self.test, self.names, self.seed)
+        return self._position(measure.name, matrix, found.values, own, ".")
+
+    def _position(
+        self, ranking: str, matrix: str, scores: Mapping[str, Tensor], own: pd.DataFrame, told: str
+    ) -> Position:
+        at = own.set_index("share").accuracy
+        beside = {name: self.curves[self.curves.ranking == name] for name in (limits.JACOBIAN2, "random")}
+        end = self.sweep.scores[limits.JACOBIAN2]
+        return Position(
+            label=ranking.removeprefix("FI "),
+            note=f"{ranking}: accuracy {at[0.02]:.2f} with 2 % zeroed, {at[0.05]:.2f} with 5 %{told}",
+            # at the end of the dial the two are one
+            pictures={ranking: _ranks(scores[matrix]), limits.JACOBIAN2: _ranks(end[matrix])},
+            lines=[
+                _damage_line("this ranking", own, banded=True),
+                *(_damage_line(name, rows) for name, rows in beside.items()),
+            ],
+        )
+
+
+def filter_dial(
+    model: LanguageModel,
+    sweep: limits.Sweep,
+    curves: pd.DataFrame,
+    matrices: Sequence[str],
+    calibration: Sequence[Example],
+    test: Sequence[Example],
+    names: Sequence[str],
+    seed: int,
+) -> Dial:
+    """Turn the filter from exact FI to the Jacobian norm: the ranking of a matrix, and the damage it does.
+
+    curves: from `filter_curves`, with FILTERS and "random" among its rankings. The first of `calibration`
+    sets made `sweep.scores`.
+    """
+    shown = _Filters(model, sweep, curves, calibration, test, names, seed)
+    n = int(curves.n.iloc[0])
+    named = {f"block {limits.layer_of(m)}, {limits.matrix_of(m)}": m for m in matrices}
+    return dial(
+        {(name,): [shown.stored(ranking, matrix) for ranking in FILTERS] for name, matrix in named.items()},
+        title="From exact FI to the squared Jacobian norm",
+        caption=(
+            "Move the filter, with the mouse or the arrow keys. Pictures: ranks of the weights in a corner "
+            f"of {SIDE} × {SIDE} of the matrix (a row an output, a column an input; yellow is most fragile). "
+            f"Chart: accuracy on {n} test questions after zeroing the top share of all weights; the band is "
+            "the 95 % Wilson interval. Try: at which λ do the stripes come, and where does the curve fall?"
+        ),
+        names=("matrix", "filter"),
+        axes=Axes("share of the weights zeroed", "accuracy", ticks=_percent_ticks((0, *ZEROED))),
+        start=FILTERS.index("FI damped 1e-06"),
+        live=Live("log₁₀ λ", -6.5, -12, 4, lambda options, decade: shown.computed(named[options[0]], decade)),
+    )
+
+
+def _damage_line(name: str, rows: pd.DataFrame, banded: bool = False) -> Line:
+    x = list(map(float, range(len(rows))))
+    ends = {"low": _rounded(rows.low), "high": _rounded(rows.high)} if banded else {}
+    return Line(name, x, _rounded(rows.accuracy), **ends)
+
+
+def _ranks(values: Tensor) -> np.ndarray:
+    """The ranks of a matrix's weights within it, as colours; the corner of SIDE by SIDE."""
+    ranks = values.flatten().argsort().argsort().reshape(values.shape).double() / (values.numel() - 1)
+    return _coloured(ranks[:SIDE, :SIDE].cpu())
+
+
+# --- chapter 04: a picture, its map, and the answers while pixels are masked
+
+GUIDES = ("FI damped 0.0001", "FI exact", "Jacobian norm", "random")
+
+
+@dataclass(frozen=True)
+class _Masks:
+    """What the dial of the masks shows; at: of each shown picture its row of `pixels.flip_counts`."""
+
+    gallery: Sequence[pixels.Scored]
+    at: Mapping[str, pd.DataFrame]
+    seed: int
+
+    def cases(self, name: str) -> dict[str, pixels.Case]:
+        """One picture masked by every guide, at the counts of the slider."""
+        return {guide: self._case(name, guide, pixels.CASE_COUNTS) for guide in GUIDES}
+
+    def stored(self, cases: Mapping[str, pixels.Case]) -> dict[str, list[Position]]:
+        """The positions of one picture, by guide; cases: of the picture."""
+        places = list(enumerate((0, *pixels.CASE_COUNTS)))
+        return {
+            guide: [_masked_position(case, n, _guide_lines(cases), float(place)) for place, n in places]
+            for guide, case in cases.items()
+        }
+
+    def computed(self, name: str, guide: str, value: float, cases: Mapping[str, pixels.Case]) -> Position:
+        """Any number of masked pixels, computed now."""
+        count = max(1, round(value))
+        return _masked_position(self._case(name, guide, (count,)), count, _guide_lines(cases), None)
+
+    def _case(self, name: str, guide: str, counts: Sequence[int]) -> pixels.Case:
+        return pixels.look_at(self.gallery, self.at[name], guide, counts, self.seed)
+
+
+def _guide_lines(cases: Mapping[str, pixels.Case]) -> list[Line]:
+    """P of the right answer along the slider, a line a guide."""
+    counts = (0, *pixels.CASE_COUNTS)
+    x = list(map(float, range(len(counts))))
+    return [
+        Line(guide, x, _rounded(case.probs[n][case.example.answer] for n in counts))
+        for guide, case in cases.items()
+    ]
+
+
+def mask_dial(gallery: Sequence[pixels.Scored], flips: pd.DataFrame, seed: int) -> Dial:
+    """Mask more and more of a picture's highest pixels and see the answers move, for three pictures.
+
+    flips: from `pixels.flip_counts`; its first, middle and last picture are shown.
+    """
+    chosen = {"most fragile": 0, "in the middle": len(flips) // 2, "sturdiest": len(flips) - 1}
+    shown = _Masks(gallery, {name: flips.iloc[[place]] for name, place in chosen.items()}, seed)
+    known = {name: shown.cases(name) for name in chosen}
+    groups: dict[tuple[str, ...], list[Position]] = {
+        (name, guide): positions
+        for name, cases in known.items()
+        for guide, positions in shown.stored(cases).items()
+    }
+
+    def compute(options: tuple[str, ...], value: float) -> Position:
+        name, guide = options
+        return shown.computed(name, guide, value, known[name])
+
+    ticks = {float(place): str(n) for place, n in enumerate((0, *pixels.CASE_COUNTS))}
+    size = next(iter(known["most fragile"].values())).scores.numel()
+    return dial(
+        groups,
+        title="Mask the pixels that a measure points at",
+        caption=(
+            f"Move the number of masked pixels (of {size}), with the mouse or the arrow keys. Pictures: the "
+            "highest pixels painted black, and the measure's map. Chart: P of the right answer for each "
+            "guide, on this one picture (n = 1). Bars: P of every answer; ✓ is right. Try: by which guide "
+            "does the answer turn over first, and does that guide look where you do?"
+        ),
+        names=("picture", "guide", "masked pixels"),
+        axes=Axes("masked pixels", "P of the right answer", ticks=ticks),
+        bars="P of each answer",
+        start=3,
+        live=Live("masked pixels", 150, 1, size, compute),
+    )
+
+
+def _masked_position(case: pixels.Case, count: int, lines: list[Line], marker: float | None) -> Position:
+    probs, example = case.probs[count], case.example
+    best = int(probs.argmax())
+    right = "rightly" if best == example.answer else "wrongly"
+    low, high = float(case.scores.min()), float(case.scores.quantile(0.99))
+    return Position(
+        label=str(count),
+        note=(
+            f"{example.question} With {count} pixels masked by {case.measure} the model says {right} "
+            f"{example.options[best]!r}, P = {float(probs[best]):.2f}."
+        ),
+        pictures={
+            f"{count} pixels masked": covered(case, count).permute(1, 2, 0).clamp(0, 255).byte().numpy(),
+            f"{case.measure}, dark {low:.2g} to light {high:.2g}": _coloured(
+                (case.scores - low) / (high - low or 1)
+            ),
+        },
+        lines=lines,
+        bars=[
+            Bar(f"{'ABCDEF'[i]}. {option}{' ✓' if i == example.answer else ''}", round(p, 4), f"{p:.2f}")
+            for i, (option, p) in enumerate(zip(example.options, probs.tolist(), strict=True))
+        ],
+        marker=marker,
+    )
+
+
+# --- chapter 09: how much to protect, and by which merge
+
+
+@dataclass(frozen=True)
+class _Merges:
+    """What the dial of the merges shows; plain: each merge's accuracies without protection."""
+
+    search: merging.Search
+    curve: pd.DataFrame
+    settings: Mapping[str, merging.Setting]
+    plain: Mapping[str, Mapping[str, float]]
+
+    @property
+    def domains(self) -> list[str]:
+        return [*self.search.exam.counts, "mean"]
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        return (0.0, *sorted(self.curve.share.unique()))
+
+    def stored(self, name: str) -> list[Position]:
+        """A merge along the slider, from what the chapter computed."""
+        curves = dict(zip(self.domains, (line.y for line in self._lines(name)), strict=True))
+        return [
+            self._position(name, 100 * share, {d: y[i] for d, y in curves.items()}, float(i))
+            for i, share in enumerate(self.shares)
+        ]
+
+    def computed(self, name: str, percent: float) -> Position:
+        """Any share in percent, merged and asked now."""
+        row = self.search.exam.row(name, replace(self.settings[name], share=percent / 100), 0)
+        return self._position(name, percent, row, None)  # type: ignore[arg-type]
+
+    def _lines(self, name: str) -> list[Line]:
+        own = self.curve[self.curve.curve == name].groupby("share")
+        x = list(map(float, range(len(self.shares))))
+        lines = []
+        for domain in self.domains:
+            ends = [[self.plain[name][domain], *own[domain].agg(how)] for how in ("mean", "min", "max")]
+            lines.append(Line("mean of both" if domain == "mean" else domain, x, *map(_rounded, ends)))
+        return lines
+
+    def _position(
+        self, name: str, percent: float, levels: Mapping[str, float], marker: float | None
+    ) -> Position:
+        told = ", ".join(f"{domain} {levels[domain]:.2f}" for domain in self.domains)
+        before = ", ".join(f"{domain} {self.plain[name][domain]:.2f}" for domain in self.domains)
+        return Position(
+            label=f"{percent:.3g} %",
+            note=f"{name}, {percent:.3g} % protected: {told}. Without protection: {before}.",
+            lines=self._lines(name),
+            bars=[
+                Bar(f"{domain} (n = {n})", round(levels[domain], 4), f"{levels[domain]:.2f}")
+                for domain, n in self.search.exam.counts.items()
+            ],
+            marker=marker,
+        )
+
+
+def protection_dial(
+    search: merging.Search, curve: pd.DataFrame, settings: Mapping[str, merging.Setting]
+) -> Dial:
+    """Turn the protected share k of each merge and see the accuracy in both domains.
+
+    curve: from `Search.curve` for these settings. The questions are those of the search.
+    """
+    counts = search.exam.counts
+    plain = {name: search.exam.row(name, merging.Setting(s.method), 0) for name, s in settings.items()}
+    shown = _Merges(search, curve, settings, plain)  # type: ignore[arg-type]
+    sets = int(curve["set"].max()) + 1
+    return dial(
+        {(name,): shown.stored(name) for name in settings},
+        title="How much to protect, and in which merge",
+        caption=(
+            "Choose a merge and move k, with the mouse or the arrow keys. Bars and chart: accuracy on the "
+            f"validation questions of the search, mean of {sets} calibration sets; bands from the lowest to "
+            f"the highest set. One question is worth {1 / max(counts.values()):.3f}. Try: does any k lift "
+            "both domains at once, and does protection by chance look different?"
+        ),
+        names=("merge, kept by", "protected, k"),
+        axes=Axes("protected share k of the linear weights", "accuracy", ticks=_percent_ticks(shown.shares)),
+        bars="accuracy in each domain",
+        start=1,
+        live=Live(
+            "k in percent (first calibration set)",
+            5,
+            0.01,
+            99,
+            lambda options, percent: shown.computed(options[0], percent),
+        ),
+    )
+
+
+def _percent_ticks(shares: Sequence[float]) -> dict[float, str]:
+    return {float(place): f"{100 * share:.3g} %" for place, share in enumerate(shares)}
+
+
+def _coloured(values: Tensor) -> np.ndarray:
+    """Values from 0 to 1 as colours, (H, W, 3) uint8."""
+    colours = matplotlib.colormaps[SEQUENTIAL](torch.as_tensor(values).double().clamp(0, 1).numpy())
+    return (255 * colours[..., :3]).round().astype(np.uint8)
+
+
+def _rounded(values: object) -> list[float]:
+    return [round(float(value), 4) for value in values]  # type: ignore[attr-defined]

@@ -1,0 +1,92 @@
+"""Numbers that others published, from ``data/published.yaml``: the book quotes them and never types them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from fihelpers.data import check_file, data_folder
+
+if TYPE_CHECKING:
+    from fichapters.results import Chapter
+
+FILE = "published.yaml"
+FOLDS: Mapping[str, Callable[[list[float]], float]] = {
+    "mean_of": lambda values: sum(values) / len(values),
+    "least_of": min,
+    "most_of": max,
+}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One published number (or a few, such as a distribution), with where it is printed."""
+
+    key: str
+    values: tuple[float, ...]
+    unit: str
+    what: str
+    source: str
+    place: str
+
+    @property
+    def value(self) -> float:
+        """The number. Raises ValueError where there are several."""
+        (value,) = self.values
+        return value
+
+    def as_text(self) -> str:
+        """What it is, the number with its unit, and where it stands."""
+        numbers = ", ".join(f"{value:.3g}" for value in self.values)
+        return f"{self.what}: {numbers}{' ' if self.unit else ''}{self.unit} ({self.source}, {self.place})"
+
+
+def published(key: str) -> Figure:
+    """Return a published figure by its key in the data file. Raises KeyError for an unknown one."""
+    found = _figures()
+    if key not in found:
+        raise KeyError(f"{FILE} has no figure {key!r}; add it there, with its source.")
+    return found[key]
+
+
+def record(run: Chapter, *keys: str) -> None:
+    """Record published figures for a chapter's prose, under the names ``chNN_pub_{key}``."""
+    for key in keys:
+        figure = published(key)
+        run.record(f"ch{run.name[:2]}_pub_{key}", figure.value, n=1, unit=figure.unit)
+
+
+@lru_cache(maxsize=1)
+def _figures() -> dict[str, Figure]:
+    path = data_folder() / FILE
+    check_file(path)
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return {key: _figure(key, given, content) for key, given in content["figures"].items()}
+
+
+def _figure(key: str, given: Mapping[str, Any], content: Mapping[str, Any]) -> Figure:
+    fold = next((name for name in FOLDS if name in given), None)
+    if fold is None:
+        values = tuple(given["values"]) if "values" in given else (given["value"],)
+        origin = given
+    else:
+        name, measure = given[fold]
+        origin = content["tables"][name]
+        values = (FOLDS[fold](_cells(origin, measure, given.get("column"), given.get("models"))),)
+    source = content["sources"][origin["source"]]["short"]
+    return Figure(key, values, given.get("unit", ""), given["what"], source, origin["place"])
+
+
+def _cells(
+    table: Mapping[str, Any], measure: str, column: str | None, models: list[str] | None
+) -> list[float]:
+    """The numbers of a measure, of all columns and models or of those that are named."""
+    rows = {name: row for name, row in table["rows"].items() if models is None or name in models}
+    if models is not None and len(rows) < len(models):
+        raise KeyError(f"a row of {models} is missing in {table['place']}.")
+    places = range(len(table["columns"])) if column is None else [table["columns"].index(column)]
+    return [row[measure][place] for row in rows.values() if measure in row for place in places]

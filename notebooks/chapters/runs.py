@@ -1,0 +1,273 @@
+"""Runs of chapters by papermill: a notebook and a profile in, an executed notebook and its records out.
+
+A run leaves ``{chapter}.ipynb``, ``{chapter}.json`` (records), ``{chapter}.*.csv`` (tables) and
+``{chapter}.key`` in its folder; the notebook's metadata say how many seconds it took. The key is a hash of
+everything the run depends on; while it holds, the chapter is not run again.
+"""
+
+import asyncio
+import hashlib
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from fichapters.parameters import NOTEBOOKS, declared, nearest, read_profile, settle
+from fichapters.results import RAW, results_beside
+from fihelpers.data import (
+    MANIFEST,
+    PACKAGE,
+    data_folder,
+    file_sha256,
+    lasting_files,
+    package_sha256,
+    write_atomically,
+)
+
+CHAPTERS = Path(__file__).resolve().parent
+RECORDS = ("*.json", "*.csv")
+READS = "READS"  # the parameter of a chapter that names, by a pattern, the results of others that it reads
+
+
+class ChapterError(RuntimeError):
+    """A chapter failed; the message names the cell and the exception."""
+
+
+def notebooks_folder() -> Path:
+    """Return the folder of the chapters: ``notebooks`` in the working directory, else the checkout's.
+
+    Raises FileNotFoundError if neither holds chapters.
+    """
+    for folder in (Path.cwd() / "notebooks", Path(__file__).resolve().parents[1]):
+        if chapters(folder):
+            return folder
+    raise FileNotFoundError("no notebooks/ with chapters was found; run from a checkout.")
+
+
+def chapters(folder: Path) -> list[Path]:
+    """Return the chapters' notebooks in the order of their numbers."""
+    return sorted(Path(folder).glob(NOTEBOOKS))
+
+
+def find_chapter(folder: Path, wanted: str) -> Path:
+    """Return the notebook of a chapter named by its number ("7", "07") or its name ("07_sparsification")."""
+    found = chapters(folder)
+    for path in found:
+        number, _, title = path.stem.partition("_")
+        if wanted in (path.stem, title) or (wanted.isdecimal() and int(wanted) == int(number)):
+            return path
+    raise ValueError(f"unknown chapter {wanted!r}{nearest(wanted, [path.stem for path in found])}")
+
+
+def run_chapter(
+    notebook: Path, profile: str, parameters: Mapping[str, Any], out: Path, threads: int | None = None
+) -> Path:
+    """Run one chapter unless it was run before, and return its executed notebook in the folder `out`.
+
+    `parameters` go before the profile's values; `threads` limits the CPU threads of the kernel. Raises
+    ValueError for an unknown or ill-typed parameter before anything runs, and ChapterError if a cell fails.
+    Nothing in `out` changes but by success, apart from ``{chapter}.failed.ipynb`` for a look at the failure.
+    """
+    if "PROFILE" in parameters:
+        raise ValueError("PROFILE is not given as a parameter here; name the profile itself (--profile).")
+    chapter = notebook.stem
+    given = {"PROFILE": profile, **parameters}
+    profiles = notebook.parent / "profiles"
+    key = _key(notebook, settle(chapter, declared(notebook), read_profile(profiles, profile), given), out)
+    done = out / f"{chapter}.ipynb"
+    if _is_current(done, key):
+        return done
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{chapter}.", dir=out) as folder:
+        work = Path(folder)
+        environment = {
+            "FIHELPERS_RESULTS": folder,
+            "FIHELPERS_RUN": str(out.resolve()),
+            "FIHELPERS_CACHE": str((out / "cache").resolve()),
+            "FIHELPERS_PROFILES": str(profiles.resolve()),
+        }
+        if threads:
+            environment["OMP_NUM_THREADS"] = str(threads)
+        _execute(notebook, work / done.name, given, environment)
+        if not (work / f"{chapter}.json").is_file():
+            raise ChapterError(f"{chapter} kept no records; its first cell must call begin({chapter!r}).")
+        _publish(work, out, chapter, key)
+    return done
+
+
+def run_all(folder: Path, profile: str, out: Path, jobs: int = 1) -> list[Path]:
+    """Run every chapter of a folder and return the executed notebooks, in order.
+
+    With several jobs, that many chapters run at a time and share the CPU's threads; a chapter that reads the
+    others' results waits for them. The first failure in the order of the chapters is raised, after the
+    chapters under way have ended. Raises ValueError for jobs < 1.
+    """
+    if jobs < 1:
+        raise ValueError(f"at least one job must run, not {jobs}.")
+    if jobs == 1:  # in this thread, so that an interrupt ends the chapter at once
+        return [run_chapter(path, profile, {}, out) for path in chapters(folder)]
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    waiting = [path for path in chapters(folder) if READS in declared(path)]
+    with ThreadPoolExecutor(jobs) as pool:
+        paths = [path for path in chapters(folder) if path not in waiting]
+        runs = [pool.submit(run_chapter, path, profile, {}, out, threads) for path in paths]
+        try:
+            done = [run.result() for run in runs]
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return sorted([*done, *(run_chapter(path, profile, {}, out) for path in waiting)])
+
+
+def runs_folder(notebooks: Path, profile: str) -> Path:
+    """Return where the runs of a profile lie."""
+    return notebooks.parent / "build" / "runs" / profile
+
+
+def keep_results(out: Path, results: Path) -> None:
+    """Make the records and tables of a run the ones in `results`; what it holds of earlier runs goes.
+
+    Raw tables stay with the run.
+    """
+    found = [path for pattern in RECORDS for path in sorted(out.glob(pattern))]
+    kept = [path for path in found if not path.name.endswith(RAW)]
+    for path in kept:
+        write_atomically(results / path.name, path.read_bytes())
+    for pattern in RECORDS:
+        for old in set(results.glob(pattern)) - {results / path.name for path in kept}:
+            old.unlink()
+
+
+def _key(notebook: Path, settings: Mapping[str, Any], out: Path) -> str:
+    """Hash of notebook, package, versions, shipped data, parameters, and files that these name.
+
+    For a chapter that reads others' results, those that it would find beside `out` count as well.
+    """
+    named = [Path(text).expanduser() for text in _texts(settings) if text]
+    read = results_beside(out, settings[READS]) if READS in settings else {}
+    parts = {
+        "notebook": file_sha256(notebook),
+        "package": package_sha256(PACKAGE, CHAPTERS),
+        "versions": [sys.version, *(version(name) for name in ("torch", "transformers"))],
+        "data": file_sha256(data_folder() / MANIFEST),
+        "parameters": settings,
+        "files": {str(path): _stamps(path) for path in named if path.exists()},
+        "results": {name: file_sha256(path) for name, path in read.items()},
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _texts(settings: Mapping[str, Any]) -> Iterator[str]:
+    """The settings that are text, those in groups too."""
+    for value in settings.values():
+        if isinstance(value, dict):
+            yield from _texts(value)
+        elif isinstance(value, str):
+            yield value
+
+
+def _stamps(path: Path) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of the files that a parameter names, such as a model's folder."""
+    files = lasting_files(path) if path.is_dir() else [path]
+    return [(str(file), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
+
+
+def _is_current(done: Path, key: str) -> bool:
+    stored = done.with_suffix(".key")
+    return done.is_file() and stored.is_file() and stored.read_text(encoding="utf-8") == key
+
+
+def _publish(work: Path, out: Path, chapter: str, key: str) -> None:
+    """Put the files of a run in place; the key goes first and comes last, so it never vouches for a mix."""
+    for stale in (".key", ".failed.ipynb"):
+        (out / f"{chapter}{stale}").unlink(missing_ok=True)
+    for table in out.glob(f"{chapter}.*.csv"):
+        table.unlink()
+    for path in work.iterdir():
+        os.replace(path, out / path.name)
+    write_atomically(out / f"{chapter}.key", key.encode())
+
+
+def _execute(notebook: Path, output: Path, given: Mapping[str, Any], environment: Mapping[str, str]) -> None:
+    """Execute a notebook into `output`; a failed one is kept in the folder above."""
+    from nbclient.exceptions import DeadKernelError
+    from papermill import PapermillExecutionError
+
+    failed = output.parent.parent / f"{output.stem}.failed.ipynb"
+    try:
+        _papermill(notebook, output, given, environment)
+    except PapermillExecutionError as error:
+        os.replace(output, failed)
+        line = error.source.strip().splitlines()[0]
+        cause = f"{error.ename}: {error.evalue}".splitlines()[0]
+        place = f"{output.stem} failed in cell [{error.exec_count}] ({line})"
+        raise ChapterError(f"{place}: {cause} (see {failed})") from None
+    except DeadKernelError as error:
+        os.replace(output, failed)
+        cause = "its kernel died, perhaps for lack of memory"
+        raise ChapterError(f"{output.stem}: {cause} (see {failed})") from error
+
+
+def _papermill(
+    notebook: Path, output: Path, given: Mapping[str, Any], environment: Mapping[str, str]
+) -> None:
+    import nbformat
+    import papermill
+
+    started = time.monotonic()
+    with _closed_loop():
+        executed = papermill.execute_notebook(
+            notebook,
+            output,
+            dict(given),
+            kernel_name="python3",
+            language="python",
+            kernel_manager_class=_own_kernel(environment),
+            store_widget_state=True,
+            progress_bar={"desc": output.stem},
+            stderr_file=sys.stderr,
+        )
+    for part in (executed, *executed.cells):  # times and paths of this machine, which a page would publish
+        part.metadata.pop("papermill", None)
+    executed.metadata["fihelpers"] = {"seconds": round(time.monotonic() - started, 1)}
+    nbformat.write(executed, output)
+
+
+@contextmanager
+def _closed_loop() -> Iterator[None]:
+    """Close the event loop that Jupyter's clients open on a thread and leave open."""
+    from jupyter_core.utils import ensure_event_loop
+
+    try:
+        yield
+    finally:
+        loop = ensure_event_loop()
+        if not loop.is_running():  # it runs where this is called from a notebook
+            loop.close()
+            asyncio.set_event_loop(None)
+
+
+def _own_kernel(environment: Mapping[str, str]) -> type:
+    """A kernel manager that starts the running interpreter, whatever kernel specs the machine holds."""
+    import zmq
+    from ipykernel.kernelspec import get_kernel_dict
+    from jupyter_client.kernelspec import KernelSpec
+    from jupyter_client.manager import AsyncKernelManager
+    from traitlets import default
+
+    class OwnKernel(AsyncKernelManager):
+        @property
+        def kernel_spec(self) -> KernelSpec:
+            return KernelSpec(**get_kernel_dict(), env=dict(environment))
+
+        @default("transport_encryption")
+        def _encrypted(self) -> str:
+            return "auto" if zmq.has("curve") else "disabled"
+
+    return OwnKernel

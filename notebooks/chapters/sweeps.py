@@ -1,0 +1,308 @@
+"""Grids of runs: a chapter with all combinations of some parameters, side by side on dask.distributed.
+
+    python -m fihelpers sweep CHAPTER --grid grid.yaml --out folder
+
+The grid maps names of parameters to lists of values. Each combination is a cell with a folder of its own, in
+which `fichapters.runs` leaves what a run leaves; a cell that was run before is not run again. The table holds
+the records of all cells, one a row.
+"""
+
+import csv
+import hashlib
+import io
+import itertools
+import json
+import logging
+import os
+import platform
+import re
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from fichapters.parameters import declared, parse_yaml, read_profile, settle
+from fichapters.results import load_results
+from fichapters.runs import CHAPTERS, ChapterError, run_chapter
+from fihelpers.data import PACKAGE, package_sha256, write_atomically
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+Grid = Mapping[str, Sequence[Any]]
+
+WORKERS = 2
+RETRIES = 1
+LOSSES = 2  # of a scheduler that comes back
+KEPT = "What is finished is kept, and the same command goes on from there."
+CONNECT = 30.0  # seconds in which a scheduler has to answer and to show a worker
+COLUMNS = ("record", "value", "low", "high", "n", "unit")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One combination: its parameters, where its files go, and the device it computes on."""
+
+    parameters: dict[str, Any]
+    folder: Path
+    device: str
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name}={_text(value)}" for name, value in self.parameters.items())
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all cells of a sweep share; `package` and `directory` are those that a worker has to have."""
+
+    notebook: Path
+    profile: str
+    threads: int | None
+    package: str
+    directory: Path
+
+
+def read_grid(path: Path) -> dict[str, list[Any]]:
+    """Read a grid, YAML that maps each parameter to a list of values. Raises ValueError for any other."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no grid at {path}; give a YAML file that maps names to lists.")
+    grid = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(grid, dict) or not grid:
+        raise ValueError(f"{path} must map names of parameters to lists of values.")
+    for name, values in grid.items():
+        if not isinstance(values, list) or not values:
+            raise ValueError(f"{path}: {name} must be a list of values to try, not {values!r}.")
+    return grid
+
+
+def cells_of(notebook: Path, profile: str, grid: Grid, out: Path) -> list[Cell]:
+    """All combinations of a grid in order, each with a folder named by a hash of what it runs with.
+
+    Raises ValueError for a parameter that the chapter does not declare, a value of another type, or one that
+    is given twice.
+    """
+    if "PROFILE" in grid:
+        raise ValueError("PROFILE is not swept; run one sweep a profile (--profile).")
+    defaults, sections = declared(notebook), read_profile(notebook.parent / "profiles", profile)
+    cells = []
+    for values in itertools.product(*grid.values()):
+        parameters = dict(zip(grid, values, strict=True))
+        settings = settle(notebook.stem, defaults, sections, {"PROFILE": profile, **parameters})
+        name = hashlib.sha256(json.dumps([profile, parameters], sort_keys=True).encode()).hexdigest()[:12]
+        folder = out.resolve() / f"{notebook.stem}.{name}"
+        cells.append(Cell(parameters, folder, str(settings.get("DEVICE", "cpu"))))
+    twice = {cell.folder: cell for cell in reversed(cells)}
+    if len(twice) < len(cells):
+        raise ValueError(f"the grid holds {len(cells) - len(twice)} cells twice; give each value once.")
+    return cells
+
+
+def sweep(
+    notebook: Path,
+    profile: str,
+    grid: Grid,
+    out: Path,
+    *,
+    scheduler: str | None = None,
+    workers: int = WORKERS,
+    retries: int = RETRIES,
+) -> Path:
+    """Run every cell of a grid that was not run before, and return the table of all their records.
+
+    scheduler: the address of a dask scheduler; by default `workers` processes of this machine share the
+    work and the CPU's threads. Workers elsewhere need the same package, the same working directory and the
+    folder `out`. A cell that fails is tried `retries` times more; one whose worker dies is run by another.
+
+    Raises ValueError for a bad grid, before anything runs; ConnectionError for a scheduler that does not
+    answer, has no workers or is lost; and ChapterError where cells failed, after the others are done and in
+    the table. What is finished stays, and the same call goes on from there.
+    """
+    if workers < 1 or retries < 0:
+        raise ValueError(f"a sweep needs workers ≥ 1 and retries ≥ 0, not {workers} and {retries}.")
+    cells = cells_of(notebook, profile, grid, out)
+    threads = None if scheduler else max(1, (os.cpu_count() or 1) // workers)
+    work = Work(notebook.resolve(), profile, threads, package_sha256(PACKAGE, CHAPTERS), Path.cwd())
+    failed = _run_all(cells, work, scheduler, workers, retries)
+    for cell in cells:
+        for half in cell.folder.glob(f".{notebook.stem}.*"):  # of a worker that died
+            shutil.rmtree(half, ignore_errors=True)
+    table = out / f"{notebook.stem}.csv"
+    _write_table(table, [cell for cell in cells if cell.folder not in failed], notebook.stem)
+    if failed:
+        first = next(cell for cell in cells if cell.folder in failed)
+        raise ChapterError(
+            f"{len(failed)} of {len(cells)} cells failed, the others are in {table}; "
+            f"the first is {first} ({failed[first.folder]})"
+        )
+    return table
+
+
+def run_cell(cell: Cell, work: Work) -> None:
+    """Run one cell where a worker is. Raises ValueError for a worker that would compute something else."""
+    if package_sha256(PACKAGE, CHAPTERS) != work.package:
+        raise ValueError(f"{platform.node()} has another state of the package; update it there.")
+    if Path.cwd() != work.directory:
+        raise ValueError(f"a worker runs in {Path.cwd()}; start it in {work.directory}, as the sweep is.")
+    with alone_on(cell.device):
+        run_chapter(work.notebook, work.profile, cell.parameters, cell.folder, work.threads)
+
+
+@contextmanager
+def alone_on(device: str) -> Iterator[None]:
+    """Hold a GPU for one run at a time, over all processes of this machine; a CPU is shared.
+
+    The lock is the operating system's and goes with its process, however that ends.
+    """
+    kind, _, index = device.partition(":")
+    if kind == "cpu":
+        yield
+        return
+    import fcntl
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    place = int(index or 0)
+    physical = visible[place] if place < len(visible) and visible[place] else str(place)
+    name = re.sub(r"\W", "-", f"fihelpers-{os.getuid()}-{kind}-{physical}")
+    with open(Path(tempfile.gettempdir()) / f"{name}.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _run_all(
+    cells: Sequence[Cell], work: Work, scheduler: str | None, workers: int, retries: int
+) -> dict[Path, str]:
+    """Run all cells, again those that went down with a scheduler; returns why cells failed, by folder."""
+    left = list(cells)
+    failed: dict[Path, str] = {}
+    with tqdm(total=len(cells), desc=work.notebook.stem, unit="cell") as bar:
+        for _ in range(LOSSES + 1):
+            with _client(scheduler, workers) as client:
+                left = _run_on(client, left, work, retries, failed, bar)
+            if not left:
+                return failed
+    raise ConnectionError(f"the scheduler at {scheduler} was lost {LOSSES + 1} times. {KEPT}")
+
+
+def _run_on(
+    client: "Client",
+    cells: Sequence[Cell],
+    work: Work,
+    retries: int,
+    failed: dict[Path, str],
+    bar: "tqdm[Any]",
+) -> list[Cell]:
+    """Run cells on a cluster; returns those of which it did not tell how they ended, as it was lost."""
+    from distributed import as_completed
+
+    futures = {
+        client.submit(
+            run_cell, cell, work, key=f"{cell.folder.name}-{work.package[:8]}", retries=retries
+        ): cell
+        for cell in cells
+    }
+    lost = []
+    with client.as_current():
+        for future in as_completed(futures):
+            cell = futures[future]
+            if future.status not in ("finished", "error"):
+                lost.append(cell)
+                continue
+            error = future.exception()
+            if error is not None:
+                failed[cell.folder] = _reason(error)
+                bar.set_postfix(failed=len(failed))
+            bar.update()
+    return lost
+
+
+def _reason(error: BaseException) -> str:
+    from distributed import KilledWorker
+
+    if isinstance(error, KilledWorker):
+        return f"its worker died {error.allowed_failures + 1} times, perhaps for lack of memory"
+    return str(error).partition("\n")[0]
+
+
+@contextmanager
+def _client(scheduler: str | None, workers: int) -> Iterator["Client"]:
+    """A client of the scheduler at an address, or of a cluster of processes that lives as long as this.
+
+    Raises ConnectionError where no scheduler answers, or it has no worker.
+    """
+    import dask
+    from distributed import Client, LocalCluster
+
+    # what goes wrong is said once, in a sentence
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)
+    logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
+    if scheduler is None:
+        # instead of dask's one thread for each process; the bars of several runs would write over each other
+        with (
+            dask.config.set({"distributed.nanny.pre-spawn-environ": {"TQDM_DISABLE": "1"}}),
+            LocalCluster(
+                n_workers=workers,
+                threads_per_worker=1,
+                memory_limit=None,
+                dashboard_address="127.0.0.1:0",
+                silence_logs=logging.CRITICAL,
+            ) as cluster,
+            Client(cluster, set_as_default=False) as client,
+        ):
+            yield client
+        return
+    _wait_for(scheduler)
+    with Client(scheduler, timeout=CONNECT, set_as_default=False) as client:
+        try:
+            client.wait_for_workers(1, timeout=CONNECT)
+        except TimeoutError as error:
+            raise ConnectionError(
+                f"the scheduler at {scheduler} has no worker; start some. {KEPT}"
+            ) from error
+        yield client
+
+
+def _wait_for(scheduler: str) -> None:
+    """Return once something listens at an address; dask's client would hang at times after it found nobody.
+
+    Raises ConnectionError where nothing does in time.
+    """
+    from distributed.comm import get_address_host_port
+
+    end = time.monotonic() + CONNECT
+    while True:
+        try:
+            with socket.create_connection(get_address_host_port(scheduler, strict=True), timeout=CONNECT):
+                return
+        except (OSError, ValueError) as error:
+            if time.monotonic() > end or isinstance(error, ValueError):
+                message = f"no dask scheduler answers at {scheduler}; start one. {KEPT}"
+                raise ConnectionError(message) from error
+        time.sleep(0.2)
+
+
+def _write_table(path: Path, cells: Sequence[Cell], chapter: str) -> None:
+    """One row for each record of each cell: the cell's parameters, then the record."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    names = list(cells[0].parameters) if cells else []
+    writer.writerow([*names, *COLUMNS])
+    for cell in cells:
+        file = cell.folder / f"{chapter}.json"
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is not here; workers and this machine must share the folder.")
+        values = [_text(value) for value in cell.parameters.values()]
+        for record in load_results(cell.folder).values():
+            fields = {**asdict(record), "record": record.name}
+            writer.writerow([*values, *(fields[column] for column in COLUMNS)])
+    write_atomically(path, text.getvalue().encode())
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
