@@ -11,7 +11,7 @@ from tiny import tiny_model
 
 from fichapters.ch07 import draw_text as draw
 from fichapters.ch07 import text as lab
-from fihelpers.evaluate.judges import LikelihoodJudge, length_controlled_win_rates
+from fichapters.ch07.judges import LikelihoodJudge, length_controlled_win_rates
 from fihelpers.models.generate import Response, greedy
 from fihelpers.models.language import LanguageModel, open_model
 from fihelpers.tasks import Example

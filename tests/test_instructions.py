@@ -8,7 +8,7 @@ import pytest
 from fihelpers.data import data_folder
 from fihelpers.models.language import open_model
 from fihelpers.tasks import load_task
-from fihelpers.tasks.instructions import instruction_prompt, load_instructions, read_difficulties
+from fihelpers.tasks.instructions import instruction_prompt, load_instructions
 
 ROWS = [
     {"instruction": f"Do {i}.", "output": f"Done {i}.", "generator": "g", "dataset": "ab"[i % 3 > 0]}
@@ -112,33 +112,6 @@ def test_the_hub_gives_the_file_of_its_present_commit(
     task = load_task("tatsu-lab/alpaca_eval")
     assert task.name == "tatsu-lab/alpaca_eval" and len(task) == 3
     assert asked == {"repo_type": "dataset", "revision": "c" * 40}
-
-
-def test_difficulties_of_instructions(tmp_path: Path) -> None:
-    examples = load_task(_file(tmp_path, ROWS)).examples
-    assert [example.id.rpartition("/")[2] for example in examples] == ["2", "4", "6"]  # rows 1, 3, 5 from 0
-    path = tmp_path / "instruction_difficulty.csv"
-
-    def read(text: str) -> list[float]:
-        path.write_text(text)
-        return list(read_difficulties(path, examples))
-
-    whole = ",instruction_difficulty\n5,0.5\n0,9\n1,-1.25\n2,9\n3,2\n4,9\n"
-    assert read(whole) == [-1.25, 2, 0.5]
-    for text, problem in [
-        (whole.replace("5,0.5\n", ""), "no difficulty of row 5, 'b/test/6'"),
-        (whole.replace("0.5", ""), "no difficulty of row 5"),
-        (whole.replace("0.5", "inf"), "no difficulty of row 5"),
-        (whole + "3,7\n", "row 3 twice"),
-        (whole.replace("0.5", "hard"), "no CSV of row and difficulty"),
-        (whole.replace("5,", "5.5,"), "no CSV of row and difficulty"),
-        ("row\n1\n", "no CSV of row and difficulty"),
-        ("", "no difficulty of row 1"),
-    ]:
-        with pytest.raises(ValueError, match=problem):
-            read(text)
-    with pytest.raises(FileNotFoundError, match="with the difficulties"):
-        read_difficulties(tmp_path / "missing.csv", examples)
 
 
 def test_story_openings_are_open_and_plain() -> None:

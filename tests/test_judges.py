@@ -18,15 +18,16 @@ from scipy.optimize import minimize, root
 from scipy.special import expit
 from tiny import tiny_model
 
-from fihelpers.evaluate.judges import (
+from fichapters.ch07.judges import (
     KEY,
     ApiJudge,
     LikelihoodJudge,
     length_controlled_win_rates,
+    read_difficulties,
     rouge1,
-    win_rate,
 )
 from fihelpers.models.generate import Response, greedy
+from fihelpers.tasks import load_task
 
 
 def _written(*texts: str) -> list[Response]:
@@ -203,15 +204,6 @@ def test_a_judge_without_key_network_or_safe_address(monkeypatch: pytest.MonkeyP
         nobody.prefer(["p"], _written("a"), _written("b"))
 
 
-def test_win_rate() -> None:
-    mean, low, high = win_rate([1, 1, 0, 0.5] * 10)
-    assert mean == 0.625 and 0 < low < mean < high < 1
-    assert win_rate([0.5] * 4) == (0.5, 0.5, 0.5)
-    for bad, text in [([], "non-empty"), ([1.2], r"not 1\.2"), ([np.nan], "not nan")]:
-        with pytest.raises(ValueError, match=text):
-            win_rate(bad)
-
-
 def _alone(p: object, a: object, b: ArrayLike) -> float:
     """The win rate at equal length of one setting, which says nothing of the prompts."""
     return float(length_controlled_win_rates(np.array([p]), np.array([a]), b).win_rates[0])
@@ -376,6 +368,35 @@ def test_what_cannot_be_fitted_at_equal_length_is_named() -> None:
     ]:
         with pytest.raises(ValueError, match=text):
             length_controlled_win_rates(*bad)  # type: ignore[arg-type]
+
+
+def test_difficulties_of_instructions(tmp_path: Path) -> None:
+    rows = [{"instruction": f"Do {i}.", "dataset": "ab"[i % 3 > 0]} for i in range(7)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    examples = load_task(tmp_path / "rows.json").examples
+    assert [example.id.rpartition("/")[2] for example in examples] == ["2", "4", "6"]  # rows 1, 3, 5 from 0
+    path = tmp_path / "instruction_difficulty.csv"
+
+    def read(text: str) -> list[float]:
+        path.write_text(text)
+        return list(read_difficulties(path, examples))
+
+    whole = ",instruction_difficulty\n5,0.5\n0,9\n1,-1.25\n2,9\n3,2\n4,9\n"
+    assert read(whole) == [-1.25, 2, 0.5]
+    for text, problem in [
+        (whole.replace("5,0.5\n", ""), "no difficulty of row 5, 'b/test/6'"),
+        (whole.replace("0.5", ""), "no difficulty of row 5"),
+        (whole.replace("0.5", "inf"), "no difficulty of row 5"),
+        (whole + "3,7\n", "row 3 twice"),
+        (whole.replace("0.5", "hard"), "no CSV of row and difficulty"),
+        (whole.replace("5,", "5.5,"), "no CSV of row and difficulty"),
+        ("row\n1\n", "no CSV of row and difficulty"),
+        ("", "no difficulty of row 1"),
+    ]:
+        with pytest.raises(ValueError, match=problem):
+            read(text)
+    with pytest.raises(FileNotFoundError, match="with the difficulties"):
+        read_difficulties(tmp_path / "missing.csv", examples)
 
 
 def test_win_rates_of_a_public_leaderboard(real_data: Path) -> None:

@@ -1,1 +1,1 @@
-"""How much a perturbation damages: questions, judges of text, the harness, and the statistics."""
+"""How much a perturbation damages: questions, the harness, and the statistics."""

@@ -6,8 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pandas as pd
 import yaml
 
 from fihelpers.data import check_file, data_folder
@@ -20,7 +18,6 @@ SUBJECT = "instructions"
 FILE = "instructions.yaml"
 ALPACA = "tatsu-lab/alpaca_eval"
 ALPACA_FILE = "alpaca_eval.json"
-DIFFICULTY_FILE = "instruction_difficulty.csv"
 NO_DATASET = "no data set"  # of a row that does not say where it comes from
 SPLITS = ("val", "test")
 HALVES = {"val": 0, "test": 1}  # rows 0, 2, 4, ... and rows 1, 3, 5, ...
@@ -70,53 +67,12 @@ def read_alpaca_hub(split: str) -> list[Example]:
 
     Raises ConnectionError if the hub does not answer.
     """
-    path, commit = _from_hub(ALPACA_FILE)
+    path, commit = from_hub(ALPACA_FILE)
     log.info("task %s: using commit %s", ALPACA, commit)
     return read_alpaca(path, split)
 
 
-def published_difficulties(examples: Sequence[Example]) -> tuple[np.ndarray, str]:
-    """How difficult AlpacaEval's length control finds each of its instructions (N,), and the hub's commit.
-
-    High where models do well against the baseline. Raises ConnectionError if the hub does not answer, and
-    what `read_difficulties` raises.
-    """
-    path, commit = _from_hub(DIFFICULTY_FILE)
-    return read_difficulties(path, examples), commit
-
-
-def read_difficulties(path: Path, examples: Sequence[Example]) -> np.ndarray:
-    """The difficulty of each of AlpacaEval's instructions (N,), from a CSV file in the published layout.
-
-    That is a header and two columns: the instruction's row in the data set, from 0, and its difficulty.
-    Raises FileNotFoundError for a missing file, and ValueError for one of another layout, one with a row
-    twice, or one without a finite number for each of the examples.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {str(path)!r}; give a .csv file with the difficulties.")
-    types = {"row": int, "difficulty": float}
-    try:
-        known = pd.read_csv(path, header=0, names=list(types), usecols=[0, 1], dtype=types).set_index("row")
-    except ValueError as error:  # those of pandas are, too
-        raise ValueError(f"{path.name} is no CSV of row and difficulty ({error}); correct it.") from error
-    if known.index.has_duplicates:
-        twice = known.index[known.index.duplicated()][0]
-        raise ValueError(f"{path.name} has row {twice} twice; give each instruction one difficulty.")
-    found = known.difficulty.reindex([_row_of(example) for example in examples]).to_numpy()
-    for example, value in zip(examples, found, strict=True):
-        if not np.isfinite(value):
-            raise ValueError(
-                f"{path.name} has no difficulty of row {_row_of(example)}, {example.id!r}; give it one."
-            )
-    return found
-
-
-def _row_of(example: Example) -> int:
-    """The example's row in the file it was read from, from 0."""
-    return int(example.id.rpartition("/")[2]) - 1
-
-
-def _from_hub(name: str) -> tuple[Path, str]:
+def from_hub(name: str) -> tuple[Path, str]:
     """A file of the hub's AlpacaEval at its present commit, and that; ConnectionError without an answer."""
     from huggingface_hub import HfApi, hf_hub_download
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fichapters.ch01.lab import Look
+from fichapters.ch07.judges import rouge1
 from fichapters.exercises import Wrong, equal, exercise, number, tensor, whole
 from fihelpers import influence
-from fihelpers.evaluate.judges import rouge1
 from fihelpers.models.language import LanguageModel
 from fihelpers.perturb.sparsify import linear_names, select, zeroed
 from fihelpers.tasks import Example

@@ -20,11 +20,18 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from fichapters.ch07.judges import (
+    ApiJudge,
+    Judge,
+    LikelihoodJudge,
+    length_controlled_win_rates,
+    published_difficulties,
+    rouge1,
+)
 from fichapters.ch07.lab import calibration_set, check_sets, tested_set
 from fichapters.parameters import check_value
 from fichapters.parameters import nearest as nearest_name
 from fihelpers.data import data_folder, write_atomically
-from fihelpers.evaluate.judges import ApiJudge, Judge, LikelihoodJudge, length_controlled_win_rates, rouge1
 from fihelpers.evaluate.stats import mean_interval
 from fihelpers.measures import names_of
 from fihelpers.models.generate import Response, greedy
@@ -37,7 +44,6 @@ from fihelpers.tasks.instructions import (
     SUBJECT,
     instruction_prompt,
     load_instructions,
-    published_difficulties,
 )
 
 log = logging.getLogger(__name__)

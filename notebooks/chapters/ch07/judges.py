@@ -20,6 +20,7 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import ArrayLike
 from scipy.optimize import minimize
@@ -27,9 +28,10 @@ from scipy.special import expit
 from torch import Tensor
 from tqdm import tqdm
 
-from fihelpers.evaluate.stats import paired_difference
 from fihelpers.models.generate import Response, end_tokens
 from fihelpers.models.language import LanguageModel, tokenize
+from fihelpers.tasks import Example
+from fihelpers.tasks.instructions import from_hub
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +43,7 @@ FEWEST_SETTINGS = 3  # of which the difficulties of prompts can be learnt
 ALONE, AMONG_OTHERS = 1.0, 5.0
 STEPS = 20_000  # at most, of a fit
 WORTH_ANOTHER_TRY = (408, 409, 425, 429, 500, 502, 503, 504)  # HTTP states that may pass
+DIFFICULTY_FILE = "instruction_difficulty.csv"  # of the hub's AlpacaEval
 LOCAL = ("localhost", "127.0.0.1", "::1")
 
 QUESTION = """\
@@ -209,15 +212,6 @@ class ApiJudge:
                 file.write("\n" + json.dumps(record))  # first the break: the last line may have been cut off
 
 
-def win_rate(preferences: ArrayLike, seed: int = 0) -> tuple[float, float, float]:
-    """Return the mean preference and its 95 % bootstrap interval over the prompts: (mean, low, high).
-
-    Raises ValueError for no preferences, or one outside [0, 1].
-    """
-    values = _preferences(preferences)
-    return paired_difference(values, np.zeros(len(values)), seed=seed)
-
-
 @dataclass(frozen=True)
 class LengthControlled:
     """Win rates (M,) at equal length, the difficulties (N,) they were fitted with, and how, in words."""
@@ -247,7 +241,7 @@ def length_controlled_win_rates(
     Raises ValueError for preferences outside [0, 1], or lengths or difficulties of another number or not
     finite.
     """
-    p = _preferences(preferences, axes=2)
+    p = _preferences(preferences)
     a = _numbers(lengths_a, "lengths of the answers", p.shape)
     b = _numbers(lengths_b, "lengths of what they are compared with", p.shape, p.shape[1:])
     known = None if difficulties is None else _numbers(difficulties, "difficulties", p.shape[1:])
@@ -263,6 +257,47 @@ def length_controlled_win_rates(
                     "difficult; win rates at equal length are fitted without", FEWEST_SETTINGS)  # fmt: skip
     found[varied] = [_at_equal_length(row, terms, known, weight) for row, terms in zip(p, x, strict=True)]
     return LengthControlled(found, known, fit)
+
+
+def published_difficulties(examples: Sequence[Example]) -> tuple[np.ndarray, str]:
+    """How difficult AlpacaEval's length control finds each of its instructions (N,), and the hub's commit.
+
+    High where models do well against the baseline. Raises ConnectionError if the hub does not answer, and
+    what `read_difficulties` raises.
+    """
+    path, commit = from_hub(DIFFICULTY_FILE)
+    return read_difficulties(path, examples), commit
+
+
+def read_difficulties(path: Path, examples: Sequence[Example]) -> np.ndarray:
+    """The difficulty of each of AlpacaEval's instructions (N,), from a CSV file in the published layout.
+
+    That is a header and two columns: the instruction's row in the data set, from 0, and its difficulty.
+    Raises FileNotFoundError for a missing file, and ValueError for one of another layout, one with a row
+    twice, or one without a finite number for each of the examples.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {str(path)!r}; give a .csv file with the difficulties.")
+    types = {"row": int, "difficulty": float}
+    try:
+        known = pd.read_csv(path, header=0, names=list(types), usecols=[0, 1], dtype=types).set_index("row")
+    except ValueError as error:  # those of pandas are, too
+        raise ValueError(f"{path.name} is no CSV of row and difficulty ({error}); correct it.") from error
+    if known.index.has_duplicates:
+        twice = known.index[known.index.duplicated()][0]
+        raise ValueError(f"{path.name} has row {twice} twice; give each instruction one difficulty.")
+    found = known.difficulty.reindex([_row_of(example) for example in examples]).to_numpy()
+    for example, value in zip(examples, found, strict=True):
+        if not np.isfinite(value):
+            raise ValueError(
+                f"{path.name} has no difficulty of row {_row_of(example)}, {example.id!r}; give it one."
+            )
+    return found
+
+
+def _row_of(example: Example) -> int:
+    """The example's row in the file it was read from, from 0."""
+    return int(example.id.rpartition("/")[2]) - 1
 
 
 def _length_terms(difference: np.ndarray) -> np.ndarray:
@@ -359,11 +394,12 @@ def _check_pairs(prompts: Sequence[str], a: Sequence[Response], b: Sequence[Resp
         )
 
 
-def _preferences(preferences: ArrayLike, axes: int = 1) -> np.ndarray:
+def _preferences(preferences: ArrayLike) -> np.ndarray:
     values = _numbers(preferences, "preferences")
-    if values.ndim != axes or values.size == 0:
-        form = "list" if axes == 1 else "table (settings, prompts)"
-        raise ValueError(f"preferences must be a non-empty {form}, got shape {values.shape}.")
+    if values.ndim != 2 or values.size == 0:
+        raise ValueError(
+            f"preferences must be a non-empty table (settings, prompts), got shape {values.shape}."
+        )
     if not ((values >= 0) & (values <= 1)).all():
         worst = values[~((values >= 0) & (values <= 1))][0]
         raise ValueError(f"a preference lies between 0 and 1, not {worst}; leave out a prompt without one.")
