@@ -10,13 +10,13 @@ import torch
 from tiny_vision import random_image, save_vision_model
 
 from fichapters.ch05 import draw, lab
+from fichapters.ch05.wordings import load_wordings
 from fihelpers.data import data_folder
 from fihelpers.images import encode_png
 from fihelpers.models.vision import VisionModel, open_vision_model
 from fihelpers.perturb.pixels import top_pixels
 from fihelpers.scores.pixels import pixel_batches
 from fihelpers.tasks import Example, image_prompt
-from fihelpers.tasks.pictures import load_instructions
 from fiminis.manifest import write_manifest
 
 SHIPPED = Path(__file__).resolve().parent.parent / "data" / "prompts.yaml"
@@ -57,14 +57,14 @@ PROMPTS = [
 
 
 def test_instructions_are_checked_against_the_manifest(data: Path) -> None:
-    known = load_instructions()
+    known = load_wordings()
     assert list(known) == list(lab.COMPARED)
     assert known["aggressive"].v1 == known["aggressive"].trained[0] != "" == known["neutral"].v1
     texts = [t for w in known.values() for t in (*w.trained, *w.unseen)]
     assert len(set(texts)) == len(texts)
     (data_folder() / "prompts.yaml").write_text("neutral: {trained: [x], unseen: [y]}\n")
     with pytest.raises(ValueError, match="damaged"):
-        load_instructions()
+        load_wordings()
 
 
 def test_prompts_name_every_wording_once() -> None:
@@ -72,7 +72,7 @@ def test_prompts_name_every_wording_once() -> None:
     assert len({p.name for p in known}) == len({(p.text, p.after) for p in known}) == len(known)
     assert [p.name for p in lab.firsts(known)] == list(lab.FIRSTS)
     v1 = {p.text for p in lab.firsts(known)}
-    assert {w.v1 for w in load_instructions().values()} - {""} < v1
+    assert {w.v1 for w in load_wordings().values()} - {""} < v1
     unrelated = next(p for p in known if p.name == "unrelated")
     aggressive = next(p for p in known if p.name == "aggressive 1")
     assert len(unrelated.text.split()) == len(aggressive.text.split())

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
 from tqdm import tqdm
 
 from fihelpers.data import check_file, data_folder
@@ -20,7 +19,6 @@ from fihelpers.tasks.tables import TableRow, read_tsv
 LETTERS = "ABCDEF"
 BUNDLED = "bundled-images"
 BUNDLED_SPLITS = ("val", "test")
-INSTRUCTIONS = "prompts.yaml"
 SCIENCEQA = "derek-thomas/ScienceQA"
 SCIENCEQA_FILE = "problems.json"
 SCIENCEQA_SPLITS = {"dev": "train", "val": "val", "test": "test"}
@@ -76,32 +74,6 @@ def with_instruction(example: Example, instruction: str) -> Example:
         raise ValueError(f"example {example.id!r} has no image; instructions go before image questions.")
     prompt = image_prompt(example.question, example.options, example.hint, instruction)
     return replace(example, prompt=prompt, instruction=instruction)
-
-
-@dataclass(frozen=True)
-class Wordings:
-    """The wordings of one kind of instruction: those the bundled model was trained with, and others.
-
-    ``v1`` is the one that the paper's earlier version prints, "" where it prints none (method 4.2).
-    """
-
-    trained: tuple[str, ...]
-    unseen: tuple[str, ...]
-    v1: str = ""
-
-
-def load_instructions() -> dict[str, Wordings]:
-    """Read ``data/prompts.yaml``, checked against the manifest: {"neutral", "aggressive", "safe": wordings}.
-
-    Raises ValueError for a damaged file.
-    """
-    path = data_folder() / INSTRUCTIONS
-    check_file(path)
-    kinds = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return {
-        kind: Wordings(tuple(entry["trained"]), tuple(entry["unseen"]), entry.get("v1", ""))
-        for kind, entry in kinds.items()
-    }
 
 
 def make_examples(rows: Sequence[Row], subject: str | None) -> tuple[list[Example], list[str]]:

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from fichapters.exercises import Wrong, choice, equal, exercise, tensor, whole
+from fichapters.noises import information_loss
 from fichapters.tables import verdict
 from fihelpers.evaluate.stats import mean_interval, paired_difference
-from fihelpers.perturb.pixels import information_loss
 
 ENDS = (
     0.3  # how far the end of an interval may be off, as a part of its half width: other seeds are right too

@@ -19,22 +19,16 @@ from torch.nn.functional import pad
 from tqdm import tqdm
 
 from fichapters import tables
+from fichapters.noises import NOISES, information_loss, noised
 from fihelpers.answers import Top
 from fihelpers.data import write_atomically
 from fihelpers.evaluate.questions import answer_images
 from fihelpers.evaluate.stats import wilson
-from fihelpers.influence import Damped, Exact, SaturationWarning, Spectral, ceiling, saturated
+from fihelpers.filters import Damped, Exact, Spectral
+from fihelpers.influence import SaturationWarning, ceiling, saturated
 from fihelpers.measures import Influence, Measure, Random, find_measure
 from fihelpers.models.vision import VisionModel
-from fihelpers.perturb.pixels import (
-    NOISES,
-    Fill,
-    information_loss,
-    masked,
-    noised,
-    top_patches,
-    top_pixels,
-)
+from fihelpers.perturb.pixels import Fill, masked, top_patches, top_pixels
 from fihelpers.scores.pixels import (
     GRAD_CAM,
     INTEGRATED_GRADIENTS,

@@ -18,17 +18,19 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fichapters import tables
+from fichapters.ch05.wordings import load_wordings
+from fichapters.noises import information_loss
 from fihelpers.answers import Top
 from fihelpers.data import write_atomically
 from fihelpers.evaluate.questions import answer_images
 from fihelpers.evaluate.stats import paired_difference, wilson
-from fihelpers.influence import Damped, SaturationWarning, ceiling
+from fihelpers.filters import Damped
+from fihelpers.influence import SaturationWarning, ceiling
 from fihelpers.measures import FISHER, INFORMATION_LENGTH, Influence
 from fihelpers.models.vision import VisionModel
-from fihelpers.perturb.pixels import information_loss, masked, top_patches, top_pixels
+from fihelpers.perturb.pixels import masked, top_patches, top_pixels
 from fihelpers.scores.pixels import PixelBatch, image_of, pixel_batches
 from fihelpers.tasks import Example, image_prompt, load_task, with_instruction
-from fihelpers.tasks.pictures import load_instructions
 
 NONE = "no instruction"
 NEUTRAL, AGGRESSIVE, SAFE, CONTROL = "neutral", "aggressive", "safe", "control"
@@ -109,7 +111,7 @@ def prompts() -> list[Prompt]:
     The first aggressive and the first safe wording are those of the paper's earlier version, verbatim.
     """
     found = [Prompt(NONE, CONTROL, CONTROL, "")]
-    for kind, known in load_instructions().items():
+    for kind, known in load_wordings().items():
         trained = dict.fromkeys((known.v1, *known.trained)) if known.v1 else known.trained
         found += [Prompt(f"{kind} {i}", kind, TRAINED, text) for i, text in enumerate(trained, 1)]
         found += [Prompt(f"{kind} new {i}", kind, UNSEEN, text) for i, text in enumerate(known.unseen, 1)]
@@ -221,7 +223,7 @@ def conditions_of(patches: Sequence[int], shares: Sequence[float]) -> dict[str, 
 
 
 def loss_table(examples: Sequence[Example], conditions: Mapping[str, float], seed: int) -> pd.DataFrame:
-    """Mean information loss of each condition (see :func:`fihelpers.perturb.pixels.information_loss`)."""
+    """Mean information loss of each condition (see :func:`fichapters.noises.information_loss`)."""
     images = [image_of(e) for e in examples]
     lines = []
     for name, amount in conditions.items():

@@ -17,14 +17,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fichapters import tables
+from fichapters.ch06.regions import question_region
 from fihelpers.answers import Top
 from fihelpers.data import write_atomically
 from fihelpers.evaluate.stats import wilson
-from fihelpers.influence import Damped, SaturationWarning, ceiling, saturated
+from fihelpers.filters import Damped
+from fihelpers.influence import SaturationWarning, ceiling, saturated
 from fihelpers.measures import MEASURES as REGISTERED
 from fihelpers.measures import Influence, Measure, Random, find_measure
 from fihelpers.models.language import Batch, LanguageModel
-from fihelpers.perturb.embeddings import Direction, Norm, attack, question_region, top_dimensions
+from fihelpers.perturb.embeddings import Direction, Norm, attack, top_dimensions
 from fihelpers.scores.inputs import EmbeddingBatch, embedding_batches
 from fihelpers.tasks import Example, load_task
 
