@@ -120,7 +120,7 @@ def test_bundled_questions_are_read(bundled: Path) -> None:
     [
         ({"subject": "law"}, "unknown subject 'law'; use one of action, function"),
         ({"split": "dev"}, "bundled-images has no split 'dev'; use one of val, test"),
-        ({"shots": 1}, "asks about images, without 1 solved questions"),
+        ({"shots": 1}, "bundled-images has no solved questions, so none for 1 shots"),
         ({"n": 7}, "has 6 examples, fewer than the 7"),
     ],
 )

@@ -1,6 +1,6 @@
 """Tasks: prompts with or without images and right answers, all as the same dataclass."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -15,8 +15,10 @@ __all__ = ["Example", "Task", "image_prompt", "load_task", "with_instruction"]
 
 ALL = "all"
 BUNDLED = {"bundled": "mcq", "bundled-experts": "experts"}  # questions as text, by their folder in data/
-JSON = ".json"
+JSON, TEXT = ".json", ".txt"
 HUB_IMAGES = {images.SCIENCEQA: images.read_scienceqa_hub, images.PUZZLEVQA: images.read_puzzlevqa_hub}
+
+Found = tuple[Sequence[Example], str, Sequence[str]]  # examples, their split, and what was left out and why
 
 
 def load_task(
@@ -46,22 +48,31 @@ def load_task(
         raise ValueError(f"unknown split {split!r}; use one of {', '.join(mcq.SPLITS)}.")
     if shots < 0 or (shots and split == "dev"):
         raise ValueError(f"{shots} shots with split {split!r}: ask for 0 or more, of val or test questions.")
-    if name.endswith(".txt"):
-        return _text_task(Path(name), subject, n, seed, shots)
-    read_instructions = _instruction_reader(name)
-    if read_instructions:
-        return _instruction_task(name, read_instructions, subject, split, n, seed, shots)
-    read_images = _image_reader(name)
-    if read_images:
-        return _image_task(name, read_images, subject, split, n, seed, shots)
     read = _reader(name)
+    if read and shots:
+        raise ValueError(f"{name} has no solved questions, so none for {shots} shots; set shots to 0.")
+    examples, split, skipped = read(subject, split) if read else _questions(name, subject, split, shots)
+    whole = text.SUBJECT if name.endswith(TEXT) else ALL
+    return make_task(_label(name), subject or whole, split, examples, n, seed, skipped)
+
+
+def _label(name: str) -> str:
+    known = (*BUNDLED, mcq.HUB, images.BUNDLED, *HUB_IMAGES, instructions.BUNDLED, instructions.ALPACA)
+    if name in known:
+        return name
+    label = Path(name).expanduser().resolve().name
+    return label.removesuffix(".tsv").removesuffix(JSON).removesuffix(TEXT)
+
+
+def _questions(name: str, subject: str | None, split: str, shots: int) -> Found:
+    """Questions as text, each after solved ones."""
+    read = _question_reader(name)
     rows = read(subject=subject, split=split)
     solved = read(subject=subject, split="dev") if shots else {}
-    examples = mcq.make_examples(rows, split, solved, shots)
-    return make_task(_label(name), subject or ALL, split, examples, n, seed)
+    return mcq.make_examples(rows, split, solved, shots), split, ()
 
 
-def _reader(name: str) -> partial[mcq.Rows]:
+def _question_reader(name: str) -> partial[mcq.Rows]:
     if name == mcq.HUB:
         return partial(mcq.read_hub)
     if name in BUNDLED:
@@ -77,76 +88,35 @@ def _reader(name: str) -> partial[mcq.Rows]:
     )
 
 
-def _label(name: str) -> str:
-    known = (*BUNDLED, mcq.HUB, images.BUNDLED, *HUB_IMAGES, instructions.BUNDLED, instructions.ALPACA)
-    if name in known:
-        return name
-    return Path(name).expanduser().resolve().name.removesuffix(".tsv").removesuffix(JSON)
-
-
-def _instruction_reader(name: str) -> instructions.Reader | None:
-    """Return the reader of an instruction task, by its split; None for a task of another kind."""
-    if name == instructions.BUNDLED:
-        return instructions.read_bundled
-    if name == instructions.ALPACA:
-        return instructions.read_alpaca_hub
-    if name.endswith(JSON):
-        return partial(instructions.read_alpaca, Path(name).expanduser())
-    return None
-
-
-def _instruction_task(
-    name: str,
-    read: instructions.Reader,
-    subject: str | None,
-    split: str,
-    n: int | None,
-    seed: int,
-    shots: int,
-) -> Task:
-    if shots:
-        raise ValueError(f"{name} holds instructions, without {shots} solved ones; set shots to 0.")
-    examples = instructions.of_subject(read(split), subject)
-    return make_task(_label(name), subject or ALL, split, examples, n, seed)
-
-
-def _image_reader(name: str) -> Callable[[str], images.Source] | None:
-    """Return the reader of an image task, by its split; None for a task of another kind."""
-    if name == images.BUNDLED:
-        return images.read_bundled
-    if name in HUB_IMAGES:
-        return HUB_IMAGES[name]
+def _reader(name: str) -> Callable[[str | None, str], Found] | None:
+    """What reads a task that has no solved questions, by subject and split; None for questions as text."""
     path = Path(name).expanduser()
+    if name.endswith(TEXT):
+        return lambda subject, split: (text.read_text(path, subject), ALL, ())
+    if name == instructions.BUNDLED:
+        return partial(_instructions, instructions.read_bundled)
+    if name == instructions.ALPACA:
+        return partial(_instructions, instructions.read_alpaca_hub)
+    if name.endswith(JSON):
+        return partial(_instructions, partial(instructions.read_alpaca, path))
+    if name == images.BUNDLED:
+        return partial(_image_questions, images.read_bundled)
+    if name in HUB_IMAGES:
+        return partial(_image_questions, HUB_IMAGES[name])
     if name.endswith(".tsv"):
-        return partial(images.read_mmbench, path)
+        return partial(_image_questions, partial(images.read_mmbench, path))
     if (path / images.SCIENCEQA_FILE).is_file():
-        return partial(images.read_scienceqa, path)
+        return partial(_image_questions, partial(images.read_scienceqa, path))
     if (path / "images").is_dir() and any(path.glob("*.json")):
-        return partial(images.read_puzzlevqa, path)
+        return partial(_image_questions, partial(images.read_puzzlevqa, path))
     return None
 
 
-def _image_task(
-    name: str,
-    read: Callable[[str], images.Source],
-    subject: str | None,
-    split: str,
-    n: int | None,
-    seed: int,
-    shots: int,
-) -> Task:
-    if shots:
-        raise ValueError(f"{name} asks about images, without {shots} solved questions; set shots to 0.")
+def _instructions(read: instructions.Reader, subject: str | None, split: str) -> Found:
+    return instructions.of_subject(read(split), subject), split, ()
+
+
+def _image_questions(read: Callable[[str], images.Source], subject: str | None, split: str) -> Found:
     source = read(split)
     examples, skipped = images.make_examples(source.rows, subject)
-    return make_task(_label(name), subject or ALL, source.split, examples, n, seed, skipped)
-
-
-def _text_task(path: Path, subject: str | None, n: int | None, seed: int, shots: int) -> Task:
-    if not path.is_file():
-        raise FileNotFoundError(f"no text file {str(path)!r}; give one with a context a line.")
-    if subject not in (None, text.SUBJECT):
-        raise ValueError(f"{path.name} is plain text, without subject {subject!r}; leave the subject out.")
-    if shots:
-        raise ValueError(f"{path.name} is plain text, which has no {shots} solved questions; set shots to 0.")
-    return make_task(path.stem, text.SUBJECT, ALL, text.read_text(path), n, seed)
+    return examples, source.split, skipped

@@ -3,8 +3,10 @@
 import hashlib
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 SHOWN_REASONS = 3  # of the rows left out, where none is left
 
@@ -88,3 +90,28 @@ def _content(example: Example) -> tuple[object, ...]:
     if example.image is None:
         return text
     return (*text, hashlib.sha256(example.image).hexdigest(), example.hint)
+
+
+def check_subject(subject: str | None, known: Iterable[str]) -> None:
+    """Raise ValueError for a subject that is none of those known; None stands for all of them."""
+    if subject is not None and subject not in set(known):
+        raise ValueError(f"unknown subject {subject!r}; use one of {', '.join(known)}.")
+
+
+def read_utf8(path: Path) -> str:
+    """The text of a file, every line end as LF. Raises ValueError where it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path.name} is not UTF-8 text ({error.reason}); save it as UTF-8.") from error
+
+
+@contextmanager
+def asking_hub(name: str, instead: str) -> Iterator[None]:
+    """Raise ConnectionError, in one sentence, for whatever the hub's client raises."""
+    try:
+        yield
+    except Exception as error:  # of many types; the remedy is the same
+        raise ConnectionError(
+            f"the hub did not give {name} ({type(error).__name__}); check the network or use {instead}."
+        ) from error

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from fihelpers.data import check_file, data_folder
-from fihelpers.tasks.base import Example
+from fihelpers.tasks.base import Example, asking_hub, check_subject
 
 log = logging.getLogger(__name__)
 
@@ -19,8 +19,7 @@ FILE = "instructions.yaml"
 ALPACA = "tatsu-lab/alpaca_eval"
 ALPACA_FILE = "alpaca_eval.json"
 NO_DATASET = "no data set"  # of a row that does not say where it comes from
-SPLITS = ("val", "test")
-HALVES = {"val": 0, "test": 1}  # rows 0, 2, 4, ... and rows 1, 3, 5, ...
+SPLITS = ("val", "test")  # rows 0, 2, 4, ... and rows 1, 3, 5, ...
 
 
 def load_instructions(folder: Path) -> list[dict]:
@@ -76,30 +75,25 @@ def from_hub(name: str) -> tuple[Path, str]:
     """A file of the hub's AlpacaEval at its present commit, and that; ConnectionError without an answer."""
     from huggingface_hub import HfApi, hf_hub_download
 
-    try:
+    with asking_hub(ALPACA, "its file"):
         commit = HfApi().dataset_info(ALPACA).sha
         return Path(hf_hub_download(ALPACA, name, repo_type="dataset", revision=commit)), str(commit)
-    except Exception as error:  # the hub client raises many types; the remedy is the same
-        raise ConnectionError(
-            f"the hub did not give {ALPACA} ({type(error).__name__}); check the network or use its file."
-        ) from error
 
 
 Reader = Callable[[str], list[Example]]
 
 
 def of_subject(examples: Sequence[Example], subject: str | None) -> list[Example]:
-    """The examples of one subject, or all. Raises ValueError for an unknown subject."""
+    """The examples of one subject, or all. Raises ValueError for an unknown one."""
     known = list(dict.fromkeys(example.subject for example in examples))
-    if subject is not None and subject not in known:
-        raise ValueError(f"unknown subject {subject!r}; use one of {', '.join(known)}.")
+    check_subject(subject, known)
     return [example for example in examples if subject in (None, example.subject)]
 
 
 def _examples(rows: Sequence[Any], source: str, split: str, subject: str) -> list[Example]:
     if split not in SPLITS:
         raise ValueError(f"{source} has no split {split!r}; use one of {', '.join(SPLITS)}.")
-    numbered = list(enumerate(rows, start=1))[HALVES[split] :: len(SPLITS)]
+    numbered = list(enumerate(rows, start=1))[SPLITS.index(split) :: len(SPLITS)]
     return [_example(row, f"{source}, row {number}", number, split, subject) for number, row in numbered]
 
 

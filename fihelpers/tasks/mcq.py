@@ -4,13 +4,13 @@ import csv
 import io
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fihelpers.data import check_file
-from fihelpers.tasks.base import Example
+from fihelpers.tasks.base import Example, asking_hub, check_subject
 
 log = logging.getLogger(__name__)
 
@@ -98,8 +98,7 @@ def read_folder(folder: Path, subject: str | None, split: str, bundled: bool) ->
 def _known(subject: str, known: Sequence[str]) -> str:
     if not NAME.fullmatch(subject):
         raise ValueError(f"subject {subject!r} is not a plain name of letters, digits, _ and -; correct it.")
-    if subject not in known:
-        raise ValueError(f"unknown subject {subject!r}; use one of {', '.join(known)}.")
+    check_subject(subject, known)
     return subject
 
 
@@ -153,24 +152,16 @@ def read_hub(subject: str | None, split: str) -> Rows:
     """
     import datasets
 
-    configs = _ask_hub(datasets.get_dataset_config_names)
+    with asking_hub(HUB, "a folder of CSV files"):
+        configs = datasets.get_dataset_config_names(HUB, revision=HUB_REVISION)
     config = "all" if subject is None else _known(subject, sorted(set(configs) - HUB_OTHER_CONFIGS))
-    table = _ask_hub(datasets.load_dataset, config, split=HUB_SPLITS[split])
+    with asking_hub(HUB, "a folder of CSV files"):
+        table = datasets.load_dataset(HUB, config, split=HUB_SPLITS[split], revision=HUB_REVISION)
     rows: Rows = {}
     for number, record in enumerate(table, start=1):
         name = subject or str(record["subject"])
         rows.setdefault(name, []).append(_from_record(record, f"{HUB} {config} {split}, row {number}"))
     return rows
-
-
-def _ask_hub(function: Callable[..., Any], *arguments: str, **options: str) -> Any:
-    try:
-        return function(HUB, *arguments, revision=HUB_REVISION, **options)
-    except Exception as error:  # the hub client raises many types; the remedy is the same
-        raise ConnectionError(
-            f"the hub did not give {HUB} ({type(error).__name__}); check the network or use a folder of "
-            "CSV files."
-        ) from error
 
 
 def _from_record(record: Mapping[str, Any], where: str) -> Row:

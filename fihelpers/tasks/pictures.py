@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from fihelpers.data import check_file, data_folder
 from fihelpers.images import check_image, decode_base64, is_data_url
-from fihelpers.tasks.base import Example
+from fihelpers.tasks.base import Example, asking_hub, check_subject, read_utf8
 from fihelpers.tasks.tables import TableRow, read_tsv
 
 LETTERS = "ABCDEF"
@@ -84,8 +84,8 @@ def make_examples(rows: Sequence[Row], subject: str | None) -> tuple[list[Exampl
     Raises ValueError for an unknown subject.
     """
     known = sorted({row.subject for row in rows if row.subject is not None})
-    if known and subject is not None and subject not in known:
-        raise ValueError(f"unknown subject {subject!r}; use one of {', '.join(known)}.")
+    if known:
+        check_subject(subject, known)
     chosen = [row for row in rows if subject is None or row.subject in (None, subject)]
     examples: list[Example] = []
     skipped: list[str] = []
@@ -384,19 +384,12 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _read_text(path: Path) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent.name} has no {path.name}; add it.")
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path.name} is not UTF-8 text ({error.reason}); save it as UTF-8.") from error
+    return read_utf8(path)
 
 
 def _ask_hub(name: str, split: str) -> Iterator[dict[str, Any]]:
     import datasets
 
-    try:
+    with asking_hub(name, "a folder"):
         table = datasets.load_dataset(name, split=split, revision=HUB_REVISIONS[name])
-    except Exception as error:  # the hub client raises many types; the remedy is the same
-        raise ConnectionError(
-            f"the hub did not give {name} ({type(error).__name__}); check the network or use a folder."
-        ) from error
     yield from table.cast_column("image", datasets.Image(decode=False))  # its bytes, not a decoded image
