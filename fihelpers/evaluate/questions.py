@@ -86,6 +86,10 @@ class Evaluator:
         self._right = _right_classes(self.examples, answers)
         self._groups = list(self._prompt_groups(batch_size))
 
+    def identity(self) -> list[object]:
+        """What its answers depend on; see :mod:`fihelpers.identity`."""
+        return [self.model, self.examples, self._answers]
+
     def __call__(self) -> Outcome:
         """Answer every example with the model as it is now."""
         start = self._answers if self.reference is None else self.reference.classes

@@ -28,6 +28,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from fihelpers.data import check_folder, data_folder, file_sha256
+from fihelpers.identity import model_identity
 
 log = logging.getLogger(__name__)
 
@@ -128,6 +129,10 @@ class LanguageModel:
     @property
     def device(self) -> torch.device:
         return self.network.device
+
+    def identity(self) -> list[object]:
+        """What a computation with this model depends on; see :mod:`fihelpers.identity`."""
+        return model_identity(self.network, self.tokenizer, self.sha256)
 
     def batches(self, prompts: Sequence[str], batch_size: int = 32) -> list[Batch]:
         """Tokenise prompts once, into batches sorted by length that can be used again and again.

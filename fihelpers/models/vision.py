@@ -24,6 +24,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel, PreTraine
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
+from fihelpers.identity import model_identity
 from fihelpers.images import MAX_ASPECT
 from fihelpers.models.language import (
     DTYPES,
@@ -297,6 +298,10 @@ class VisionModel(ABC):
     @property
     def device(self) -> torch.device:
         return self.network.device
+
+    def identity(self) -> list[object]:
+        """What a computation with this model depends on; see :mod:`fihelpers.identity`."""
+        return [model_identity(self.network, self.tokenizer, self.sha256), self.template]
 
     def layout(self, height: int, width: int) -> PatchLayout:
         """Return where the image tokens of an image of this size lie; raises ValueError for a refused one."""

@@ -5,16 +5,27 @@ import math
 import os
 import platform
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, Protocol, SupportsFloat
 
 from fichapters.parameters import executed, profiles_folder, read_profile, settle
 from fihelpers import __version__
-from fihelpers.data import PACKAGE, data_folder, package_sha256, write_atomically
+from fihelpers.data import (
+    MANIFEST,
+    PACKAGE,
+    data_folder,
+    file_sha256,
+    package_sha256,
+    write_atomically,
+)
+from fihelpers.trials import Kept
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -109,8 +120,8 @@ class Chapter:
         Glued are `name`, `name_n`, and `name_low` and `name_high` where they are given. A name recorded again
         replaces the earlier number. Of each model the file says, too, which share of its matrices "all linear
         layers" are (`fihelpers.models.linear.linear_share`). Raises ValueError for a number that is not
-        finite, lies outside its interval or was formed over nothing, and for a name of other than letters, digits,
-        ``_.-``.
+        finite, lies outside its interval or was formed over nothing, and for a name of other than letters,
+        digits, ``_.-``.
         """
         record = Record(
             name=_name(name),
@@ -143,6 +154,24 @@ class Chapter:
         )
 
         self._linear_shares[model.name] = round(linear_share(model.network), 6)
+
+    def kept(self, name: str) -> Kept:
+        """Where the trials of an experiment are kept, for :func:`fihelpers.trials.collect`.
+
+        They are made again where the library, the chapter's `lab` with what it imports, the data, the settled
+        parameters or a package changed, beside the loop itself and what it reads; not where a figure, a check
+        or a sentence did.
+        """
+        folder = os.environ.get("FIHELPERS_CACHE") or self._folder / "cache"
+        name_of_lab = f"{__package__}.ch{self.name[:2]}.lab"
+        lab = import_module(name_of_lab) if find_spec(name_of_lab) else None
+        packages = [sys.version, *(version(package) for package in ("torch", "transformers", "numpy"))]
+        about = [package_sha256(), lab, file_sha256(data_folder() / MANIFEST), self.p, packages]
+        return Kept(Path(folder), f"{self.name}.{_name(name)}", about)
+
+    def keep(self, name: str, frame: "pd.DataFrame") -> None:
+        """Keep a table as ``{chapter}.{name}.csv``, for the book's results, its claims and other programs."""
+        self.table(name, frame)
 
     def table(self, name: str, frame: "pd.DataFrame", *, raw: bool = False) -> None:
         """Write a whole table as ``{chapter}.{name}.csv`` beside the records, its index too if named.
