@@ -79,7 +79,7 @@ def _add_score(commands: Any) -> None:
 
 
 def _score(options: argparse.Namespace) -> None:
-    from fihelpers.influence import spectral_of
+    from fihelpers.filters import spectral_of
     from fihelpers.jobs import score as scoring
     from fihelpers.models.language import find_device, open_model
     from fihelpers.tasks import load_task

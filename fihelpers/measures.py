@@ -16,19 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fihelpers.influence import (
-    EXACT,
-    Cut,
-    Damped,
-    Exact,
-    Moments,
-    Spectral,
-    axes_of,
-    fi,
-    fi_of_moments,
-    moments,
-    spectral_of,
-)
+from fihelpers.filters import EXACT, Cut, Damped, Exact, Spectral, spectral_of
+from fihelpers.influence import Moments, axes_of, fi, fi_of_moments, moments
 
 Formula = Callable[[Moments, Tensor], Tensor]
 Over = int | Sequence[int]

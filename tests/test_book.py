@@ -72,6 +72,7 @@ LOOK_UP = """# Look up
 
 ```{fi-modules}
 fihelpers.influence
+fihelpers.filters
 fihelpers.data
 ```
 """
@@ -271,7 +272,7 @@ def test_the_reference_is_made_from_docstrings(tiny: Path) -> None:
     assert 'id="fihelpers.influence.fi"' in text and 'id="fihelpers.data.write_atomically"' in text
     words = re.sub(r"<[^>]+>", "", text)
     assert "Write beside path and rename" in words and "spectral: Spectral" in words
-    assert '<a class="reference internal" href="#fihelpers.influence.Spectral"' in text
+    assert '<a class="reference internal" href="#fihelpers.filters.Spectral"' in text
     assert "https://github.com/Someone/a-book/blob/main/fihelpers/data.py#L" in text
     (source,) = re.findall(r'href="(_downloads/[^"]*/files\.py)"', text)
     assert (tiny / source).read_bytes() == (book.BOOK.parent / "fihelpers" / "data.py").read_bytes()

@@ -9,11 +9,12 @@ from tiny import tiny_examples, tiny_model
 from torch import Tensor, nn
 
 from fihelpers.answers import Top, letters
-from fihelpers.influence import EXACT, Damped, SaturationWarning, ceiling, fi
+from fihelpers.filters import EXACT, Damped
+from fihelpers.influence import SaturationWarning, ceiling, fi
 from fihelpers.models.language import LanguageModel
 from fihelpers.models.linear import as_rows
 from fihelpers.perturb.sparsify import linear_names
-from fihelpers.scores import hooks as classgrads
+from fihelpers.scores import hooks
 from fihelpers.scores.channels import (
     channel_scores,
     displacement_scores,
@@ -52,7 +53,7 @@ def joint_fi(
 def test_joint_fi_of_channels_equals_autograd(axis, block, monkeypatch) -> None:
     model, examples = tiny_model("qwen2"), tiny_examples(5)
     names = [*NAMES, "model.embed_tokens.weight"]
-    monkeypatch.setattr(classgrads, "BLOCK", block)
+    monkeypatch.setattr(hooks, "BLOCK", block)
     ours = score_channels(model, examples, Damped(1e-2), axis=axis, only=names, batch_size=2)
     classes, prompts = letters(model.tokenizer), [e.prompt for e in examples]
     truth = joint_fi(model, names, prompts, axis, Damped(1e-2), classes)

@@ -13,7 +13,7 @@ from fichapters import dials
 from fichapters.ch03 import lab as limits
 from fichapters.ch04 import lab as pixels
 from fichapters.explorers import Dial
-from fihelpers.influence import Damped, Exact
+from fihelpers.filters import Damped, Exact
 from fihelpers.models.language import LanguageModel
 from fihelpers.perturb.sparsify import linear_names
 from fihelpers.tasks import Example

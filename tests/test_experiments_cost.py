@@ -14,8 +14,7 @@ from fichapters.ch10 import draw, lab
 from fichapters.style import WIDTH
 from fihelpers.models.language import open_model
 from fihelpers.models.vision import VisionModel, open_vision_model
-from fihelpers.scores import hooks as classgrads
-from fihelpers.scores import weights
+from fihelpers.scores import hooks, weights
 from fihelpers.tasks import Example
 
 SMALL = Size(hidden=32, inner=96, layers=2, heads=4, vocabulary=40)
@@ -133,10 +132,10 @@ def test_the_interval_of_rounds_holds_the_median_at_95_percent(rounds: int, skip
 
 
 def test_written_out_gradients_give_the_same_and_leave_the_engine_as_it_was() -> None:
-    before, questions = classgrads.BLOCK, Questions.draw(SMALL.model(), 6, 1)
+    before, questions = hooks.BLOCK, Questions.draw(SMALL.model(), 6, 1)
     in_tiles = fi_of_weights(questions, 1)
     written = lab.fi_written_out(questions)
-    assert before == classgrads.BLOCK and "cpu" in weights.TILED
+    assert before == hooks.BLOCK and "cpu" in weights.TILED
     for name, value in in_tiles.items():
         assert (value - written[name]).abs().max() <= 1e-3 * value.abs().max()
 

@@ -13,7 +13,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from fichapters.ch03 import draw as figures
 from fichapters.ch03 import lab as limits
 from fihelpers.answers import Groups, letters
-from fihelpers.influence import Cut, Damped, Exact, SaturationWarning, fi
+from fihelpers.filters import Cut, Damped, Exact
+from fihelpers.influence import SaturationWarning, fi
 from fihelpers.models.language import LanguageModel
 from fihelpers.scores.store import Scores
 from fihelpers.scores.weights import score_weights

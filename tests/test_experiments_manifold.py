@@ -11,7 +11,8 @@ from tiny import tiny_examples, tiny_model
 
 from fichapters.ch02 import draw as figures
 from fichapters.ch02 import lab as manifold
-from fihelpers.influence import Cut, Damped, Exact, ceiling, fi, moments
+from fihelpers.filters import Cut, Damped, Exact
+from fihelpers.influence import ceiling, fi, moments
 
 BASE5 = (0.4, 0.25, 0.15, 0.12, 0.08)
 WEIGHT = "model.layers.0.self_attn.o_proj.weight"

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from fichapters import explorers
 from fichapters.ch02 import lab as manifold
 from fichapters.explorers import Bar, Line, Position
-from fihelpers import influence
+from fihelpers import filters, influence
 
 
 @pytest.fixture
@@ -46,8 +46,8 @@ def test_the_browser_computes_what_python_computes(
     here = manifold.local(net.log_probs, torch.tensor(omega, dtype=torch.float64))
     angle = torch.tensor(degrees, dtype=torch.float64).deg2rad()
     u = torch.stack([angle.cos(), angle.sin()])
-    damped = influence.fi(here.grads, here.probs, over=0, spectral=influence.Damped(lam))
-    exact = influence.fi(here.grads, here.probs, over=0, spectral=influence.Exact(0.0))
+    damped = influence.fi(here.grads, here.probs, over=0, spectral=filters.Damped(lam))
+    exact = influence.fi(here.grads, here.probs, over=0, spectral=filters.Exact(0.0))
     expected = {
         "P": here.probs,
         "G": here.metric,

@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_tiles import MEASURED, by_torch, close, factors_of
 
-from fihelpers.influence import Cut, Damped, Exact
+from fihelpers.filters import Cut, Damped, Exact
 from fihelpers.measures import MEASURES, Influence, Measure
 from fihelpers.scores import weights
 from fihelpers.scores.hooks import Factors
@@ -28,11 +28,11 @@ import sys, torch
 sys.path.append(sys.argv[1])
 import triton
 sys.path.pop()
-from fihelpers.scores import fused
+from fihelpers.scores.kernels import gpu as fused
 """
 
 ADD = """
-from fihelpers.scores.classgrads import Factors
+from fihelpers.scores.hooks import Factors
 device = "cuda" if torch.cuda.is_available() else "cpu"
 made = []
 for (grads, x, start, top), value, shares, formulas in torch.load(sys.argv[2]):
@@ -48,7 +48,7 @@ import json
 from unittest import mock
 sys.path.append(sys.argv[2])
 from tiny import tiny_examples, tiny_model
-from fihelpers.influence import Damped
+from fihelpers.filters import Damped
 from fihelpers.scores import weights
 model, examples = tiny_model("qwen2", dtype=torch.float32), tiny_examples(3)
 model.network.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -8,13 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fihelpers import influence
+from fihelpers import eigen, influence
+from fihelpers.filters import Cut, Damped, Exact, Spectral
 from fihelpers.influence import (
-    Cut,
-    Damped,
-    Exact,
     SaturationWarning,
-    Spectral,
     ceiling,
     decompose,
     effective_rank,
@@ -282,7 +279,7 @@ def by_eigenvalues(
     mu, vectors = torch.linalg.eigh(torch.einsum("knp,jnp->nkj", turned, turned))
     leverage = torch.einsum("nki,kn->in", vectors, root).square() / chosen
     mu = mu.T.clamp(min=0)
-    gain = spectral.gain(mu * low, mu[-1:], dtype) * (mu > influence.ROUNDING * mu[-1:])
+    gain = spectral.gain(mu * low, mu[-1:], dtype) * (mu > eigen.ROUNDING * mu[-1:])
     return (gain * leverage).sum(0)
 
 
@@ -322,7 +319,7 @@ def test_clear_groups_need_no_eigenvalues(
     grads, probs = case(k, p, 50, seed=k * p)
     grads *= 10 / p**0.5
     expected = by_eigenvalues(grads, probs, spectral, dtype=torch.float64)
-    monkeypatch.setattr(influence, "_spectrum", None)
+    monkeypatch.setattr(eigen, "spectrum_of", None)
     torch.testing.assert_close(quiet_fi(grads, probs, over=1, spectral=spectral), expected, rtol=1e-6, atol=0)
 
 

@@ -9,7 +9,8 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from fihelpers.influence import Damped, SaturationWarning, ceiling, fi, saturated
+from fihelpers.filters import Damped
+from fihelpers.influence import SaturationWarning, ceiling, fi, saturated
 from fihelpers.measures import MEASURES
 from fihelpers.scores import inputs as inputs_module
 from fihelpers.scores.inputs import class_grads_of_inputs, score_inputs

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fihelpers.influence import Cut, Damped, Exact, Spectral, fi
+from fihelpers.filters import Cut, Damped, Exact, Spectral
+from fihelpers.influence import fi
 from fihelpers.measures import (
     FISHER,
     INFORMATION_LENGTH,

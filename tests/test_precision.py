@@ -10,7 +10,7 @@ from scipy.stats import spearmanr
 from fichapters.ch03 import precision
 from fichapters.ch03.precision import agreement_by_answer, precision_agreement
 from fihelpers.data import data_folder
-from fihelpers.influence import Damped
+from fihelpers.filters import Damped
 from fihelpers.models.language import open_model
 from fihelpers.perturb.sparsify import linear_names
 from fihelpers.scores.store import Scores

@@ -73,7 +73,7 @@ def test_every_public_function_and_class_says_what_it_does(module: reference.Mod
 
 def test_a_name_means_what_the_module_means_by_it() -> None:
     assert reference.meaning("fi", "fihelpers.influence") == "fihelpers.influence.fi"
-    assert reference.meaning("Spectral", "fihelpers.scores.weights") == "fihelpers.influence.Spectral"
+    assert reference.meaning("Spectral", "fihelpers.scores.weights") == "fihelpers.filters.Spectral"
     assert reference.meaning("Example", "fihelpers.scores.weights") == "fihelpers.tasks.base.Example"
     assert reference.meaning("Tensor", "fihelpers.influence") is None
     assert reference.meaning("score_weights", "fihelpers.influence") is None

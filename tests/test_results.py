@@ -15,7 +15,7 @@ from tiny import tiny_network
 from torch import nn
 
 from fichapters.results import Chapter, Record, begin, compare, load_results
-from fihelpers.influence import Cut
+from fihelpers.filters import Cut
 from fihelpers.models.linear import linear_share
 
 MODEL = SimpleNamespace(name="mini", revision=None, sha256="ab" * 32)

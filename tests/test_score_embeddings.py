@@ -8,7 +8,8 @@ from tiny import tiny_examples, tiny_model
 from torch import Tensor
 
 from fihelpers.answers import Answers, Top, letters
-from fihelpers.influence import Damped, SaturationWarning, ceiling
+from fihelpers.filters import Damped
+from fihelpers.influence import SaturationWarning, ceiling
 from fihelpers.measures import MEASURES
 from fihelpers.models.language import LanguageModel
 from fihelpers.scores.inputs import (

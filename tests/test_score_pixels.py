@@ -11,8 +11,9 @@ from tiny_vision import VISION_KINDS, random_image, save_vision_model
 from torch import Tensor
 
 from fihelpers.answers import Groups, Top
+from fihelpers.filters import Damped
 from fihelpers.images import encode_png
-from fihelpers.influence import Damped, SaturationWarning, ceiling, gram
+from fihelpers.influence import SaturationWarning, ceiling, gram
 from fihelpers.models.vision import VisionModel, open_vision_model
 from fihelpers.scores.pixels import PixelBatch, pixel_batches, score_batches, score_pixels
 from fihelpers.tasks import Example

@@ -22,14 +22,13 @@ from hypothesis import strategies as st
 from tiny import tiny_examples, tiny_model
 
 from fihelpers.__main__ import main
-from fihelpers.influence import Cut, Damped, Exact, spectral_of
+from fihelpers.filters import Cut, Damped, Exact, spectral_of
 from fihelpers.jobs import preflight
 from fihelpers.jobs import score as scoring
 from fihelpers.jobs.preflight import plan_scores
 from fihelpers.jobs.score import Processes, score_task
 from fihelpers.models.language import LanguageModel, check_placed, open_model
-from fihelpers.scores import hooks as classgrads
-from fihelpers.scores import weights
+from fihelpers.scores import hooks, weights
 from fihelpers.scores.store import Scores
 from fihelpers.scores.weights import score_weights
 from fihelpers.tasks import Task, load_task
@@ -180,8 +179,8 @@ def test_batches_and_blocks_do_not_change_the_scores(
         {"batch_size": 4, "save_memory": True},
         {"batch_size": N, "checkpoint_every": 0},
     ]
-    for block, tiled in ((classgrads.BLOCK, {"cpu"}), (classgrads.BLOCK, set()), (64, set())):
-        monkeypatch.setattr(classgrads, "BLOCK", block)
+    for block, tiled in ((hooks.BLOCK, {"cpu"}), (hooks.BLOCK, set()), (64, set())):
+        monkeypatch.setattr(hooks, "BLOCK", block)
         monkeypatch.setattr(weights, "TILED", tiled)
         for number, way in enumerate(ways):
             out = tmp_path / f"{block}.{len(tiled)}.{number}"

@@ -11,7 +11,8 @@ from tiny import WORDS, tiny_examples, tiny_model
 from torch import Tensor
 
 from fihelpers.answers import Top, letters
-from fihelpers.influence import Damped, SaturationWarning, ceiling
+from fihelpers.filters import Damped
+from fihelpers.influence import SaturationWarning, ceiling
 from fihelpers.measures import Influence, Measure, find_measure
 from fihelpers.models.generate import Response, sample
 from fihelpers.models.language import LanguageModel, open_model

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from numba.core.dispatcher import Dispatcher
 
 from fihelpers import influence
-from fihelpers.influence import Cut, Damped, Exact, ceiling
+from fihelpers.filters import Cut, Damped, Exact
+from fihelpers.influence import ceiling
 from fihelpers.measures import MEASURES, DataFree, Elementwise, Influence, Measure
 from fihelpers.scores.hooks import Factors
 from fihelpers.scores.kernels import cpu as tiles

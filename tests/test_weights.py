@@ -10,11 +10,11 @@ from tiny import tiny_examples, tiny_model
 from torch import Tensor, nn
 
 from fihelpers.answers import groups, letters
-from fihelpers.influence import EXACT, Damped, SaturationWarning, fi
+from fihelpers.filters import EXACT, Damped
+from fihelpers.influence import SaturationWarning, fi
 from fihelpers.measures import MEASURES, RANDOM
 from fihelpers.models.language import LanguageModel
-from fihelpers.scores import hooks as classgrads
-from fihelpers.scores import weights
+from fihelpers.scores import hooks, weights
 from fihelpers.scores.store import Scores
 from fihelpers.scores.weights import class_grads_of_weights, score_contexts, score_weights
 
@@ -97,8 +97,8 @@ def test_batches_blocks_and_tiles_do_not_change_scores(batch_size, block, rows, 
     model, examples = tiny_model("qwen2"), tiny_examples(7)
     whole = score_weights(model, examples, batch_size=7)
     monkeypatch.setattr(weights, "TILED", frozenset())
-    monkeypatch.setattr(classgrads, "BLOCK", block)
-    monkeypatch.setattr(classgrads, "ROWS", rows)
+    monkeypatch.setattr(hooks, "BLOCK", block)
+    monkeypatch.setattr(hooks, "ROWS", rows)
     parts = score_weights(model, examples, batch_size=batch_size)
     for key in whole:
         for name in whole[key].values:
@@ -110,7 +110,7 @@ def test_batches_blocks_and_tiles_do_not_change_scores(batch_size, block, rows, 
 def test_saving_memory_does_not_change_scores(kind, missed) -> None:
     model, examples = tiny_model(kind), tiny_examples(5)
     if missed:  # a weight in a block that the hooks do not see
-        block = classgrads.transformer_blocks(model.network)[0]
+        block = hooks.transformer_blocks(model.network)[0]
         name = next(n for n, m in block.named_children() if "norm" in type(m).__name__.lower())
         setattr(block, name, Scaled(getattr(block, name), 12))
     usual = score_weights(model, examples, batch_size=3)
@@ -132,7 +132,7 @@ def test_saving_memory_takes_part_of_the_weights() -> None:
 
 def test_no_memory_is_saved_without_blocks() -> None:
     with pytest.raises(ValueError, match="Linear has no list of transformer blocks"):
-        classgrads.transformer_blocks(nn.Linear(2, 2))
+        hooks.transformer_blocks(nn.Linear(2, 2))
 
 
 def test_bfloat16_weights_are_scored_in_float32() -> None:

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from fihelpers.answers import Answers, usual_answers
 from fihelpers.data import package_sha256
-from fihelpers.influence import EXACT, Spectral
+from fihelpers.filters import EXACT, Spectral
 from fihelpers.jobs.preflight import Estimate, plan_scores, prompt_lengths
 from fihelpers.measures import Measure, find_measure
 from fihelpers.models.language import Batch, LanguageModel

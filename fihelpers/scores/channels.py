@@ -18,15 +18,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fihelpers.answers import Answers, usual_answers
-from fihelpers.influence import (
-    EXACT,
-    SATURATED_RTOL,
-    SATURATED_SHARE,
-    SaturationWarning,
-    Spectral,
-    fi_from_gram,
-    gram,
-)
+from fihelpers.filters import EXACT, Spectral
+from fihelpers.influence import SATURATED_RTOL, SATURATED_SHARE, SaturationWarning, fi_from_gram, gram
 from fihelpers.measures import FISHER, INFORMATION_LENGTH, SQUARED_SCORE
 from fihelpers.models.language import Batch, LanguageModel
 from fihelpers.models.linear import as_rows, from_rows, turned_names

@@ -19,10 +19,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fihelpers.answers import Answers, Groups, usual_answers
+from fihelpers.filters import EXACT, Spectral
 from fihelpers.influence import (
-    EXACT,
     SaturationWarning,
-    Spectral,
     axes_of,
     ceiling,
     fi_of_moments,

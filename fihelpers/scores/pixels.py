@@ -19,8 +19,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from fihelpers.answers import Answers, Groups, letters
+from fihelpers.filters import EXACT, Spectral
 from fihelpers.images import read_image
-from fihelpers.influence import EXACT, Spectral
 from fihelpers.measures import Measure
 from fihelpers.models.vision import VisionModel
 from fihelpers.scores.inputs import InputGrads, class_grads_of_inputs, gathered

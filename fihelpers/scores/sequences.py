@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from fihelpers.answers import Answers, Top
-from fihelpers.influence import EXACT, Spectral
+from fihelpers.filters import EXACT, Spectral
 from fihelpers.measures import MEASURES, Influence, Measure, find_measure
 from fihelpers.models.generate import Response, prompt_ids, sample
 from fihelpers.models.language import Batch, LanguageModel, left_padded

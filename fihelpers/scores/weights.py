@@ -1,4 +1,4 @@
-"""Scores of every weight, from the class gradients that `classgrads` streams layer by layer."""
+"""Scores of every weight, from the class gradients that `fihelpers.scores.hooks` streams layer by layer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fihelpers.answers import Answers, usual_answers
-from fihelpers.influence import EXACT, Spectral, moments_of_turned, turned_classes, warn_if_saturated
+from fihelpers.filters import EXACT, Spectral
+from fihelpers.influence import moments_of_turned, turned_classes, warn_if_saturated
 from fihelpers.measures import (
     FISHER,
     MEASURES,

@@ -41,7 +41,7 @@ from transformers import (
 from fihelpers.answers import Groups, letters
 from fihelpers.data import write_atomically
 from fihelpers.evaluate.questions import Evaluator
-from fihelpers.influence import Damped
+from fihelpers.filters import Damped
 from fihelpers.models import language as models
 from fihelpers.models.language import Batch, LanguageModel, left_padded, open_model
 from fihelpers.perturb.sparsify import linear_names, select, zeroed

@@ -10,7 +10,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fichapters.bench import Row, Work, in_turn, row
-from fihelpers.influence import Cut, Damped, Exact, SaturationWarning, Spectral
+from fihelpers.filters import Cut, Damped, Exact, Spectral
+from fihelpers.influence import SaturationWarning
 from fihelpers.models.vision import VisionModel, open_vision_model
 from fihelpers.scores.hooks import frozen
 from fihelpers.scores.pixels import image_of, option_letters, score_pixels

@@ -21,7 +21,7 @@ from fichapters.style import SEQUENTIAL
 from fihelpers.answers import usual_answers
 from fihelpers.evaluate.questions import Evaluator
 from fihelpers.evaluate.stats import wilson
-from fihelpers.influence import Damped
+from fihelpers.filters import Damped
 from fihelpers.measures import Influence
 from fihelpers.models.language import LanguageModel
 from fihelpers.perturb.sparsify import select, zeroed

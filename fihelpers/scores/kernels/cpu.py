@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fihelpers.influence import LEAST_DAMPING, Cut, Damped, Exact
+from fihelpers.filters import LEAST_DAMPING, Cut, Damped, Exact
 from fihelpers.measures import (
     FISHER,
     INFORMATION_LENGTH,

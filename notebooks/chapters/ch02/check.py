@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fichapters.exercises import Wrong, equal, exercise, number, tensor
-from fihelpers import influence
+from fihelpers import filters, influence
 
 UNITS = 100.0  # of the exercise on coordinates: how many new units make one old one
 APART = 10.0  # how many times larger the Jacobian norm of the second weight must be
@@ -71,7 +71,7 @@ def half_way(lam: object, P: Tensor, s: Tensor) -> str:
     if value <= 0:
         raise Wrong("A damping λ is a positive number.")
     exact = float(influence.fi(s, P))
-    left = float(influence.fi(s, P, spectral=influence.Damped(value))) / exact
+    left = float(influence.fi(s, P, spectral=filters.Damped(value))) / exact
     if abs(left - 0.5) > 0.005:
         raise Wrong(
             f"With your λ damped FI is {left:.1%} of exact FI, so λ is too "

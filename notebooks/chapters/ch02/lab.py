@@ -15,16 +15,8 @@ from torch import Tensor
 from torch.func import jacrev, vmap
 
 from fihelpers.answers import Answers, usual_answers
-from fihelpers.influence import (
-    Damped,
-    Exact,
-    Moments,
-    SaturationWarning,
-    Spectral,
-    ceiling,
-    fi,
-    moments,
-)
+from fihelpers.filters import Damped, Exact, Spectral
+from fihelpers.influence import Moments, SaturationWarning, ceiling, fi, moments
 from fihelpers.measures import JACOBIAN, SNIP
 from fihelpers.models.language import Batch, LanguageModel
 from fihelpers.tasks import Example

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fichapters.exercises import Wrong, equal, exercise, names, number
-from fihelpers import influence
+from fihelpers import filters, influence
 
 COMPARED = 10  # weights at the top of each ranking
 SHARED = 9  # of them that damped FI and the Jacobian norm must have in common
@@ -113,7 +113,7 @@ def many_weights() -> tuple[Tensor, Tensor]:
 
 def shared_top(lam: float, P: Tensor, s: Tensor) -> int:
     """How many of the ten weights of highest damped FI are among the ten of largest Jacobian norm."""
-    damped = influence.fi(s, P, spectral=influence.Damped(lam)).topk(COMPARED).indices
+    damped = influence.fi(s, P, spectral=filters.Damped(lam)).topk(COMPARED).indices
     jacobian = s[P.argmax()].abs().topk(COMPARED).indices
     return len(set(damped.tolist()) & set(jacobian.tolist()))
 

@@ -21,12 +21,9 @@ from transformers import PreTrainedModel
 from fihelpers.answers import Answers, Groups, Top, letters, usual_answers
 from fihelpers.evaluate.questions import Evaluator, Outcome, answer_all
 from fihelpers.evaluate.stats import mean_interval, paired_difference, wilson
+from fihelpers.filters import Cut, Damped, Exact, Spectral
 from fihelpers.influence import (
-    Cut,
-    Damped,
-    Exact,
     SaturationWarning,
-    Spectral,
     ceiling,
     decompose,
     fi,

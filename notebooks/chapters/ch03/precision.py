@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fichapters.ch03.lab import draw, overlap, ranks_of, spearman, top
 from fihelpers.answers import usual_answers
-from fihelpers.influence import SaturationWarning, Spectral
+from fihelpers.filters import Spectral
+from fihelpers.influence import SaturationWarning
 from fihelpers.models.language import LanguageModel, open_model
 from fihelpers.perturb.sparsify import linear_names
 from fihelpers.scores.store import Scores

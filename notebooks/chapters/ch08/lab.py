@@ -31,8 +31,9 @@ from fihelpers.answers import usual_answers
 from fihelpers.data import write_atomically
 from fihelpers.evaluate.questions import Evaluator, Outcome
 from fihelpers.evaluate.stats import crossed_difference, mean_interval
-from fihelpers.influence import EXACT as EXACT_FILTER
-from fihelpers.influence import SATURATED_RTOL, SATURATED_SHARE, Damped, SaturationWarning
+from fihelpers.filters import EXACT as EXACT_FILTER
+from fihelpers.filters import Damped
+from fihelpers.influence import SATURATED_RTOL, SATURATED_SHARE, SaturationWarning
 from fihelpers.measures import FISHER, SQUARED_SCORE
 from fihelpers.models.language import WEIGHTS, LanguageModel
 from fihelpers.models.linear import as_rows, turned_names

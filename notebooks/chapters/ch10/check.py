@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fichapters.exercises import Wrong, equal, exercise, tensor, whole
 from fihelpers import influence
-from fihelpers.influence import Exact
+from fihelpers.filters import Exact
 
 BILLION = 1e9
 

@@ -55,7 +55,7 @@ from fihelpers.models.language import LanguageModel
 from fihelpers.models.vision import VisionModel
 from fihelpers.perturb.sparsify import linear_names
 from fihelpers.perturb.topshare import BINS, CHUNK, TopShare
-from fihelpers.scores import hooks as classgrads
+from fihelpers.scores import hooks
 from fihelpers.scores import weights as scores_of_weights
 from fihelpers.scores.inputs import class_grads_of_inputs
 from fihelpers.scores.kernels import cpu as tiles
@@ -252,7 +252,7 @@ def check_count(model: LanguageModel, tokens: int) -> pd.DataFrame:
 def fi_written_out(questions: Questions) -> dict[str, Tensor]:
     """FI of weights whose class gradients are written out, a matrix at a time and by torch, not in tiles."""
     tiled = mock.patch.object(scores_of_weights, "TILED", frozenset[str]())
-    with tiled, mock.patch.object(classgrads, "BLOCK", 2**40):
+    with tiled, mock.patch.object(hooks, "BLOCK", 2**40):
         return fi_of_weights(questions, 1)
 
 

@@ -22,16 +22,8 @@ from tqdm import tqdm
 
 from fihelpers.answers import Answers, usual_answers
 from fihelpers.evaluate.questions import Evaluator
-from fihelpers.influence import (
-    Damped,
-    Exact,
-    SaturationWarning,
-    Spectral,
-    fi_from_gram,
-    gram,
-    moments,
-    moments_of_others,
-)
+from fihelpers.filters import Damped, Exact, Spectral
+from fihelpers.influence import SaturationWarning, fi_from_gram, gram, moments, moments_of_others
 from fihelpers.measures import MEASURES, SQUARED_SCORE, Measure, Random
 from fihelpers.models.language import Batch, LanguageModel
 from fihelpers.perturb.sparsify import zeroed
