@@ -28,8 +28,6 @@ from fihelpers.perturb.quantize import (
     Packed,
     Quantized,
     Scheme,
-    folder_bytes,
-    memory_bytes,
     open_quantized,
     pack,
     pack_model,
@@ -293,11 +291,11 @@ def test_the_packed_model_answers_as_the_simulated_one_and_is_undone(kind, axis)
         raise RuntimeError
     assert all(p.equal(before[n]) for n, p in model.network.named_parameters())
     assert logits(model).equal(intact) and not simulated.equal(intact)
-    dense = memory_bytes(model.network)
+    dense = model.network.get_memory_footprint()
     quantize_model(model.network, packed)
     assert logits(model).equal(simulated)
     report = size_report(packed_layers(model.network))
-    assert memory_bytes(model.network) == dense - report.sixteen_bit + report.packed
+    assert model.network.get_memory_footprint() == dense - report.sixteen_bit + report.packed
     everything = {n: torch.arange(p.shape[axis == "columns"]) for n, p in packed.items()}
     model = sixteen_bit_model(kind)
     quantize_model(model.network, pack_model(model, names, Scheme(1), Kept(axis, everything)))
@@ -327,7 +325,7 @@ def test_a_saved_model_opens_to_the_same_logits_bit_for_bit(kind, dtype, tmp_pat
     save_quantized(model, tmp_path / "folder")
     back = open_quantized(tmp_path / "folder")
     assert logits(back).equal(simulated)
-    assert memory_bytes(back.network) == memory_bytes(model.network)
+    assert back.network.get_memory_footprint() == model.network.get_memory_footprint()
     assert packed_layers(back.network).keys() == packed_layers(model.network).keys()
     how = json.loads((tmp_path / "folder" / "quantization.json").read_text())
     assert how["made_from"] == {"name": model.name, "revision": None, "sha256": model.sha256}
@@ -362,7 +360,7 @@ def test_a_network_cut_to_16_bits_opens_as_it_was(kind, dtype, tmp_path) -> None
     save_quantized(model, tmp_path / "folder")
     back = open_quantized(tmp_path / "folder")
     assert logits(back).equal(logits(model))
-    assert memory_bytes(back.network) == memory_bytes(model.network)
+    assert back.network.get_memory_footprint() == model.network.get_memory_footprint()
     assert back.network.generation_config.eos_token_id == [2, 5]
 
 
@@ -448,9 +446,9 @@ def test_the_bundled_model_on_disk(tmp_path) -> None:
         back = open_quantized(tmp_path / str(bits))
         for batch in prompts:
             assert back.last_logits(batch).equal(model.last_logits(batch))
-        sizes[bits] = folder_bytes(tmp_path / str(bits))
+        sizes[bits] = sum(path.stat().st_size for path in (tmp_path / str(bits)).iterdir())
         weights_file = (tmp_path / str(bits) / "model.safetensors").stat().st_size
-        assert 0 < weights_file - memory_bytes(back.network) < 30_000  # names and shapes
+        assert 0 < weights_file - back.network.get_memory_footprint() < 30_000  # names and shapes
     assert sizes[4] - sizes[1] == pytest.approx(linear * 3 / 8, rel=0.01)
     with pytest.raises(ValueError, match="lacks"):
         open_model(tmp_path / "4")

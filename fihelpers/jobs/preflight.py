@@ -45,7 +45,7 @@ from fihelpers.models.language import (
 )
 from fihelpers.models.linear import as_rows, turned_names
 from fihelpers.perturb.merge_methods import Dare, Method, Ties, find_method
-from fihelpers.perturb.quantize import Scheme
+from fihelpers.perturb.quantize import Scheme, packed_bytes
 from fihelpers.perturb.sparsify import linear_names
 from fihelpers.perturb.topshare import CHUNK
 from fihelpers.scores.hooks import BLOCK, transformer_blocks
@@ -56,7 +56,6 @@ log = logging.getLogger(__name__)
 SCORE = 4  # bytes of a score, float32
 TOKENS = 512  # of the longest prompt, where the caller does not say
 WORK = 16 * CHUNK * 8  # bytes of the pieces that a merge works on
-SIXTEEN = 2  # bytes of a weight that quantization keeps
 
 
 @dataclass(frozen=True)
@@ -396,7 +395,7 @@ def estimate_quantization(
     source = _source(model_name, revision)
     network, turned = source.network, turned_names(source.network)
     matrices = [as_rows(network.get_parameter(name), name in turned) for name in _linear(source, layers)]
-    packed = sum(_packed_bytes(scheme, m.shape[0], m.shape[1], share) for m in matrices)
+    packed = sum(packed_bytes(scheme, (len(m), m.shape[1]), round(share * len(m))) for m in matrices)
     others = source.parameters - sum(m.numel() for m in matrices)
 
     def memory(dtype: str) -> dict[str, int]:
@@ -567,19 +566,6 @@ def _width(module: nn.Module) -> int:
     if not own or list(module.children()):
         return 0
     return own[0].shape[-1 if isinstance(module, nn.Embedding) else 0]
-
-
-def _packed_bytes(scheme: Scheme, rows: int, columns: int, share: float) -> int:
-    """Bytes of a quantized matrix of which a share of the rows is kept."""
-    kept = round(share * rows)
-    count = (rows - kept) * columns
-    channels = rows - kept if scheme.per == "rows" else columns
-    scales = count // scheme.group if scheme.group else channels
-    codes = -(-count * scheme.bits // 8)
-    positions = 4 * kept
-    return (
-        codes + scales * (3 if scheme.mapping == "asymmetric" else 2) + kept * columns * SIXTEEN + positions
-    )
 
 
 def _itemsize(dtype: str) -> int:

@@ -10,9 +10,6 @@ all experts (`fihelpers.models.linear`).
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -20,18 +17,18 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from threading import get_ident
 from typing import Any, Literal
 
 import torch
+from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from fihelpers.models.files import new_folder
 from fihelpers.models.language import (
     WEIGHTS,
     LanguageModel,
@@ -50,6 +47,7 @@ PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}  # parts of a code that
 SMALLEST = 2.0**-24  # scale, the smallest that float16 holds: weights that are all 0 still have one
 STORED = ("codes", "scales", "zeros", "kept", "kept_values")
 ALIGNED = 64  # bytes, to which torch lays its own tensors in memory
+SIXTEEN, POSITION = 2, 4  # bytes of a kept weight, and of the place of a kept channel
 HOW = "quantization.json"
 FORMAT = 1
 
@@ -444,20 +442,10 @@ def size_report(packed: Mapping[str, Packed]) -> SizeReport:
     return SizeReport(
         packed=sum(p.nbytes for p in packed.values()),
         kept=sum(t.numel() * t.element_size() for t in kept),
-        unprotected=sum(_plain_bytes(p.scheme, p.shape) for p in packed.values()),
-        sixteen_bit=2 * weights,
+        unprotected=sum(packed_bytes(p.scheme, p.shape) for p in packed.values()),
+        sixteen_bit=SIXTEEN * weights,
         share=protected / weights,
     )
-
-
-def memory_bytes(network: nn.Module) -> int:
-    """Bytes of a network's parameters and buffers, a shared one once."""
-    return sum(t.numel() * t.element_size() for t in (*network.parameters(), *network.buffers()))
-
-
-def folder_bytes(folder: Path) -> int:
-    """Bytes of all files of a saved model on disk."""
-    return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
 
 
 def save_quantized(model: LanguageModel, folder: Path) -> None:
@@ -469,7 +457,7 @@ def save_quantized(model: LanguageModel, folder: Path) -> None:
     """
     if not packed_layers(model.network):
         raise ValueError(f"Model {model.name!r} has no quantized layers; use quantize_model first.")
-    with _new_folder(Path(folder)) as beside:
+    with new_folder(Path(folder)) as beside:
         model.network.config.save_pretrained(beside)
         if model.network.can_generate() and model.network.generation_config is not None:
             model.network.generation_config.save_pretrained(beside)
@@ -615,12 +603,13 @@ def _code_bytes(bits: int, count: int) -> int:
     return sum(-(-count // (8 // width)) for width in PLANES[bits])
 
 
-def _plain_bytes(scheme: Scheme, shape: tuple[int, int]) -> int:
-    """Bytes of a matrix of which nothing is protected."""
-    count = shape[0] * shape[1]
-    channel = shape[1] if scheme.per == "rows" else shape[0]
-    scales = count // (scheme.group or channel)
-    return _code_bytes(scheme.bits, count) + scales * (3 if scheme.mapping == "asymmetric" else 2)
+def packed_bytes(scheme: Scheme, shape: tuple[int, int], kept_rows: int = 0) -> int:
+    """Bytes of a matrix (out, in) of which some rows are kept, as `Packed.nbytes` of it."""
+    rows, columns = shape[0] - kept_rows, shape[1]
+    count = rows * columns
+    scales = count // (scheme.group or (columns if scheme.per == "rows" else rows))
+    kept = kept_rows * (SIXTEEN * columns + POSITION)
+    return _code_bytes(scheme.bits, count) + scales * (3 if scheme.mapping == "asymmetric" else 2) + kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -755,20 +744,12 @@ def _name_of(dtype: torch.dtype) -> str:
 
 def _new_network(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The network of a folder's configuration; its buffers have values, its parameters no storage."""
-    here = get_ident()
-
-    def emptied(_: nn.Module, name: str, p: Any) -> Any:
-        others = p is None or p.is_meta or get_ident() != here  # which another thread builds
-        return None if others else nn.Parameter(p.to("meta"), p.requires_grad)
-
-    hook = register_module_parameter_registration_hook(emptied)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of values that are not to be had
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-            return AutoModelForCausalLM.from_config(config, dtype=dtype)
-    finally:
-        hook.remove()
+    with warnings.catch_warnings(), init_empty_weights(include_buffers=False):
+        warnings.simplefilter("ignore")  # of values that are not to be had
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        network: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    network.tie_weights()  # which emptying parts
+    return network
 
 
 def _rebuilt(folder: Path, how: Mapping[str, Any], tensors: dict[str, Tensor]) -> PreTrainedModel:
@@ -812,19 +793,3 @@ def _read_packed(stem: str, entry: Mapping[str, Any], tensors: dict[str, Tensor]
         raise ValueError(f"the tensors of {stem} are not those that {HOW} tells of")
     packed.unpack()  # a wrong size shows here
     return packed
-
-
-@contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
-    """A folder beside, which takes the name once it is whole; after an error nothing is left."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} is not an empty folder; choose another, or remove it.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
-        yield beside
-        beside.chmod(0o755)
-        os.replace(beside, folder)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fichapters.ch07.lab import INTACT, RANDOM, calibration_set, check_sets, tested_set
+from fichapters.ch07.lab import questions
 from fichapters.papers import published
 from fichapters.tables import RESAMPLES
 from fihelpers.answers import usual_answers
@@ -41,8 +41,6 @@ from fihelpers.perturb.quantize import (
     BITS,
     PLANES,
     Scheme,
-    folder_bytes,
-    memory_bytes,
     open_quantized,
     pack_model,
     packed_layers,
@@ -68,6 +66,8 @@ from fihelpers.scores.store import Scores
 from fihelpers.scores.weights import score_weights
 from fihelpers.tasks import Example
 
+INTACT = "intact"
+RANDOM = "random"
 ALL = "all"  # as the name of a set of matrices: every linear layer's
 NOTHING = "nothing"  # kept: the quantized model without protection
 EXACT, DAMPED = "FI exact", "FI damped 0.0001"
@@ -210,7 +210,9 @@ def check_plan(plan: Plan) -> None:
         )
     if plan.seeds < 1:
         raise ValueError(f"The number of calibration sets must be at least 1, not {plan.seeds}.")
-    check_sets(plan, plan.subjects)
+    for subject in plan.subjects:
+        calibration_set(plan, subject, plan.seed)
+        tested_set(plan, subject)
 
 
 def check(model: LanguageModel, plan: Plan) -> None:
@@ -237,6 +239,16 @@ def evaluator(model: LanguageModel, plan: Plan) -> Evaluator:
     ask = Evaluator(model, tested, usual_answers(model.tokenizer, lettered=bool(tested[0].options)))
     ask()
     return ask
+
+
+def calibration_set(plan: Plan, subject: str, seed: int) -> Sequence[Example]:
+    """Questions of the validation split, or contexts of the first half of a text file."""
+    return questions(plan.task, subject, "val", plan.n_calibration, seed)
+
+
+def tested_set(plan: Plan, subject: str) -> Sequence[Example]:
+    """Questions of the test split, or contexts of the second half of a text file."""
+    return questions(plan.task, subject, "test", plan.n_test, plan.seed)
 
 
 def run_protection(model: LanguageModel, plan: Plan, ask: Evaluator, cache: Path) -> pd.DataFrame:
@@ -604,17 +616,18 @@ def save_and_reopen(ranking: Ranking) -> dict[str, float]:
         folder = Path(place) / "protected"
         save_quantized(stored, folder)
         opened = open_quantized(folder, str(model.network.device))
-        file, whole = (folder / WEIGHTS).stat().st_size, folder_bytes(folder)
+        file = (folder / WEIGHTS).stat().st_size
+        whole = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     batch = model.batches([e.prompt for e in ranking.examples[:8]])[0]
     with torch.inference_mode():
         before, after = (m.last_logits(batch) for m in (stored, opened))
-    report = size_report(packed_layers(opened.network))
+    report, held = size_report(packed_layers(opened.network)), opened.network.get_memory_footprint()
     return {
         "difference": float((after - before).abs().max()),
         "packed": report.packed,
         "sixteen_bit": report.sixteen_bit,
-        "memory": memory_bytes(opened.network),
-        "memory_before": memory_bytes(opened.network) - report.packed + report.sixteen_bit,
+        "memory": held,
+        "memory_before": held - report.packed + report.sixteen_bit,
         "file": file,
         "folder": whole,
     }
