@@ -21,6 +21,7 @@ from fihelpers.scores.channels import (
     score_activations,
     score_channels,
 )
+from fihelpers.scores.class_gradients import class_gradients
 from fihelpers.scores.pruning import score_pruning
 from fihelpers.scores.store import Scores
 from fihelpers.scores.weights import score_weights
@@ -38,12 +39,11 @@ def joint_fi(
     totals = dict.fromkeys(names, 0)
     for prompt in prompts:
         log_p = classes.log_probs(model.last_logits(model.batches([prompt])[0]))[0]
-        params = [model.network.get_parameter(n) for n in names]
-        passes = [torch.autograd.grad(one, params, retain_graph=True) for one in log_p]
-        for name, grads in zip(names, zip(*passes, strict=True), strict=True):
+        for name in names:
+            grads = class_gradients(log_p, model.network.get_parameter(name))
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", SaturationWarning)
-                one = fi(torch.stack(grads), log_p.exp().detach(), over=OVER[axis], spectral=spectral)
+                one = fi(grads, log_p.exp().detach(), over=OVER[axis], spectral=spectral)
             totals[name] = totals[name] + one / len(prompts)
     return totals
 
@@ -75,11 +75,8 @@ def test_channels_of_turned_and_fused_weights_are_those_of_their_rows(kind: str,
     classes, total = letters(model.tokenizer), dict.fromkeys(names, 0)
     for example in examples:
         log_p = classes.log_probs(model.last_logits(model.batches([example.prompt])[0]))[0]
-        params = [model.network.get_parameter(n) for n in names]
-        passes = [
-            torch.autograd.grad(one, params, retain_graph=True, materialize_grads=True) for one in log_p
-        ]
-        for name, grads in zip(names, zip(*passes, strict=True), strict=True):
+        for name in names:
+            grads = class_gradients(log_p, model.network.get_parameter(name))
             rows = torch.stack([as_rows(g, name in weights.turned) for g in grads])
             one = fi(rows, log_p.exp().detach(), over=OVER[axis], spectral=spectral)
             total[name] = total[name] + one / len(examples)
@@ -186,8 +183,7 @@ def test_displacement_scores_are_the_mean_change_of_each_sample(axis) -> None:
     for example in examples:
         log_p = classes.log_probs(model.last_logits(model.batches([example.prompt])[0]))[0]
         for name in NAMES:
-            weight = model.network.get_parameter(name)
-            s = torch.stack([torch.autograd.grad(one, weight, retain_graph=True)[0] for one in log_p])
+            s = class_gradients(log_p, model.network.get_parameter(name))
             squares = (s * delta[name]).square()
             truth[name][0] = truth[name][0] + squares[log_p.argmax()].sum(OVER[axis]) / 3
             truth[name][1] = (

@@ -17,6 +17,7 @@ from fihelpers.measures import Influence, Measure, find_measure
 from fihelpers.models.generate import Response, sample
 from fihelpers.models.language import LanguageModel, open_model
 from fihelpers.scores import sequences
+from fihelpers.scores.class_gradients import class_gradients
 from fihelpers.scores.inputs import score_embeddings
 from fihelpers.scores.sequences import Sampling, score_prompt_tokens, score_sequences
 from fihelpers.scores.weights import score_weights
@@ -59,7 +60,7 @@ def weights_of_step(
     """The measures of one tensor of weights at one step, by autograd."""
     log_p = Top(8).log_probs(model.network(input_ids=torch.tensor([list(ids)])).logits[0, -1])
     weight = model.network.get_parameter(name)
-    grads = torch.stack([torch.autograd.grad(one, weight, retain_graph=True)[0] for one in log_p])
+    grads = class_gradients(log_p, weight)
     return {m.name: m(grads, log_p.exp().detach(), value=weight.detach()) for m in measures}
 
 
@@ -69,7 +70,7 @@ def tokens_of_step(
     """The measures of every token of the prompt at one step, by autograd."""
     x = model.network.get_input_embeddings()(torch.tensor([list(ids)])).detach().requires_grad_()
     log_p = Top(8).log_probs(model.network(inputs_embeds=x).logits[0, -1])
-    grads = torch.stack([torch.autograd.grad(one, x, retain_graph=True)[0][0, :prompt] for one in log_p])
+    grads = class_gradients(log_p, x)[:, 0, :prompt]
     value = x[0, :prompt].detach()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SaturationWarning)

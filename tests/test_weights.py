@@ -15,33 +15,41 @@ from fihelpers.influence import SaturationWarning, fi
 from fihelpers.measures import MEASURES, RANDOM
 from fihelpers.models.language import LanguageModel
 from fihelpers.scores import hooks, weights
+from fihelpers.scores.class_gradients import class_gradients
 from fihelpers.scores.store import Scores
-from fihelpers.scores.weights import class_grads_of_weights, score_contexts, score_weights
+from fihelpers.scores.weights import score_contexts, score_weights
 
 KINDS = ["qwen2", "llama", "gpt_neox", "gpt2"]
 
 
 def autograd_class_grads(model: LanguageModel, prompt: str) -> tuple[dict[str, Tensor], Tensor]:
-    """Class gradients (K, *shape) of every parameter and P (K,), one plain backward pass for each class."""
+    """Class gradients (K, *shape) of every parameter and P (K,), see `class_gradients`."""
     batch = model.batches([prompt])[0]
     log_p = letters(model.tokenizer).log_probs(model.last_logits(batch))[0]
     named = dict(model.network.named_parameters())
-    passes = [torch.autograd.grad(one, list(named.values()), retain_graph=True) for one in log_p]
-    return {
-        n: torch.stack(g) for n, g in zip(named, zip(*passes, strict=True), strict=True)
-    }, log_p.exp().detach()
+    return {name: class_gradients(log_p, p) for name, p in named.items()}, log_p.exp().detach()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_class_gradients_equal_autograd(kind: str) -> None:
     model, examples = tiny_model(kind), tiny_examples(5)
-    ours, others = class_grads_of_weights(model, examples)
-    for i, example in enumerate(examples):
-        truth, probs = autograd_class_grads(model, example.prompt)
-        order = [k for k in range(4) if k != int(probs.argmax())]
-        torch.testing.assert_close(others[:, i], probs[order], rtol=1e-10, atol=0)
-        for name, grads in truth.items():
-            torch.testing.assert_close(ours[name][:, i], grads[order], rtol=1e-5, atol=1e-12)
+    classes, parameters = letters(model.tokenizer), dict(model.network.named_parameters())
+    batches = model.batches([example.prompt for example in examples], 2)
+    with hooks.frozen(model.network):
+        missed = hooks.missed_by_hooks(model, batches, classes, parameters)
+    for batch in batches:
+        truth = [autograd_class_grads(model, examples[i].prompt) for i in batch.index.tolist()]
+        order = [[k for k in range(4) if k != int(probs.argmax())] for _, probs in truth]
+        seen = dict.fromkeys(parameters, 0)
+        with hooks.frozen(model.network):
+            for block in hooks.class_grad_blocks(model, batch, classes, parameters, missed):
+                for place, i in enumerate(range(len(truth))[block.samples]):
+                    grads, probs = truth[i]
+                    expected = grads[block.name][order[i]][:, block.rows]
+                    torch.testing.assert_close(block.others[:, place], probs[order[i]], rtol=1e-10, atol=0)
+                    torch.testing.assert_close(block.grads[:, place], expected, rtol=1e-5, atol=1e-12)
+                    seen[block.name] += expected[0].numel()
+        assert seen == {name: len(truth) * p.numel() for name, p in parameters.items()}
 
 
 def norms_in_float64(network: nn.Module) -> None:

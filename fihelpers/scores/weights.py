@@ -146,31 +146,6 @@ def accumulate(
             yield done
 
 
-def class_grads_of_weights(
-    model: LanguageModel, examples: Sequence[Example], *, answers: Answers | None = None
-) -> tuple[dict[str, Tensor], Tensor]:
-    """The class gradients themselves, for small models and for looking at single weights (method 1).
-
-    Returns {parameter name: (K-1, n, *shape)} for the classes other than each example's y_hat, in order, and
-    their probabilities (K-1, n). Memory grows with (K-1) * n * weights; `score_weights` has no such cost.
-    """
-    classes = answers or usual_answers(model.tokenizer, lettered=bool(examples[0].options))
-    parameters = named_parameters(model.network, None)
-    batches = model.batches([e.prompt for e in examples], 1)
-    found: dict[str, dict[int, list[Tensor]]] = {name: {} for name in parameters}
-    shares: dict[int, Tensor] = {}
-    with frozen(model.network):
-        missed = missed_by_hooks(model, batches, classes, parameters)
-        for batch in batches:
-            for block in class_grad_blocks(model, batch, classes, parameters, missed):
-                i = int(batch.index[0])
-                found[block.name].setdefault(i, []).append(block.grads[:, 0].clone())
-                shares[i] = block.others[:, 0]
-    n = range(len(examples))
-    grads = {name: torch.stack([torch.cat(v[i], 1) for i in n], 1) for name, v in found.items()}
-    return grads, torch.stack([shares[i] for i in n], 1)
-
-
 class Totals:
     """Running sums of every measure for every weight."""
 
