@@ -3,7 +3,6 @@
 import json
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 import torch
@@ -144,12 +143,12 @@ def test_the_discounted_form_is_as_near_the_long_run_as_it_says(kind: str, ends:
 def test_weights_of_the_steps_by_hand() -> None:
     """Two of three responses agree in their first token; one of these ends after it, the third at once."""
     responses = [Response((7, 8), False, ""), Response((7,), True, ""), Response((), True, "")]
-    found = Sampling(3, 3, None, 0, None).contexts([(1, 2)], [responses])
+    found = Sampling(3, 3, None, 0).contexts([(1, 2)], [responses])
     shares = {context.written: context.share for context in found}
     expected = {(): (1 / 3 + 1 / 2 + 1) / 3, (7,): (1 / 3 + 1 / 2) / 3, (7, 8): 1 / 9}
     assert shares == pytest.approx(expected)
     assert {(context.example, context.prompt) for context in found} == {(0, (1, 2))}
-    found = Sampling(3, 3, 0.5, 0, None).contexts([(1, 2)], [responses])
+    found = Sampling(3, 3, 0.5, 0).contexts([(1, 2)], [responses])
     shares = {context.written: context.share for context in found}
     expected = {(): (4 / 7 + 2 / 3 + 1) / 3, (7,): (2 / 7 + 1 / 3) / 3, (7, 8): 1 / 21}
     assert shares == pytest.approx(expected)
@@ -254,17 +253,6 @@ def test_the_model_is_left_as_it_was() -> None:
     score_prompt_tokens(model, tiny_examples(2), ["SNIP"], horizon=3, samples=2)
     for name, p in model.network.named_parameters():
         assert p.equal(before[name]) and p.requires_grad and p.grad is None
-
-
-def test_a_rerun_takes_the_samples_of_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, examples = model_for("llama", True), tiny_examples(3)
-    cache = tmp_path / "samples.jsonl"
-    first = score_sequences(model, examples, ["SNIP"], horizon=4, samples=5, cache=cache)["SNIP"]
-    monkeypatch.setattr("fihelpers.models.generate._write", lambda *_: pytest.fail("sampled again"))
-    again = score_sequences(model, examples, ["SNIP"], horizon=4, samples=5, cache=cache)["SNIP"]
-    assert again.metadata == first.metadata
-    assert all(torch.equal(again[key], value) for key, value in first.values.items())
-    assert len(score_prompt_tokens(model, examples, ["SNIP"], horizon=4, samples=5, cache=cache)["SNIP"]) == 3
 
 
 @pytest.mark.parametrize("score", [score_sequences, score_prompt_tokens])

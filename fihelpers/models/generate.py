@@ -9,10 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -28,7 +27,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from fihelpers.data import write_atomically
 from fihelpers.models.language import (
     Batch,
     LanguageModel,
@@ -78,10 +76,7 @@ def greedy(model: LanguageModel, prompts: Sequence[str], length: int, batch_size
     _at_least_one(length, "the length of a response")
     ids = prompt_ids(model, prompts, length)
     rows = [_Row(prompt, tokens, None) for prompt, tokens in enumerate(ids)]
-    found: dict[int, Response] = {}
-    for places, responses in _written(model, rows, length, batch_size):
-        found.update(zip(places, responses, strict=True))
-    return [found[place] for place in range(len(rows))]
+    return _written(model, rows, length, batch_size)
 
 
 def sample(
@@ -91,7 +86,6 @@ def sample(
     length: int,
     seed: int = 0,
     *,
-    cache: Path | None = None,
     batch_size: int = 32,
 ) -> list[list[Response]]:
     """Draw n responses to every prompt from the model's own distribution: at most ``length`` tokens each.
@@ -100,28 +94,18 @@ def sample(
     other prompts, nor from the batch (but for the rounding of the logits). A longer one begins as a shorter
     one does. ``batch_size`` counts responses; those to one prompt share what is read of it.
 
-    ``cache`` is a file of JSON lines to which every batch is added once it is finished. What it holds (for
-    the weights as they are now) is not sampled again, so that an interrupted call continues.
-
-    Raises what :func:`greedy` raises, and ValueError for n below 1 or a damaged cache.
+    Raises what :func:`greedy` raises, and ValueError for n below 1.
     """
     _at_least_one(length, "the length of a response")
     _at_least_one(n, "the number of responses to a prompt")
     ids = prompt_ids(model, prompts, length)
-    numbered = [(prompt, number) for prompt in range(len(ids)) for number in range(n)]
-    keys = _keys(model, ids, n, seed) if cache is not None else []
-    found = _cached(model.tokenizer, cache, keys, length) if cache is not None else {}
-    missing = [place for place in range(len(numbered)) if place not in found]
     rows = [
-        _Row(prompt, ids[prompt], _noise(seed, ids[prompt], number))
-        for prompt, number in (numbered[place] for place in missing)
+        _Row(prompt, tokens, _noise(seed, tokens, number))
+        for prompt, tokens in enumerate(ids)
+        for number in range(n)
     ]
-    for written, responses in _written(model, rows, length, batch_size):
-        places = [missing[row] for row in written]
-        if cache is not None:
-            _append(cache, [keys[place] for place in places], responses, length)
-        found.update(zip(places, responses, strict=True))
-    return [[found[prompt * n + number] for number in range(n)] for prompt in range(len(ids))]
+    found = _written(model, rows, length, batch_size)
+    return [found[i : i + n] for i in range(0, len(found), n)]
 
 
 def prompt_ids(model: LanguageModel, prompts: Sequence[str], room: int = 0) -> list[tuple[int, ...]]:
@@ -152,15 +136,16 @@ def _at_least_one(value: int, name: str) -> None:
         raise ValueError(f"{name} must be at least 1, got {value}.")
 
 
-def _written(
-    model: LanguageModel, rows: Sequence[_Row], length: int, batch_size: int
-) -> Iterator[tuple[list[int], list[Response]]]:
-    """Write all responses, batches of prompts of similar length: (places among the rows, responses)."""
+def _written(model: LanguageModel, rows: Sequence[_Row], length: int, batch_size: int) -> list[Response]:
+    """Write all responses, in batches of prompts of similar length."""
     _at_least_one(batch_size, "the batch size")
+    found: dict[int, Response] = {}
     with tqdm(total=len(rows), desc="generating", unit="response", delay=3, leave=False) as bar:
-        for places in model.chunks([row.ids for row in rows], batch_size) if rows else ():
-            yield places, _write(model, [rows[place] for place in places], length)
+        for places in model.chunks([row.ids for row in rows], batch_size):
+            written = _write(model, [rows[place] for place in places], length)
+            found.update(zip(places, written, strict=True))
             bar.update(len(places))
+    return [found[place] for place in range(len(rows))]
 
 
 @torch.no_grad()
@@ -293,78 +278,10 @@ def _response(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], ends: S
     """What comes before the first token that ends a response."""
     length = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
     ids = tuple(tokens[:length])
-    return Response(ids, length < len(tokens), _text(tokenizer, ids))
-
-
-def _text(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> str:
-    return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    text = tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return Response(ids, length < len(tokens), str(text))
 
 
 def _noise(seed: int, ids: Sequence[int], number: int) -> np.random.Generator:
-    return np.random.default_rng(int(_sha256([seed, ids, number]), 16))
-
-
-def _sha256(content: object) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def _keys(model: LanguageModel, ids: Sequence[Sequence[int]], n: int, seed: int) -> list[str]:
-    """What each response is found by in a cache: all that it follows from, the weights as they are now."""
-    weights = _weights_sha256(model.network)
-    common = [weights, end_tokens(model), seed]
-    return [_sha256([*common, tokens, number]) for tokens in ids for number in range(n)]
-
-
-def _weights_sha256(network: PreTrainedModel) -> str:
-    total = hashlib.sha256()
-    for name, value in network.state_dict().items():
-        total.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        total.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return total.hexdigest()
-
-
-def _cached(
-    tokenizer: PreTrainedTokenizerBase, cache: Path, keys: Sequence[str], length: int
-) -> dict[int, Response]:
-    """The responses that the cache holds at this length or more, by their place among the keys."""
-    wanted = {key: place for place, key in enumerate(keys)}
-    found = {}
-    for key, sampled, ended, ids in _lines(cache):
-        if key in wanted and (ended or sampled >= length):
-            cut = ids[:length]
-            found[wanted[key]] = Response(cut, ended and len(ids) < length, _text(tokenizer, cut))
-    return found
-
-
-def _lines(cache: Path) -> list[tuple[str, int, bool, tuple[int, ...]]]:
-    """What the cache holds: (key, length asked for, whether it ended, ids) of each response.
-
-    A last line that an interruption cut off is taken out of the file.
-    """
-    if not cache.is_file():
-        return []
-    content = cache.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        write_atomically(cache, whole)
-    lines = []
-    for number, text in enumerate(whole.splitlines(), start=1):
-        try:
-            line = json.loads(text)
-            ids = tuple(int(token) for token in line["ids"])
-            lines.append((str(line["key"]), int(line["length"]), bool(line["ended"]), ids))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"line {number} of {cache} is no finished response; delete the file to sample again."
-            ) from error
-    return lines
-
-
-def _append(cache: Path, keys: Sequence[str], responses: Sequence[Response], length: int) -> None:
-    lines = [
-        json.dumps({"key": key, "length": length, "ended": made.ended, "ids": made.ids})
-        for key, made in zip(keys, responses, strict=True)
-    ]
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    with open(cache, "a", encoding="ascii") as file:
-        file.write("\n".join(lines) + "\n")
+    digest = hashlib.sha256(json.dumps([seed, ids, number]).encode()).hexdigest()
+    return np.random.default_rng(int(digest, 16))

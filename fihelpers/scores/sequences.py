@@ -21,7 +21,6 @@ import math
 import zlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -61,7 +60,6 @@ class Sampling:
     samples: int
     discount: float | None
     seed: int
-    cache: Path | None
 
     def __post_init__(self) -> None:
         for name, value in (("horizon", self.horizon), ("number of samples", self.samples)):
@@ -74,7 +72,7 @@ class Sampling:
         """Sample as much of the responses as their first `horizon` steps need: a token less."""
         if self.horizon == 1:
             return [[Response((), False, "")] * self.samples for _ in prompts]
-        return sample(model, prompts, self.samples, self.horizon - 1, self.seed, cache=self.cache)
+        return sample(model, prompts, self.samples, self.horizon - 1, self.seed)
 
     def contexts(
         self, ids: Sequence[tuple[int, ...]], responses: Sequence[Sequence[Response]]
@@ -124,7 +122,6 @@ def score_sequences(
     answers: Answers | None = None,
     only: Collection[str] | None = None,
     batch_size: int = 16,
-    cache: Path | None = None,
 ) -> dict[str, Scores]:
     """Mean over prompts of each measure of every weight, over the steps of sampled responses (method 2).
 
@@ -132,7 +129,7 @@ def score_sequences(
     discount: gamma between 0 and 1 for the discounted form; None for FI_seq^L. See the module for both,
         and for how responses that end before step L count.
     answers: the classes of every step, by default the 8 likeliest tokens and the rest.
-    seed, cache: as in `fihelpers.models.generate.sample`, which draws the responses; the rest as in
+    seed: as in `fihelpers.models.generate.sample`, which draws the responses; the rest as in
     `score_weights`.
 
     Returns what `score_weights` returns. The metadata also hold horizon, samples, seed, `ended` (the share of
@@ -145,7 +142,7 @@ def score_sequences(
     Raises what `score_weights` and `sample` raise, and ValueError for a horizon or a number of samples below
     1 or a discount that does not lie between 0 and 1.
     """
-    sampling = Sampling(horizon, samples, discount, seed, cache)
+    sampling = Sampling(horizon, samples, discount, seed)
     chosen = [find_measure(measure, spectral) for measure in measures or MEASURES]
     named_parameters(model.network, only)  # an unknown name is said before anything is sampled
     classes = answers or USUAL
@@ -174,7 +171,6 @@ def score_prompt_tokens(
     seed: int = 0,
     answers: Answers | None = None,
     batch_size: int = 16,
-    cache: Path | None = None,
 ) -> dict[str, list[Tensor]]:
     """Score the tokens of each prompt over the steps of sampled responses: {measure: one (T,) an example}.
 
@@ -183,7 +179,7 @@ def score_prompt_tokens(
     more dimensions than there are classes, so that exact FI is its ceiling at every token of a context, which
     warns (`SaturationWarning`, method 1b.2): take a damped filter.
     """
-    sampling = Sampling(horizon, samples, discount, seed, cache)
+    sampling = Sampling(horizon, samples, discount, seed)
     for measure in (m for m in measures if m != FI_SUMMED):
         find_measure(measure)  # an unknown name is said before anything is sampled
     contexts, _ = _sampled(model, examples, sampling)
