@@ -19,7 +19,7 @@ from tiny import WORDS, tiny_examples, tiny_model
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
-from fihelpers.jobs.preflight import estimate_quantization
+from fichapters.estimates import estimate_quantization
 from fihelpers.models.language import LanguageModel, open_model
 from fihelpers.perturb import quantize
 from fihelpers.perturb.quantize import (

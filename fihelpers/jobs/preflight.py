@@ -1,8 +1,7 @@
 """What a run needs of memory and disk, estimated from the configuration before anything is downloaded.
 
-    estimate_quantization("Qwen/Qwen2-7B", Scheme(4), dtype="bfloat16").check()
-    print(estimate_merge("mini-lm", "mini-math", "mini-health"))
     print(plan_scores("mini-lm", lengths=[60] * 32).check())
+    print(estimate_scores("Qwen/Qwen2-7B", dtype="bfloat16", layers=["o_proj"]))
 
 Parameters are counted exactly, on a network without storage; bytes follow from what the code keeps. Memory is
 of tensors: Python and its libraries add about half a gigabyte. Seconds follow from a short calibration on
@@ -22,7 +21,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import psutil
 import torch
 from torch import nn
@@ -30,7 +28,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from fihelpers.jobs.speed import Rate, Work, matrices_of, measure_rate, shapes_of
 from fihelpers.measures import MEASURES, Measure, find_measure
-from fihelpers.models.conversion import builds_tensors
 from fihelpers.models.language import (
     DTYPES,
     HUB_FILES,
@@ -43,11 +40,7 @@ from fihelpers.models.language import (
     tokenize,
     weight_files,
 )
-from fihelpers.models.linear import as_rows, turned_names
-from fihelpers.perturb.merge_methods import Dare, Method, Ties, find_method
-from fihelpers.perturb.quantize import Scheme, packed_bytes
-from fihelpers.perturb.sparsify import linear_names
-from fihelpers.perturb.topshare import CHUNK
+from fihelpers.models.linear import linear_names
 from fihelpers.scores.hooks import BLOCK, transformer_blocks
 from fihelpers.scores.weights import DISPLACED
 
@@ -55,7 +48,6 @@ log = logging.getLogger(__name__)
 
 SCORE = 4  # bytes of a score, float32
 TOKENS = 512  # of the longest prompt, where the caller does not say
-WORK = 16 * CHUNK * 8  # bytes of the pieces that a merge works on
 
 
 @dataclass(frozen=True)
@@ -92,15 +84,6 @@ class Estimate:
     @property
     def disk_bytes(self) -> int:
         return sum(part.bytes for part in self.parts if _is_disk(part.place))
-
-    def table(self) -> pd.DataFrame:
-        """A row for each part, and for each place its sum beside what is free there."""
-        rows = [{"place": p.place, "part": p.what, "bytes": p.bytes} for p in self.parts]
-        for place, free in self.free.items():
-            needed = self._needed(place)
-            rows.append({"place": place, "part": "together", "bytes": needed, "free": free})
-        order = list(self.free)
-        return pd.DataFrame(sorted(rows, key=lambda row: order.index(str(row["place"]))))
 
     def __str__(self) -> str:
         lines = [", ".join(filter(None, [f"{self.what}: {self.parameters:,} parameters", self.path]))]
@@ -179,13 +162,13 @@ def estimate_scores(
     Raises ValueError for an unknown dtype, measure or architecture, FileNotFoundError for an unknown name,
     and ConnectionError where the hub does not give the configuration.
     """
-    source = _source(model_name, revision)
+    source = source_of(model_name, revision)
     chosen = {
         m.name: m for m in (*map(find_measure, measures or MEASURES), *(DISPLACED if displaced else ()))
     }
     run = _Scoring(
         source,
-        tuple(_all(source) if every else _linear(source, layers)),
+        tuple(dict(source.network.named_parameters()) if every else linear_of(source, layers)),
         chosen,
         dtype,
         batch_size,
@@ -243,7 +226,7 @@ def prompt_lengths(
 class _Scoring:
     """A run of `score_weights`; names: of the parameters that are scored."""
 
-    source: _Source
+    source: Source
     names: tuple[str, ...]
     measures: Mapping[str, Measure]
     dtype: str
@@ -278,7 +261,7 @@ class _Scoring:
 
     def estimate(self, out: str | PathLike[str] | None, files: int | None) -> Estimate:
         whole = SCORE * self.weights
-        found = _estimate(
+        found = estimate_of(
             f"scoring the weights of {self.source.label} in {self.dtype}",
             [self.source],
             self.memory(),
@@ -294,11 +277,11 @@ class _Scoring:
 
     def memory(self) -> dict[str, int]:
         """Bytes by part, of all processes that share a CPU's memory."""
-        itemsize = max(_itemsize(self.dtype), SCORE)
+        itemsize = max(itemsize_of(self.dtype), SCORE)
         # One matrix's gradient is there twice, in autograd and as `.grad`, while hooks are compared with it;
         # what the measures make of a block of gradients comes to some four times the block.
         parts = {
-            "weights": self.source.parameters * _itemsize(self.dtype),
+            "weights": self.source.parameters * itemsize_of(self.dtype),
             "scores at work": min(
                 len(self.measures) * self.weights * itemsize, self.at_a_time or sys.maxsize
             ),
@@ -313,7 +296,7 @@ class _Scoring:
 
         Block by block they are of one block, beside what goes from each to the next.
         """
-        network, itemsize = self.network, _itemsize(self.dtype)
+        network, itemsize = self.network, itemsize_of(self.dtype)
         text, head = network.config.get_text_config(), network.get_output_embeddings()
         places, ends = self.batch_size * self.tokens * itemsize, self.batch_size * text.vocab_size * SCORE
         if not self.save_memory:
@@ -327,7 +310,7 @@ class _Scoring:
         exact: list[dict[str, Any]] = [{"batch_size": 1}] if self.batch_size > 1 else []
         if not self.save_memory and _blocks(self.network):
             exact += [{**way, "save_memory": True} for way in [{}, *exact]]
-        ways = [*exact, *({"dtype": other, **way} for other in _narrower(self.dtype) for way in [{}, *exact])]
+        ways = [*exact, *({"dtype": other, **way} for other in narrower(self.dtype) for way in [{}, *exact])]
         needed = {
             " and ".join(f"{key}={value!r}" for key, value in way.items()): sum(
                 replace(self, **way).memory().values()
@@ -373,92 +356,8 @@ class _Scoring:
         return Work(sum(matrices.values()), asked, depth, embedding, head)
 
 
-def estimate_quantization(
-    model_name: str | PathLike[str],
-    scheme: Scheme,
-    *,
-    share: float = 0.0,
-    dtype: str = "float32",
-    revision: str | None = None,
-    layers: Collection[str] | None = None,
-    device: str = "cpu",
-    out: str | PathLike[str] | None = None,
-) -> Estimate:
-    """What it needs to quantize linear weights but a share of their rows, and to save the model below `out`.
-
-    While it is packed, memory holds the model as it was as well. layers: as in `estimate_scores`, which says
-    what is raised, and
-    ValueError for a share outside [0, 1].
-    """
-    if not 0 <= share <= 1:
-        raise ValueError(f"The share of kept rows must lie in [0, 1], not {share}.")
-    source = _source(model_name, revision)
-    network, turned = source.network, turned_names(source.network)
-    matrices = [as_rows(network.get_parameter(name), name in turned) for name in _linear(source, layers)]
-    packed = sum(packed_bytes(scheme, (len(m), m.shape[1]), round(share * len(m))) for m in matrices)
-    others = source.parameters - sum(m.numel() for m in matrices)
-
-    def memory(dtype: str) -> dict[str, int]:
-        return {
-            "weights": source.parameters * _itemsize(dtype),
-            "packed weights": packed,
-            "one matrix at work": 4 * SCORE * max(m.numel() for m in matrices),
-        }
-
-    return _estimate(
-        f"quantizing {source.label} to {scheme.bits} bit in {dtype}",
-        [source],
-        memory(dtype),
-        {"quantized model, saved": packed + others * _itemsize(dtype)},
-        device,
-        out,
-        {f"dtype={other!r}": sum(memory(other).values()) for other in _narrower(dtype)},
-    )
-
-
-def estimate_merge(
-    base: str | PathLike[str] | None,
-    a: str | PathLike[str],
-    b: str | PathLike[str],
-    *,
-    method: str | Method = "average",
-    protected: bool = True,
-    revisions: tuple[str | None, str | None, str | None] = (None, None, None),
-    out: str | PathLike[str] = ".",
-) -> Estimate:
-    """What `merge_models` needs: memory for one tensor of each model, disk for the models and the result.
-
-    A tensor is one of the opened model; where those are put together from stored ones, both forms are there.
-    protected: whether weights are protected by scores of A and B, which then take disk as well, a file of
-    float32 for the linear weights of each. Raises what `estimate_scores` raises.
-    """
-    chosen = find_method(method)
-    given = [
-        (name, revision) for name, revision in zip((base, a, b), revisions, strict=True) if name is not None
-    ]
-    sources = [_source(name, revision) for name, revision in given]
-    first = sources[0]
-    largest = max(p.numel() for p in first.network.parameters())
-    masks = 2 * largest * (protected + isinstance(chosen, Ties | Dare))
-    memory = {
-        "one tensor of each model": sum(largest * source.itemsize for source in sources),
-        "its merged form": largest * first.itemsize,
-        "masks": masks,
-        "pieces at work": WORK,
-    }
-    if builds_tensors(first.network):
-        memory["stored tensors that it is built from"] = largest * first.itemsize
-    disk = {"merged model": first.parameters * first.itemsize}
-    if protected:
-        linear = sum(first.network.get_parameter(name).numel() for name in linear_names(first.network))
-        memory["scores of one tensor"] = largest * SCORE
-        disk["scores of A and B, saved"] = 2 * linear * SCORE
-    what = f"merging {' and '.join(source.label for source in sources[-2:])}"
-    return _estimate(what, sources, memory, disk, "cpu", out, {})
-
-
 @dataclass(frozen=True, eq=False)
-class _Source:
+class Source:
     """A model that may not be here yet: its network without storage, and its files.
 
     itemsize: bytes of a weight as stored. download: bytes that are still to be fetched.
@@ -474,18 +373,19 @@ class _Source:
         return sum(p.numel() for p in self.network.parameters())
 
 
-def _source(name: str | PathLike[str], revision: str | None) -> _Source:
+def source_of(name: str | PathLike[str], revision: str | None) -> Source:
+    """A bundled model, a folder or a hub id; raises what `estimate_scores` raises."""
     name = str(name)
     if _is_here(name):
         folder, label, _ = locate(name, revision, False)
         weight_files(folder, label)
         network = _without_storage(_config(str(folder), None, label), label)
-        return _Source(label, network, _stored_itemsize(network), 0)
+        return Source(label, network, _stored_itemsize(network), 0)
     network = _without_storage(_config(name, revision, name), name)
     itemsize = _stored_itemsize(network)
     download = _to_download(name, revision)
     parameters = sum(p.numel() for p in network.parameters())
-    return _Source(name, network, itemsize, parameters * itemsize if download is None else download)
+    return Source(name, network, itemsize, parameters * itemsize if download is None else download)
 
 
 def _is_here(name: str) -> bool:
@@ -494,11 +394,7 @@ def _is_here(name: str) -> bool:
     return local or not HUB_ID.fullmatch(name)
 
 
-def _all(source: _Source) -> list[str]:
-    return [name for name, _ in source.network.named_parameters()]
-
-
-def _linear(source: _Source, layers: Collection[str] | None) -> list[str]:
+def linear_of(source: Source, layers: Collection[str] | None) -> list[str]:
     """Names of the weights of linear layers, all or those of some names. Raises ValueError for none."""
     names = linear_names(source.network)
     found = [name for name in names if layers is None or name.split(".")[-2] in layers]
@@ -568,21 +464,22 @@ def _width(module: nn.Module) -> int:
     return own[0].shape[-1 if isinstance(module, nn.Embedding) else 0]
 
 
-def _itemsize(dtype: str) -> int:
+def itemsize_of(dtype: str) -> int:
+    """Bytes of a weight of that type. Raises ValueError for an unknown one."""
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; use one of {', '.join(DTYPES)}.")
     size: int = DTYPES[dtype].itemsize
     return size
 
 
-def _narrower(dtype: str) -> list[str]:
+def narrower(dtype: str) -> list[str]:
     """Types of fewer bytes, the widest first."""
-    return [other for other in ("float32", "bfloat16") if _itemsize(other) < _itemsize(dtype)]
+    return [other for other in ("float32", "bfloat16") if itemsize_of(other) < itemsize_of(dtype)]
 
 
-def _estimate(
+def estimate_of(
     what: str,
-    sources: Sequence[_Source],
+    sources: Sequence[Source],
     memory: Mapping[str, int],
     disk: Mapping[str, int],
     device: str,
@@ -591,6 +488,10 @@ def _estimate(
     host: Mapping[str, int] | None = None,
     device_map: str | None = None,
 ) -> Estimate:
+    """Bytes by part against what is free: memory of the device, disk below `out`, memory of the `host`.
+
+    What is to be downloaded is added, and stands on the disk of the hub's cache.
+    """
     from huggingface_hub.constants import HF_HUB_CACHE
 
     place, free = _memory_free(device, device_map)
