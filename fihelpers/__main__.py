@@ -24,6 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error.args[0] if error.args else error)
     except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:
         return _fail(error)
+    except KeyboardInterrupt:
+        return _fail("interrupted; what is finished is kept, and the same command goes on from there.")
     return 0
 
 
@@ -75,6 +77,7 @@ def _add_score(commands: Any) -> None:
         metavar="SECONDS",
         help="0: every batch (%(default)s)",
     )
+    score.add_argument("--threads", type=int, help="CPU threads of each process (OMP_NUM_THREADS)")
     score.set_defaults(command=_score)
 
 
@@ -83,7 +86,9 @@ def _score(options: argparse.Namespace) -> None:
     from fihelpers.jobs import score as scoring
     from fihelpers.models.language import find_device, open_model
     from fihelpers.tasks import load_task
+    from fihelpers.threads import use_threads
 
+    use_threads(options.threads)
     spectral = spectral_of(options.spectral)
     for name in options.measures:
         scoring.measure_of(name, spectral)

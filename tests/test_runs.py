@@ -1,19 +1,24 @@
 """Runs of chapters for real: kernels, caching, failures, and the command line on top."""
 
 import json
-import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import nbformat
+import psutil
 import pytest
 from conftest import WriteChapter
 
-from fichapters import runs
+from fichapters import runs, schedule
 from fichapters.results import load_results
-from fichapters.runs import ChapterError, chapters, find_chapter, run_all, run_chapter
+from fichapters.runs import ChapterError, chapters, find_chapter, run_chapter
+from fichapters.schedule import run_all
 from fihelpers.__main__ import main
 
 OUT = Path("build/runs/smoke")
@@ -33,10 +38,10 @@ def _texts(notebook: Path) -> str:
 def no_execution(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever would execute a notebook fails."""
 
-    def refuse(*arguments: Any) -> None:
+    def refuse(*arguments: Any, **options: Any) -> None:
         raise AssertionError("a chapter was executed")
 
-    monkeypatch.setattr(runs, "_execute", refuse)
+    monkeypatch.setattr(runs, "execute", refuse)
 
 
 def test_a_chapter_runs_in_this_environment_and_is_not_run_again(
@@ -49,6 +54,7 @@ def test_a_chapter_runs_in_this_environment_and_is_not_run_again(
     (other / "kernel.json").write_text(json.dumps(spec))
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
     monkeypatch.setattr(runs, "PACKAGE", tmp_path / "data")  # so that nobody's edit meanwhile changes the key
+    monkeypatch.setattr(runs, "CHAPTERS", tmp_path / "data")
     where = "import sys\n\nprint(sys.executable, run.p)"
     notebook = write_chapter(RECORD, where, "import ipywidgets\n\nipywidgets.IntSlider(5)")
 
@@ -65,10 +71,10 @@ def test_a_chapter_runs_in_this_environment_and_is_not_run_again(
     assert [record.value for record in load_results(OUT).values()] == [2]
 
     before = {path: path.stat().st_mtime_ns for path in OUT.iterdir()}
-    monkeypatch.setattr(runs, "_execute", None)
+    monkeypatch.setattr(runs, "execute", None)
     assert run_chapter(notebook, "smoke", {"RATES": [0.25]}, OUT) == done
     assert {path: path.stat().st_mtime_ns for path in OUT.iterdir()} == before
-    with pytest.raises(TypeError):  # what calling the missing _execute raises
+    with pytest.raises(TypeError):  # what calling the missing execute raises
         run_chapter(notebook, "smoke", {"RATES": [0.5]}, OUT)
     assert {path: path.stat().st_mtime_ns for path in OUT.iterdir()} == before
 
@@ -167,7 +173,12 @@ def test_bare_papermill_refuses_an_unknown_parameter_too(write_chapter: WriteCha
     assert "01_tiny has no parameter NN (given 3); did you mean N?" in done.stderr
 
 
-def test_all_chapters_run_in_order_or_side_by_side(write_chapter: WriteChapter) -> None:
+def test_all_chapters_run_side_by_side_with_one_thread_each(
+    write_chapter: WriteChapter, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for folder_of in ("PACKAGE", "CHAPTERS"):  # so that nobody's edit meanwhile changes the key
+        monkeypatch.setattr(runs, folder_of, Path("data").resolve())
     for name in ("10_last", "02_second", "Untitled"):
         folder = write_chapter(RECORD, name=name).parent
     names = ["02_second", "10_last"]
@@ -175,9 +186,140 @@ def test_all_chapters_run_in_order_or_side_by_side(write_chapter: WriteChapter) 
     done = run_all(folder, "smoke", OUT, jobs=2)
     assert [path.stem for path in done] == names
     assert {chapter for chapter, _ in load_results(OUT)} == set(names)
-    threads = max(1, (os.cpu_count() or 1) // 2)
-    assert f"{threads} threads" in next(iter(load_results(OUT).values())).versions["machine"]
-    assert run_all(folder, "smoke", OUT) == done
+    assert "1 threads" in next(iter(load_results(OUT).values())).versions["machine"]
+    assert run_all(folder, "smoke", OUT, jobs=2) == done
+    lines = [line.partition("  ")[2] for line in capsys.readouterr().err.splitlines()]
+    assert sorted(lines[:2]) == [f"{name} starts" for name in names]
+    assert sorted(re.sub(r"\d+ s", "N s", line) for line in lines[2:4]) == [
+        f"{name} is done after N s" for name in names
+    ]
+    assert sorted(lines[4:]) == [f"{name} stands: nothing that it depends on has changed" for name in names]
+
+
+class Started:
+    """Runs of chapters that take no time: what started, with how many threads, while how many others ran."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.threads: dict[str, int | None] = {}
+        self.beside: dict[str, int] = {}
+        self.failing: tuple[str, ...] = ()
+        self.running = 0
+
+    def run(self, notebook: Path, threads: int | None, out: Path, **options: Any) -> Path:
+        self.names.append(notebook.stem)
+        self.threads[notebook.stem] = threads
+        self.beside[notebook.stem] = self.running
+        self.running += 1
+        time.sleep(0.1)
+        self.running -= 1
+        if notebook.stem in self.failing:
+            raise ChapterError(f"{notebook.stem} failed")
+        return out / f"{notebook.stem}.ipynb"
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> Started:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    quick = Started()
+    monkeypatch.setattr(schedule, "run_chapter", quick.run)
+    return quick
+
+
+def test_the_longest_chapter_starts_first_and_some_run_by_themselves(
+    write_chapter: WriteChapter, started: Started
+) -> None:
+    for name in ("01_first_look", "07_sparsification", "08_quantization", "10_cost", "11_relatives"):
+        folder = write_chapter(name=name).parent
+    claims = write_chapter(name="12_claims")
+    claims.write_text(claims.read_text().replace("LIMIT = None", r"READS = \"*.csv\""))
+    done = run_all(folder, "smoke", OUT, jobs=2)
+    assert [path.stem for path in done] == [path.stem for path in chapters(folder)]
+    assert started.names[:2] == ["07_sparsification", "08_quantization"]
+    assert started.names[-3:] == ["01_first_look", "10_cost", "12_claims"]
+    assert max(started.beside.values()) == 1
+    assert started.beside["10_cost"] == started.beside["12_claims"] == 0
+    assert started.threads == {name: None if name[:2] in ("10", "12") else 1 for name in started.names}
+
+    # what a chapter took here counts more than what it took elsewhere; an unknown one may take longest
+    OUT.mkdir(parents=True)
+    metadata = {"fihelpers": {"seconds": 1000.0}}
+    nbformat.write(nbformat.v4.new_notebook(metadata=metadata), OUT / "01_first_look.ipynb")
+    write_chapter(name="13_new")
+    started.names.clear()
+    run_all(folder, "smoke", OUT, jobs=1, threads=3)
+    assert started.names[:3] == ["13_new", "01_first_look", "07_sparsification"]
+    assert set(started.threads.values()) == {3}
+
+
+def test_after_a_failure_no_chapter_starts_and_the_first_in_order_is_told(
+    write_chapter: WriteChapter, started: Started
+) -> None:
+    for name in ("01_first_look", "07_sparsification", "08_quantization", "10_cost"):
+        folder = write_chapter(name=name).parent
+    started.failing = ("07_sparsification", "08_quantization")
+    with pytest.raises(ChapterError, match="07_sparsification failed"):
+        run_all(folder, "smoke", OUT, jobs=2)
+    assert "10_cost" not in started.names
+    started.names.clear()
+    started.failing = ("08_quantization",)
+    with pytest.raises(ChapterError, match="08_quantization failed"):
+        run_all(folder, "smoke", OUT, jobs=1)
+    assert started.names == ["07_sparsification", "08_quantization"]
+
+
+def test_no_more_run_at_a_time_than_cores_and_free_memory_allow(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    free = SimpleNamespace(available=3.5 * schedule.NEEDED)
+    monkeypatch.setattr(schedule.psutil, "virtual_memory", lambda: free)
+    monkeypatch.setattr(schedule.psutil, "cpu_count", lambda logical: 8)
+    monkeypatch.setattr(schedule.os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
+    assert schedule.side_by_side() == 3
+    assert schedule.side_by_side(2) == 2
+    assert not capsys.readouterr().err
+    assert schedule.side_by_side(5) == 3
+    assert "memory is free for 3 at a time, not 5: each may need 1.5 GB" in capsys.readouterr().err
+    monkeypatch.setattr(schedule.os, "sched_getaffinity", lambda process: {0, 1}, raising=False)
+    assert schedule.side_by_side() == 2
+    free.available = 0
+    assert schedule.side_by_side() == 1
+
+
+WAITING = """
+import os
+import subprocess
+import time
+from pathlib import Path
+
+child = subprocess.Popen(["sleep", "600"])
+Path(run.run_folder / f"{run.name}.pids").write_text(f"{os.getpid()} {child.pid}")
+time.sleep(600)
+"""
+
+
+def _is_alive(process: int) -> bool:
+    return psutil.pid_exists(process) and psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+
+
+def test_an_interrupt_ends_all_kernels_at_once(write_chapter: WriteChapter) -> None:
+    for name in ("01_one", "02_two", "03_three"):
+        write_chapter(RECORD, WAITING, name=name)
+    arguments = [sys.executable, "-m", "fihelpers", "build", "--profile", "smoke", "--jobs", "2"]
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as build:
+        end = time.monotonic() + 60
+        while len(files := [path for path in OUT.glob("*.pids") if path.read_text()]) < 2:
+            assert build.poll() is None and time.monotonic() < end
+            time.sleep(0.1)
+        pids = [int(number) for path in files for number in path.read_text().split()]
+        assert all(map(_is_alive, pids))
+        build.send_signal(signal.SIGINT)
+        assert build.wait(20) != 0
+        told = build.stderr.read() if build.stderr else ""
+    assert "interrupted: all chapters under way are ended" in told
+    assert "fihelpers: interrupted; what is finished is kept" in told and "Traceback" not in told
+    assert not any(map(_is_alive, pids))
+    assert not list(OUT.glob("*.key")) and not list(OUT.glob("03_three*"))
 
 
 def test_a_chapter_is_found_by_number_or_name(write_chapter: WriteChapter) -> None:

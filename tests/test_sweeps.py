@@ -95,8 +95,9 @@ def scheduler() -> Iterator[str]:
 
 
 def test_a_sweep_survives_a_failure_and_a_killed_worker_and_resumes(
-    write_chapter: WriteChapter, scheduler: str
+    write_chapter: WriteChapter, scheduler: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     notebook = write_chapter(RECORD, TROUBLE)
     table = sweep(notebook, "smoke", {"N": [2, 3], "LIMIT": [[0.5, "a"]]}, OUT, workers=2)
     assert table == OUT / "01_tiny.csv"
@@ -112,8 +113,7 @@ def test_a_sweep_survives_a_failure_and_a_killed_worker_and_resumes(
             "01_tiny.key",
         }
         kept = json.loads((folder / "01_tiny.json").read_text())
-        threads = max(1, (os.cpu_count() or 1) // 2)
-        assert f"{threads} threads" in kept["versions"]["machine"]
+        assert "1 threads" in kept["versions"]["machine"]
     before = {path: path.stat().st_mtime_ns for path in OUT.rglob("01_tiny.*")}
     Path("grid.yaml").write_text("N: [2, 3]\nLIMIT: [[0.5, a]]")
     arguments = ["sweep", "1", "--profile", "smoke", "--grid", "grid.yaml", "--out", "out"]
@@ -207,7 +207,7 @@ def test_a_worker_elsewhere_must_see_the_same(
 ) -> None:
     notebook = write_chapter()
     (cell,) = cells_of(notebook, "smoke", {"N": [1]}, OUT)
-    good = Work(notebook, "smoke", None, sweeps.package_sha256(), Path.cwd())
+    good = Work(notebook, "smoke", None, sweeps.package_sha256(sweeps.PACKAGE, sweeps.CHAPTERS), Path.cwd())
     with pytest.raises(ValueError, match="another state of the package"):
         run_cell(cell, Work(notebook, "smoke", None, "0", Path.cwd()))
     with pytest.raises(ValueError, match=r"a worker runs in .*; start it in /elsewhere"):
@@ -248,7 +248,7 @@ def test_runs_on_one_device_wait_for_each_other(
         return max(together)
 
     monkeypatch.setattr(sweeps, "run_chapter", run)
-    work = Work(notebook, "smoke", None, sweeps.package_sha256(), Path.cwd())
+    work = Work(notebook, "smoke", None, sweeps.package_sha256(sweeps.PACKAGE, sweeps.CHAPTERS), Path.cwd())
     assert run_side_by_side(["cuda:1"] * 3) == 1
     assert run_side_by_side(["cuda", "cuda:0", "cuda:0"]) == 1
     assert run_side_by_side(["cpu"] * 3) > 1
@@ -283,7 +283,11 @@ def test_a_cell_keeps_its_folder_when_the_grid_grows(write_chapter: WriteChapter
         ("N: [1", [], "grid.yaml is not valid YAML"),
         ("N: [1, 2, 1]", [], "the grid holds 1 cells twice; give each value once."),
         ("N: [1]", ["--workers", "0"], "a sweep needs workers ≥ 1 and retries ≥ 0, not 0 and 1."),
-        ("N: [1]", ["--retries", "-1"], "a sweep needs workers ≥ 1 and retries ≥ 0, not 2 and -1."),
+        (
+            "N: [1]",
+            ["--workers", "2", "--retries", "-1"],
+            "a sweep needs workers ≥ 1 and retries ≥ 0, not 2 and -1.",
+        ),
         ("N: [1]", ["--profile", "smook"], "unknown profile 'smook'"),
         (None, [], "there is no grid at grid.yaml"),
     ],

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fichapters.commands import BOOKS_PROFILE
+from fichapters.commands import BOOKS_PROFILE, add_threads
 
 NO_BROWSER = "no Chromium or Chrome was found, so no page was opened."
 
@@ -25,7 +25,10 @@ def _add_build(commands: Any) -> None:
     build.add_argument("--profile", default=BOOKS_PROFILE, help="a file of notebooks/profiles (%(default)s)")
     build.add_argument("--check", action="store_true", help="open every page in a browser, and check sizes")
     build.add_argument("--keep-results", action="store_true", help="copy the numbers to data/results")
-    build.add_argument("--jobs", type=int, default=1, help="chapters run at a time (%(default)s)")
+    build.add_argument(
+        "--jobs", type=int, help="chapters run at a time (as many as cores and free memory allow)"
+    )
+    add_threads(build)
     build.set_defaults(command=_build)
 
 
@@ -33,6 +36,7 @@ def _build(options: argparse.Namespace) -> None:
     from fibook import site
     from fibook.build import build_book
     from fichapters import runs
+    from fichapters.schedule import run_all
 
     shown = options.profile == BOOKS_PROFILE
     if options.keep_results and not shown:
@@ -40,7 +44,7 @@ def _build(options: argparse.Namespace) -> None:
     folder = runs.notebooks_folder()
     root = folder.parent
     out = runs.runs_folder(folder, options.profile)
-    runs.run_all(folder, options.profile, out, options.jobs)
+    run_all(folder, options.profile, out, options.jobs, options.threads)
     if options.keep_results:
         runs.keep_results(out, root / "data" / "results")
         site.draw_landing_picture(root / "book")

@@ -14,6 +14,13 @@ def add(commands: Any) -> None:
     _add_bench(commands)
 
 
+def add_threads(command: argparse.ArgumentParser) -> None:
+    """Add the option of all commands that run chapters."""
+    command.add_argument(
+        "--threads", type=int, help="CPU threads of each chapter (OMP_NUM_THREADS; 1 where several run)"
+    )
+
+
 def _add_run(commands: Any) -> None:
     run = commands.add_parser("run", help="run one chapter by papermill")
     run.add_argument("chapter", help="its number or name, such as 7 or 07_sparsification")
@@ -28,6 +35,7 @@ def _add_run(commands: Any) -> None:
         help="set a parameter; the value is read as YAML, so a list is written '[0.01, 0.05]'",
     )
     run.add_argument("--out", type=Path, help="folder for the executed notebook (build/runs/PROFILE)")
+    add_threads(run)
     run.set_defaults(command=_run)
 
 
@@ -39,9 +47,12 @@ def _add_sweep(commands: Any) -> None:
     )
     sweep.add_argument("--profile", default=BOOKS_PROFILE, help="a file of notebooks/profiles (%(default)s)")
     sweep.add_argument("--scheduler", help="address of a dask scheduler (a local cluster)")
-    sweep.add_argument("--workers", type=int, default=2, help="processes of a local cluster (%(default)s)")
+    sweep.add_argument(
+        "--workers", type=int, help="processes of a local cluster (as many as cores and memory allow)"
+    )
     sweep.add_argument("--retries", type=int, default=1, help="of a cell that fails (%(default)s)")
     sweep.add_argument("--out", type=Path, required=True, help="folder for the cells and the table")
+    add_threads(sweep)
     sweep.set_defaults(command=_sweep)
 
 
@@ -58,13 +69,15 @@ def _add_bench(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> None:
     from fichapters import runs
     from fichapters.parameters import declared, spoken
+    from fihelpers.threads import threads_for
 
     folder = runs.notebooks_folder()
     notebook = runs.find_chapter(folder, options.chapter)
     defaults = declared(notebook)
     parameters = {name: spoken(text, defaults.get(name)) for name, text in options.parameters}
     out = options.out or runs.runs_folder(folder, options.profile)
-    print(runs.run_chapter(notebook, options.profile, parameters, out))
+    threads = threads_for(asked=options.threads)
+    print(runs.run_chapter(notebook, options.profile, parameters, out, threads))
 
 
 def _sweep(options: argparse.Namespace) -> None:
@@ -80,6 +93,7 @@ def _sweep(options: argparse.Namespace) -> None:
         scheduler=options.scheduler,
         workers=options.workers,
         retries=options.retries,
+        threads=options.threads,
     )
     print(table)
 

@@ -5,20 +5,19 @@ A run leaves ``{chapter}.ipynb``, ``{chapter}.json`` (records), ``{chapter}.*.cs
 everything the run depends on; while it holds, the chapter is not run again.
 """
 
-import asyncio
 import hashlib
 import json
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from fichapters.kernels import ChapterError, execute
 from fichapters.parameters import NOTEBOOKS, declared, nearest, read_profile, settle
 from fichapters.results import RAW, results_beside
 from fihelpers.data import (
@@ -30,14 +29,11 @@ from fihelpers.data import (
     package_sha256,
     write_atomically,
 )
+from fihelpers.threads import VARIABLE
 
 CHAPTERS = Path(__file__).resolve().parent
 RECORDS = ("*.json", "*.csv")
 READS = "READS"  # the parameter of a chapter that names, by a pattern, the results of others that it reads
-
-
-class ChapterError(RuntimeError):
-    """A chapter failed; the message names the cell and the exception."""
 
 
 def notebooks_folder() -> Path:
@@ -67,13 +63,19 @@ def find_chapter(folder: Path, wanted: str) -> Path:
 
 
 def run_chapter(
-    notebook: Path, profile: str, parameters: Mapping[str, Any], out: Path, threads: int | None = None
+    notebook: Path,
+    profile: str,
+    parameters: Mapping[str, Any],
+    out: Path,
+    threads: int | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Path:
     """Run one chapter unless it was run before, and return its executed notebook in the folder `out`.
 
-    `parameters` go before the profile's values; `threads` limits the CPU threads of the kernel. Raises
-    ValueError for an unknown or ill-typed parameter before anything runs, and ChapterError if a cell fails.
-    Nothing in `out` changes but by success, apart from ``{chapter}.failed.ipynb`` for a look at the failure.
+    `parameters` go before the profile's values; `threads` limits the CPU threads of the kernel. Progress is
+    told by `say`, a line at the start and one at the end, else shown by papermill. Raises ValueError for an
+    unknown or ill-typed parameter before anything runs, and ChapterError if a cell fails. Nothing in `out`
+    changes but by success, apart from ``{chapter}.failed.ipynb`` for a look at the failure.
     """
     if "PROFILE" in parameters:
         raise ValueError("PROFILE is not given as a parameter here; name the profile itself (--profile).")
@@ -83,9 +85,11 @@ def run_chapter(
     key = _key(notebook, settle(chapter, declared(notebook), read_profile(profiles, profile), given), out)
     done = out / f"{chapter}.ipynb"
     if _is_current(done, key):
+        if say:
+            say(f"{chapter} stands: nothing that it depends on has changed")
         return done
     out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{chapter}.", dir=out) as folder:
+    with _told(chapter, say), tempfile.TemporaryDirectory(prefix=f".{chapter}.", dir=out) as folder:
         work = Path(folder)
         environment = {
             "FIHELPERS_RESULTS": folder,
@@ -94,35 +98,28 @@ def run_chapter(
             "FIHELPERS_PROFILES": str(profiles.resolve()),
         }
         if threads:
-            environment["OMP_NUM_THREADS"] = str(threads)
-        _execute(notebook, work / done.name, given, environment)
+            environment[VARIABLE] = str(threads)
+        execute(notebook, work / done.name, given, environment, bar=say is None)
         if not (work / f"{chapter}.json").is_file():
             raise ChapterError(f"{chapter} kept no records; its first cell must call begin({chapter!r}).")
         _publish(work, out, chapter, key)
     return done
 
 
-def run_all(folder: Path, profile: str, out: Path, jobs: int = 1) -> list[Path]:
-    """Run every chapter of a folder and return the executed notebooks, in order.
-
-    With several jobs, that many chapters run at a time and share the CPU's threads; a chapter that reads the
-    others' results waits for them. The first failure in the order of the chapters is raised, after the
-    chapters under way have ended. Raises ValueError for jobs < 1.
-    """
-    if jobs < 1:
-        raise ValueError(f"at least one job must run, not {jobs}.")
-    if jobs == 1:  # in this thread, so that an interrupt ends the chapter at once
-        return [run_chapter(path, profile, {}, out) for path in chapters(folder)]
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    waiting = [path for path in chapters(folder) if READS in declared(path)]
-    with ThreadPoolExecutor(jobs) as pool:
-        paths = [path for path in chapters(folder) if path not in waiting]
-        runs = [pool.submit(run_chapter, path, profile, {}, out, threads) for path in paths]
-        try:
-            done = [run.result() for run in runs]
-        finally:
-            pool.shutdown(cancel_futures=True)
-    return sorted([*done, *(run_chapter(path, profile, {}, out) for path in waiting)])
+@contextmanager
+def _told(chapter: str, say: Callable[[str], None] | None) -> Iterator[None]:
+    """Say when a chapter starts, and how it ended and after how long."""
+    if say is None:
+        yield
+        return
+    say(f"{chapter} starts")
+    started = time.monotonic()
+    try:
+        yield
+    except Exception as error:
+        say(f"{chapter} failed after {time.monotonic() - started:.0f} s: {error}")
+        raise
+    say(f"{chapter} is done after {time.monotonic() - started:.0f} s")
 
 
 def runs_folder(notebooks: Path, profile: str) -> Path:
@@ -192,82 +189,3 @@ def _publish(work: Path, out: Path, chapter: str, key: str) -> None:
     for path in work.iterdir():
         os.replace(path, out / path.name)
     write_atomically(out / f"{chapter}.key", key.encode())
-
-
-def _execute(notebook: Path, output: Path, given: Mapping[str, Any], environment: Mapping[str, str]) -> None:
-    """Execute a notebook into `output`; a failed one is kept in the folder above."""
-    from nbclient.exceptions import DeadKernelError
-    from papermill import PapermillExecutionError
-
-    failed = output.parent.parent / f"{output.stem}.failed.ipynb"
-    try:
-        _papermill(notebook, output, given, environment)
-    except PapermillExecutionError as error:
-        os.replace(output, failed)
-        line = error.source.strip().splitlines()[0]
-        cause = f"{error.ename}: {error.evalue}".splitlines()[0]
-        place = f"{output.stem} failed in cell [{error.exec_count}] ({line})"
-        raise ChapterError(f"{place}: {cause} (see {failed})") from None
-    except DeadKernelError as error:
-        os.replace(output, failed)
-        cause = "its kernel died, perhaps for lack of memory"
-        raise ChapterError(f"{output.stem}: {cause} (see {failed})") from error
-
-
-def _papermill(
-    notebook: Path, output: Path, given: Mapping[str, Any], environment: Mapping[str, str]
-) -> None:
-    import nbformat
-    import papermill
-
-    started = time.monotonic()
-    with _closed_loop():
-        executed = papermill.execute_notebook(
-            notebook,
-            output,
-            dict(given),
-            kernel_name="python3",
-            language="python",
-            kernel_manager_class=_own_kernel(environment),
-            store_widget_state=True,
-            progress_bar={"desc": output.stem},
-            stderr_file=sys.stderr,
-        )
-    for part in (executed, *executed.cells):  # times and paths of this machine, which a page would publish
-        part.metadata.pop("papermill", None)
-    executed.metadata["fihelpers"] = {"seconds": round(time.monotonic() - started, 1)}
-    nbformat.write(executed, output)
-
-
-@contextmanager
-def _closed_loop() -> Iterator[None]:
-    """Close the event loop that Jupyter's clients open on a thread and leave open."""
-    from jupyter_core.utils import ensure_event_loop
-
-    try:
-        yield
-    finally:
-        loop = ensure_event_loop()
-        if not loop.is_running():  # it runs where this is called from a notebook
-            loop.close()
-            asyncio.set_event_loop(None)
-
-
-def _own_kernel(environment: Mapping[str, str]) -> type:
-    """A kernel manager that starts the running interpreter, whatever kernel specs the machine holds."""
-    import zmq
-    from ipykernel.kernelspec import get_kernel_dict
-    from jupyter_client.kernelspec import KernelSpec
-    from jupyter_client.manager import AsyncKernelManager
-    from traitlets import default
-
-    class OwnKernel(AsyncKernelManager):
-        @property
-        def kernel_spec(self) -> KernelSpec:
-            return KernelSpec(**get_kernel_dict(), env=dict(environment))
-
-        @default("transport_encryption")
-        def _encrypted(self) -> str:
-            return "auto" if zmq.has("curve") else "disabled"
-
-    return OwnKernel

@@ -31,14 +31,15 @@ from tqdm import tqdm
 from fichapters.parameters import declared, parse_yaml, read_profile, settle
 from fichapters.results import load_results
 from fichapters.runs import CHAPTERS, ChapterError, run_chapter
+from fichapters.schedule import side_by_side
 from fihelpers.data import PACKAGE, package_sha256, write_atomically
+from fihelpers.threads import threads_for
 
 if TYPE_CHECKING:
     from distributed import Client
 
 Grid = Mapping[str, Sequence[Any]]
 
-WORKERS = 2
 RETRIES = 1
 LOSSES = 2  # of a scheduler that comes back
 KEPT = "What is finished is kept, and the same command goes on from there."
@@ -111,23 +112,27 @@ def sweep(
     out: Path,
     *,
     scheduler: str | None = None,
-    workers: int = WORKERS,
+    workers: int | None = None,
     retries: int = RETRIES,
+    threads: int | None = None,
 ) -> Path:
     """Run every cell of a grid that was not run before, and return the table of all their records.
 
     scheduler: the address of a dask scheduler; by default `workers` processes of this machine share the
-    work and the CPU's threads. Workers elsewhere need the same package, the same working directory and the
-    folder `out`. A cell that fails is tried `retries` times more; one whose worker dies is run by another.
+    work, as many as :func:`fichapters.schedule.side_by_side` finds. Workers elsewhere need the same package,
+    the same working directory and the folder `out`. A cell that fails is tried `retries` times more; one
+    whose worker dies is run by another. threads: of each cell, by default those of
+    :func:`fihelpers.threads.threads_for`.
 
     Raises ValueError for a bad grid, before anything runs; ConnectionError for a scheduler that does not
     answer, has no workers or is lost; and ChapterError where cells failed, after the others are done and in
     the table. What is finished stays, and the same call goes on from there.
     """
-    if workers < 1 or retries < 0:
+    if (workers is not None and workers < 1) or retries < 0:
         raise ValueError(f"a sweep needs workers ≥ 1 and retries ≥ 0, not {workers} and {retries}.")
     cells = cells_of(notebook, profile, grid, out)
-    threads = None if scheduler else max(1, (os.cpu_count() or 1) // workers)
+    workers = 1 if scheduler else min(side_by_side(workers), len(cells))
+    threads = threads_for(workers, threads)
     work = Work(notebook.resolve(), profile, threads, package_sha256(PACKAGE, CHAPTERS), Path.cwd())
     failed = _run_all(cells, work, scheduler, workers, retries)
     for cell in cells:

@@ -1,0 +1,122 @@
+"""All chapters of a book: side by side where cores and memory allow it, the longest first."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from functools import partial
+from pathlib import Path
+
+import psutil
+
+from fichapters.kernels import end_kernels
+from fichapters.parameters import declared
+from fichapters.runs import READS, chapters, run_chapter
+from fihelpers.threads import threads_for
+
+NEEDED = 1.5e9  # bytes that a chapter takes at most on the bundled models
+ALONE = ("10_cost",)  # chapters that measure time, which another at work would lengthen
+# Seconds of each chapter under the profile embedded, on one core, for a folder that holds no run of it: only
+# their order matters.
+SECONDS = {
+    "01_first_look": 14,
+    "02_the_measure": 14,
+    "03_what_fi_can_say": 42,
+    "04_fragile_pixels": 163,
+    "05_prompts_and_pixels": 160,
+    "06_embedding_attacks": 132,
+    "07_sparsification": 250,
+    "08_quantization": 99,
+    "09_merging": 95,
+    "11_relatives": 56,
+}
+
+
+def side_by_side(asked: int | None = None) -> int:
+    """Return how many runs may go on at a time: as many as asked for, else a run for each physical core.
+
+    In either case no more than the free memory holds, which is said where fewer run than asked for.
+    """
+    held = max(1, int(psutil.virtual_memory().available // NEEDED))
+    if asked is not None and asked > held:
+        say(f"memory is free for {held} at a time, not {asked}: each may need {NEEDED / 1e9:g} GB")
+    cores = psutil.cpu_count(logical=False) or 1
+    if hasattr(os, "sched_getaffinity"):  # a process may be kept to some of them
+        cores = min(cores, len(os.sched_getaffinity(0)))
+    return min(asked or cores, held)
+
+
+def say(line: str) -> None:
+    """Tell how far the runs are, with the time of day, on stderr."""
+    print(f"{time.strftime('%H:%M:%S')}  {line}", file=sys.stderr, flush=True)
+
+
+def run_all(
+    folder: Path, profile: str, out: Path, jobs: int | None = None, threads: int | None = None
+) -> list[Path]:
+    """Run every chapter of a folder and return the executed notebooks, in order.
+
+    Chapters run `jobs` at a time (by default as :func:`side_by_side` finds), the longest first; then, each by
+    itself, those that measure time, and those that read the others' results. threads: of each chapter, by
+    default those of :func:`fihelpers.threads.threads_for`. After a failure no chapter starts any more, and
+    when those under way have ended, the first failure in the order of the chapters is raised. An interrupt
+    ends all kernels at once. Raises ValueError for jobs < 1.
+    """
+    if jobs is not None and jobs < 1:
+        raise ValueError(f"at least one job must run, not {jobs}.")
+    single = threads_for(asked=threads)
+    paths = chapters(folder)
+    reading = [path for path in paths if READS in declared(path)]
+    timing = [path for path in paths if path.stem in ALONE and path not in reading]
+    others = [path for path in paths if path not in (*reading, *timing)]
+    others.sort(key=lambda path: _seconds(path.stem, out), reverse=True)
+    jobs = min(side_by_side(jobs), max(1, len(others)))
+    done = _run(others, profile, out, jobs, threads_for(jobs, threads))
+    for path in (*timing, *reading):
+        done += _run([path], profile, out, 1, single)
+    return sorted(done)
+
+
+def _run(paths: Sequence[Path], profile: str, out: Path, jobs: int, threads: int | None) -> list[Path]:
+    """Run some chapters, so many at a time, in this order."""
+    pool = ThreadPoolExecutor(jobs)
+    run = partial(run_chapter, profile=profile, parameters={}, out=out, threads=threads, say=say)
+    runs = {path: pool.submit(run, path) for path in paths}
+
+    def stop_after_failure(ended: Future[Path]) -> None:
+        if not ended.cancelled() and ended.exception():
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    for future in runs.values():
+        future.add_done_callback(stop_after_failure)  # called before the same thread starts another
+    try:
+        wait(runs.values(), return_when=FIRST_EXCEPTION)
+        pool.shutdown()
+    except BaseException:  # an interrupt
+        pool.shutdown(wait=False, cancel_futures=True)
+        _end(list(runs.values()))
+        raise
+    return [runs[path].result() for path in sorted(runs) if not runs[path].cancelled()]
+
+
+def _end(runs: Sequence[Future[Path]]) -> None:
+    """End all kernels, and those that were just about to start."""
+    say("interrupted: all chapters under way are ended")
+    while not all(run.done() for run in runs):
+        end_kernels()
+        time.sleep(0.1)
+
+
+def _seconds(chapter: str, out: Path) -> float:
+    """How long a chapter took when it was last run into this folder, else on another machine.
+
+    A chapter of which nothing is known comes first.
+    """
+    last = out / f"{chapter}.ipynb"
+    if last.is_file():
+        found = json.loads(last.read_text(encoding="utf-8"))["metadata"].get("fihelpers", {})
+        if "seconds" in found:
+            return float(found["seconds"])
+    return SECONDS.get(chapter, float("inf"))

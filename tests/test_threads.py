@@ -1,0 +1,40 @@
+"""The number of threads: what is asked for, the environment, and the rule."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from fihelpers.threads import VARIABLE, threads_for
+
+USED = (
+    "from fihelpers.threads import use_threads; import torch; use_threads({}); print(torch.get_num_threads())"
+)
+
+
+def test_what_is_asked_for_comes_before_the_environment_and_that_before_the_rule(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    assert (threads_for(), threads_for(2), threads_for(12)) == (None, 1, 1)
+    monkeypatch.setenv(VARIABLE, "3")
+    assert (threads_for(), threads_for(2)) == (3, 3)
+    assert threads_for(2, asked=4) == 4
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "many", "1.5"])
+def test_a_number_of_threads_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv(VARIABLE, value)
+    with pytest.raises(ValueError, match=rf"OMP_NUM_THREADS must be a whole number .* not '{value}'"):
+        threads_for()
+    with pytest.raises(ValueError, match=r"the number of threads must be .* not '0'"):
+        threads_for(asked=0)
+
+
+def test_torch_takes_them() -> None:
+    environment = {**os.environ, VARIABLE: "2"}
+    for asked, used in (("", "2"), ("1", "1")):
+        command = [sys.executable, "-c", USED.format(asked)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == used
