@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedModel
 
 from fihelpers.models.conversion import LoadedTensors, as_loaded
 from fihelpers.models.language import (
-    WEIGHTS,
     WEIGHTS_INDEX,
     LanguageModel,
     locate,
@@ -180,31 +180,21 @@ def write_weights(
 
     One file where all fit into `shard_bytes`, otherwise several with an index, as transformers reads them.
     """
-    shards = _divided(layouts, shard_bytes)
-    total = sum(layout.bytes for layout in layouts.values())
-    names = [WEIGHTS]
-    if len(shards) > 1:
-        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-        places = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+    sized: Any = dict(layouts)  # a layout stands for its tensor
+    split = split_state_dict_into_shards_factory(
+        sized,
+        get_storage_size=lambda layout: layout.bytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_bytes,
+    )
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
         (folder / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    with tqdm(total=len(layouts), desc="writing", unit="tensor", leave=False, disable=total < LONG) as bar:
-        for file_name, shard in zip(names, shards, strict=True):
+    short = split.metadata["total_size"] < LONG
+    with tqdm(total=len(layouts), desc="writing", unit="tensor", leave=False, disable=short) as bar:
+        for file_name, names in split.filename_to_tensors.items():
             with open(folder / file_name, "wb") as file:
-                _write_shard(file, shard, layouts, make, bar)
-
-
-def _divided(layouts: Mapping[str, Layout], shard_bytes: int) -> list[list[str]]:
-    """Names in their order, divided into shards; a tensor larger than a shard has one of its own."""
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name, layout in layouts.items():
-        if shards[-1] and filled + layout.bytes > shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += layout.bytes
-    return shards
+                _write_shard(file, names, layouts, make, bar)
 
 
 def _write_shard(

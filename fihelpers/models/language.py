@@ -458,8 +458,7 @@ def locate(name: str, revision: str | None, trust_remote_code: bool) -> tuple[Pa
     """Return the folder of the model, the name to record and the hub commit."""
     folder = data_folder() / "models" / name if name in bundled_models() else Path(name).expanduser()
     if not folder.is_dir() and HUB_ID.fullmatch(name):
-        commit = revision if revision and COMMIT.fullmatch(revision) else _current_commit(name, revision)
-        return _download(name, commit, trust_remote_code), name, commit
+        return _download(name, revision, trust_remote_code)
     if not folder.is_dir():
         if "/" not in name:
             data_folder()  # without one, say so rather than that the name is unknown
@@ -474,32 +473,22 @@ def locate(name: str, revision: str | None, trust_remote_code: bool) -> tuple[Pa
     return folder, folder.resolve().name, None
 
 
-def _current_commit(name: str, revision: str | None) -> str:
-    from huggingface_hub import HfApi
-
-    try:
-        commit = HfApi().model_info(name, revision=revision).sha
-    except Exception as error:  # the hub client raises many types; the remedy is the same
-        raise _hub_error(name, error) from error
-    log.info("model %s: using commit %s", name, commit)
-    return str(commit)
-
-
-def _download(name: str, commit: str, trust_remote_code: bool) -> Path:
-    from huggingface_hub import snapshot_download
+def _download(name: str, revision: str | None, trust_remote_code: bool) -> tuple[Path, str, str]:
+    """Fetch a model of the hub at the commit that the revision names now; returns as `locate`."""
+    from huggingface_hub import HfApi, snapshot_download
 
     patterns = [*HUB_FILES, "*.py"] if trust_remote_code else HUB_FILES
+    commit = revision or ""
     try:
-        return Path(snapshot_download(name, revision=commit, allow_patterns=patterns))
-    except Exception as error:
-        raise _hub_error(name, error) from error
-
-
-def _hub_error(name: str, error: Exception) -> ConnectionError:
-    return ConnectionError(
-        f"no local folder is called {name!r} and the hub did not give it ({type(error).__name__}); "
-        "check the name, the revision and the network."
-    )
+        if not COMMIT.fullmatch(commit):
+            commit = str(HfApi().model_info(name, revision=revision).sha)
+            log.info("model %s: using commit %s", name, commit)
+        return Path(snapshot_download(name, revision=commit, allow_patterns=patterns)), name, commit
+    except Exception as error:  # the hub client raises many types; the remedy is the same
+        raise ConnectionError(
+            f"no local folder is called {name!r} and the hub did not give it ({type(error).__name__}); "
+            "check the name, the revision and the network."
+        ) from error
 
 
 def weight_files(folder: Path, label: str) -> list[Path]:
