@@ -2,10 +2,10 @@
 
 from functools import lru_cache
 from math import isfinite, sqrt
-from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.stats import binomtest
 from scipy.stats import t as student_t
 
 BLOCK = 5_000_000  # resampled values held at once by the bootstrap (40 MB)
@@ -19,12 +19,8 @@ def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
     _check_level(level)
     if n < 1 or not 0 <= successes <= n:
         raise ValueError(f"{successes} successes of {n} is no proportion; give 0 <= successes <= n, n >= 1.")
-    z = NormalDist().inv_cdf((1 + level) / 2)
-    share = successes / n
-    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z * sqrt(share * (1 - share) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
-    # At the ends the formula gives 0 and 1 up to rounding.
-    return (0.0 if successes == 0 else centre - half, 1.0 if successes == n else centre + half)
+    low, high = binomtest(successes, n).proportion_ci(level, method="wilson")
+    return float(low), float(high)
 
 
 def paired_difference(

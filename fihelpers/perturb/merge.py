@@ -47,7 +47,6 @@ from fihelpers.perturb.merge_methods import (
     Protection,
     TaskArithmetic,
     Ties,
-    check_choice,
     find_method,
 )
 from fihelpers.perturb.topshare import CHUNK, TopShare, seed_of
@@ -71,7 +70,6 @@ __all__ = [
 ]
 
 AnyModel = str | PathLike[str] | LanguageModel | ModelWeights
-Settings = Literal["base", "a", "b"]
 
 SAME_BASE = 0.3  # cosine between two models' matrices; about 0 for models trained apart
 SAMPLE_ROWS = 64
@@ -94,22 +92,20 @@ def merge_models(
     protection: Protection | None = None,
     *,
     fishers: tuple[AnyScores, AnyScores] | None = None,
-    settings_from: Settings = "base",
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Merge two models into a normal model folder with a model card; returns the folder.
 
     base, a, b: bundled name, folder, hub id or what `open_weights` gives. base may be None for the averages.
     method: a name in METHODS or a Method. fishers: the Fisher diagonals of A and B for "Fisher average".
-    settings_from: the model whose configuration, tokenizer and type of numbers the result gets (A's where
-    there is no base).
+    Configuration, tokenizer and type of numbers are those of the base, or of A where there is none.
 
     Raises ValueError, naming the first tensor, for models of another architecture, shape, vocabulary or base,
     and for scores made for another model; FileExistsError for an `out` that is not empty; OSError for a full
     disk; FloatingPointError for NaN or infinite weights. Nothing half-written is left.
     """
-    merger = Merger(base, a, b, method, protection, fishers, settings_from)
-    source = merger.settings.folder
+    merger = Merger(base, a, b, method, protection, fishers)
+    source = merger.first.folder
     if source is None:
         raise ValueError("A model in memory cannot be written from; give its folder, or use merged_model.")
     out = Path(out)
@@ -163,8 +159,9 @@ def merged_model(
 class Merger:
     """A merge as a function from a tensor's name to the merged tensor; arguments as for `merge_models`.
 
-    layouts: the merged model's tensors, of the types of the model that `settings_from` names. What an opened
-    model does without and not all models hold (a vision tower, say) is taken from that model.
+    first: the base, or A where there is none, which the result takes its settings from. layouts: the merged
+    model's tensors, of the types of that model. What an opened model does without and not all models hold (a
+    vision tower, say) is taken from it.
     """
 
     def __init__(
@@ -175,15 +172,12 @@ class Merger:
         method: str | Method = "average",
         protection: Protection | None = None,
         fishers: tuple[AnyScores, AnyScores] | None = None,
-        settings_from: Settings = "base",
     ) -> None:
-        check_choice("settings_from", settings_from, Settings)
         self.method, self.protection = find_method(method), protection
         self.base = None if base is None else open_weights(base)
         self.experts = (open_weights(a), open_weights(b))
-        first = self.base or self.experts[0]
-        self.settings = {"base": first, "a": self.experts[0], "b": self.experts[1]}[settings_from]
-        self.layouts = self.settings.layouts
+        self.first = first = self.base or self.experts[0]
+        self.layouts = first.layouts
         self._check_method(fishers)
         for expert in self.experts:
             _check_alike(first, expert)
@@ -202,7 +196,7 @@ class Merger:
         """The merged tensor. Raises FloatingPointError where it holds NaN or infinite values."""
         layout = self.layouts[name]
         if name not in self.common:
-            return self.settings.read(name)
+            return self.first.read(name)
         if name not in self.floating:
             return self._unmerged(name)
         protected = self._protected_masks(name)
@@ -221,9 +215,9 @@ class Merger:
 
         Raises ValueError, naming a tensor, for an architecture that transformers could not load again.
         """
-        if self.settings.loaded is None:
+        if self.first.loaded is None:
             return self.layouts, self.tensor
-        stored = StoredTensors(self.settings.loaded, self.layouts, self.tensor)
+        stored = StoredTensors(self.first.loaded, self.layouts, self.tensor)
         return stored.layouts, stored.read
 
     def card(self, name: str) -> str:
@@ -235,7 +229,7 @@ class Merger:
         for role, m in named.items():
             if m is not None:
                 lines.append(f"| {role} | {m.label} | {m.revision or 'local'} | {m.sha256} |")
-        lines += ["", f"Method: {self.method}. Configuration and tokenizer: {self.settings.label}.", ""]
+        lines += ["", f"Method: {self.method}. Configuration and tokenizer: {self.first.label}.", ""]
         return "\n".join([*lines, *self._protection_lines(), *self._fisher_lines()]) + "\n"
 
     def masks(self, expert: Literal["a", "b"]) -> Iterator[tuple[str, Tensor]]:
@@ -261,14 +255,14 @@ class Merger:
 
     def _unmerged(self, name: str) -> Tensor:
         """A tensor of whole numbers, which all models must share."""
-        first = self.settings.read(name)
+        first = self.first.read(name)
         if any(not expert.read(name).equal(first) for expert in self.experts):
             raise ValueError(f"{name} holds whole numbers that differ between the models and has no mean.")
         return first
 
     def _work(self, name: str) -> torch.dtype:
         dtype = torch.float32
-        for model in (self.settings, *self.experts):
+        for model in (self.first, *self.experts):
             dtype = torch.promote_types(dtype, model.layouts[name].dtype)
         return dtype
 
@@ -512,7 +506,7 @@ def _check_alike(first: ModelWeights, other: ModelWeights) -> None:
         own, others = first.config.get(key), other.config.get(key)
         if own != others and None not in (own, others):
             said = f"{pair} differ in {key}, {json.dumps(own)} and {json.dumps(others)}"
-            warnings.warn(f"{said}; the merged model has that of settings_from.", stacklevel=4)
+            warnings.warn(f"{said}; the merged model has that of the first.", stacklevel=4)
 
 
 def _check_same_base(base: ModelWeights, expert: ModelWeights) -> None:

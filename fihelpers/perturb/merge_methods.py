@@ -20,7 +20,6 @@ Weights = tuple[float, float]
 Scope = Literal["global", "layer"]
 Trim = Literal["global", "tensor"]
 Elect = Literal["mean", "larger"]
-Weighting = Literal["after election", "before election"]
 Stages = Literal["I", "II", "I and II"]
 
 EQUAL = (1.0, 1.0)
@@ -112,9 +111,7 @@ class Ties(Method):
     "global", as its authors do) or of each tensor ("tensor", as peft and mergekit do).
     elect: "mean" averages the entries that agree with the sign of their sum; "larger" keeps the larger entry
     alone (method 4.6).
-    weighting: `weights` multiply what was elected, divided by its number ("after election", peft), or weight
-    the election too and divide by their own sum ("before election", mergekit). All agree for equal weights
-    of 1.
+    `weights` multiply what was elected, divided by its number, as in peft.
     """
 
     name = "TIES"
@@ -123,28 +120,21 @@ class Ties(Method):
     density: float = 0.2
     trim: Trim = "global"
     elect: Elect = "mean"
-    weighting: Weighting = "after election"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_share("density", self.density)
         check_choice("trim", self.trim, Trim)
         check_choice("elect", self.elect, Elect)
-        check_choice("weighting", self.weighting, Weighting)
 
     def merge(self, piece: Piece) -> Tensor:
         return _moved(piece, self.task_weight, self._consensus(piece))
 
     def _consensus(self, piece: Piece) -> Tensor:
         entries = _trimmed(piece)
-        weights = entries.new_tensor(self.weights)[:, None]
-        voters = entries * weights if self.weighting == "before election" else entries
-        chosen = _by_protection(self._elected(voters), piece)
-        if self.weighting == "after election":
-            merged: Tensor = disjoint_merge(entries * weights, chosen)
-            return merged
-        total = (weights * chosen).sum(0)
-        return (voters * chosen).sum(0) / torch.where(total == 0, 1, total)
+        chosen = _by_protection(self._elected(entries), piece)
+        merged: Tensor = disjoint_merge(entries * entries.new_tensor(self.weights)[:, None], chosen)
+        return merged
 
     def _elected(self, voters: Tensor) -> Tensor:
         if self.elect == "mean":
