@@ -152,7 +152,7 @@ class Trials:
                 lines.append({**line, "n": a.shape[1], "verdict": side(low, high)})
         return pd.DataFrame(lines)
 
-    def with_values(self, name: str, values: Sequence[float]) -> Trials:
+    def with_values(self, name: str, values: Iterable[float]) -> Trials:
         """The same trials with one more number each, which all its questions share."""
         pairs = zip(self.tried, values, strict=True)
         tried = [replace(t, values={**t.values, name: np.full(len(_first(t.values)), x)}) for t, x in pairs]

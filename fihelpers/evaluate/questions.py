@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fihelpers.answers import Answers, FixedTop, Groups
+from fihelpers.answers import Answers, FixedTop, Groups, usual_answers
 from fihelpers.models.language import Batch, LanguageModel, at_columns, brief, left_padded
 from fihelpers.models.vision import VisionModel
 from fihelpers.scores.pixels import image_of, option_letters
@@ -63,6 +63,7 @@ class Evaluator:
     The first call belongs to the intact model: it fixes the classes of ``Top`` and, where an example has no
     right answer or the classes are not its options (``Top``), takes the model's choice as the answer.
     ``reference`` is an earlier outcome on the same examples that takes the place of this first call.
+    ``answers`` are by default the letters of the options, or for text to continue the likeliest tokens.
 
     Prompts are tokenised once; those of a subject share what they begin with, which is read once a call.
     Raises ValueError for no examples, or one whose options do not fit the classes.
@@ -72,7 +73,7 @@ class Evaluator:
         self,
         model: LanguageModel,
         examples: Sequence[Example],
-        answers: Answers,
+        answers: Answers | None = None,
         batch_size: int = BATCH_SIZE,
         reference: Outcome | None = None,
     ) -> None:
@@ -82,8 +83,8 @@ class Evaluator:
             raise ValueError("there are no examples to answer; give at least one.")
         _check_reference(reference, len(self.examples))
         self.reference = reference
-        self._answers = answers
-        self._right = _right_classes(self.examples, answers)
+        self._answers = answers or usual_answers(model.tokenizer, lettered=bool(self.examples[0].options))
+        self._right = _right_classes(self.examples, self._answers)
         self._groups = list(self._prompt_groups(batch_size))
 
     def identity(self) -> list[object]:
@@ -140,7 +141,7 @@ class Evaluator:
 def answer_all(
     model: LanguageModel,
     examples: Sequence[Example],
-    answers: Answers,
+    answers: Answers | None = None,
     batch_size: int = BATCH_SIZE,
     reference: Outcome | None = None,
 ) -> Outcome:

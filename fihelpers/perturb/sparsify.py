@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fihelpers.models.language import LanguageModel
 from fihelpers.models.linear import as_rows, linear_names
 from fihelpers.scores.store import Scores
 
@@ -60,8 +61,13 @@ def select(
 
 
 @contextmanager
-def zeroed(network: nn.Module, positions: Mapping[str, Tensor]) -> Iterator[nn.Module]:
-    """The network with the weights at `positions` set to zero; on leaving they are as before, bit for bit."""
+def zeroed(model: LanguageModel | nn.Module, positions: Mapping[str, Tensor]) -> Iterator[nn.Module]:
+    """The model's network with the weights at `positions` set to zero.
+
+    positions: of each weight by its name, flat, as from `select`. On leaving they are as before, bit for bit.
+    Raises ValueError for the name of a weight that the model has not.
+    """
+    network = model.network if isinstance(model, LanguageModel) else model
     weights = dict(network.named_parameters())
     unknown = sorted(set(positions) - set(weights))
     if unknown:

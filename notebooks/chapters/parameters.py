@@ -23,7 +23,7 @@ EVERY_CHAPTER = "all"  # the section of a profile that holds for each chapter th
 # parameters that may be None, each with an example of its other values
 OR_NONE: Mapping[str, Any] = {"REVISION": "main", "LAYERS": [0], "N_IMAGES": 1, "N_QUESTIONS": 1}
 # groups of settings whose names are not all in the default: what reads them checks them
-FREE = ("DOMAINS", "TEXT", "OPTIONS", "NONSENSE", "LARGE.hardware")
+FREE = ("DOMAINS", "OPTIONS", "NONSENSE", "LARGE.hardware")
 
 Section = Mapping[str, Any]
 
@@ -114,10 +114,11 @@ def read_profile(folder: Path, profile: str) -> dict[str, Section]:
 def settle(chapter: str, defaults: Section, profile: Mapping[str, Section], given: Section) -> dict[str, Any]:
     """Return one value for each declared name: the given one, else the profile's, else the default.
 
-    Values that have to be in a list join it (:func:`fichapters.settings.agreed`). Raises ValueError for a
-    name the chapter does not declare, a value of another type than the default's (an int may stand for a
-    float, and a default of None takes anything, but for OR_NONE), settings in a group that the default's has
-    not, or lacks, what `agreed` refuses, and a profile that sets PROFILE.
+    A group of settings that is given in part keeps the others. Values that have to be in a list join it
+    (:func:`fichapters.settings.agreed`). Raises ValueError for a name the chapter does not declare, a value
+    of another type than the default's (an int may stand for a float, and a default of None takes anything,
+    but for OR_NONE), settings in a group that the default's has not, what `agreed` refuses, and a profile
+    that sets PROFILE.
     """
     own = profile.get(chapter, {})
     shared = {name: value for name, value in profile.get(EVERY_CHAPTER, {}).items() if name in defaults}
@@ -126,7 +127,10 @@ def settle(chapter: str, defaults: Section, profile: Mapping[str, Section], give
             raise ValueError(f"{chapter} has no parameter {name} (given {value!r}){nearest(name, defaults)}")
     if "PROFILE" in {**shared, **own}:
         raise ValueError("a profile cannot set PROFILE; choose the profile with --profile or -p PROFILE.")
-    settled = {**defaults, **shared, **own, **given}
+    settled = dict(defaults)
+    for name, value in [*shared.items(), *own.items(), *given.items()]:
+        whole = name in FREE or not (isinstance(value, dict) and isinstance(defaults[name], dict))
+        settled[name] = value if whole else {**settled[name], **value}
     try:
         for name, value in settled.items():
             if not (value is None and name in OR_NONE):
@@ -153,9 +157,6 @@ def check_value(name: str, value: Any, default: Any) -> None:
             )
         if key in default:
             check_value(f"{name}.{key}", value[key], default[key])
-    missing = [key for key in default if key not in value and name not in FREE]
-    if missing:
-        raise ValueError(f"the parameter {name} lacks {missing[0]!r}; give {', '.join(default)}.")
 
 
 def nearest(name: str, known: Collection[str]) -> str:

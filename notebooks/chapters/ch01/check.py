@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from fichapters.ch01.lab import Look
 from fichapters.exercises import Wrong, distribution, equal, exercise, whole
+from fihelpers.evaluate.questions import Evaluator
 from fihelpers.evaluate.stats import wilson
 from fihelpers.models.language import LanguageModel
 from fihelpers.perturb.sparsify import linear_names, select, zeroed
@@ -63,20 +63,18 @@ def largest_weights(answer: object, model: LanguageModel, asked: Sequence[Exampl
     if not 0 <= count <= len(asked):
         raise Wrong(f"Count the right answers among the {len(asked)} questions, as a whole number.")
     sizes = {n: model.network.get_parameter(n).detach().abs() for n in linear_names(model.network)}
-    look = Look(model, asked)
-    counts = {"intact": int(look.correct().sum())}
+    ask = Evaluator(model, asked)
+    counts = {"intact": int(ask().correct.sum())}
     for which in ("top", "random", "bottom"):
-        with zeroed(model.network, select(sizes, share, which)):
-            counts[which] = int(look.correct().sum())
+        with zeroed(model, select(sizes, share, which)):
+            counts[which] = int(ask().correct.sum())
     if abs(count - counts["top"]) > 1:  # another machine may round one question over the border
         if count in (counts["intact"], counts["bottom"]):
             raise Wrong(
                 "So many are right with the intact model, too. Ask within `with zeroed(...)`, and zero "
                 "the *top* share."
             )
-        raise Wrong(
-            "Ask again within `with zeroed(small_model.network, select(...))`, and choose by `sizes`."
-        )
+        raise Wrong("Ask again within `with zeroed(small_model, select(...))`, and choose by `sizes`.")
     return (
         f"{count} of {len(asked)} are right, against {counts['random']} with as many random weights "
         f"zeroed and {counts['intact']} intact. Size alone, without any gradient, is a baseline that FI "

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fichapters.ch01.lab import Look
 from fichapters.ch07.judges import rouge1
 from fichapters.exercises import Wrong, equal, exercise, number, tensor, whole
 from fihelpers import influence
+from fihelpers.evaluate.questions import Evaluator
 from fihelpers.models.language import LanguageModel
 from fihelpers.perturb.sparsify import linear_names, select, zeroed
 from fihelpers.tasks import Example
@@ -111,11 +111,11 @@ def prune(answer: object, model: LanguageModel, asked: Sequence[Example], shares
     value = number(answer)
     if value not in shares:
         raise Wrong(f"Choose one of the shares {', '.join(map(str, shares))}.")
-    look = Look(model, asked)
-    intact, right = int(look.correct().sum()), {}
+    ask = Evaluator(model, asked)
+    intact, right = int(ask().correct.sum()), {}
     for share in shares:
-        with zeroed(model.network, select(sizes, share, "bottom", scope="layer")):
-            right[share] = int(look.correct().sum())
+        with zeroed(model, select(sizes, share, "bottom", scope="layer")):
+            right[share] = int(ask().correct.sum())
     enough = [share for share, count in right.items() if count >= KEPT * intact]
     if right[value] < KEPT * intact:
         raise Wrong(

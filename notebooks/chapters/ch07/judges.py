@@ -110,6 +110,10 @@ class LikelihoodJudge:
         self.batch_size = batch_size
         self._known: dict[tuple[str, Response], float] = {}
 
+    def identity(self) -> list[object]:
+        """What its verdicts depend on; see :mod:`fihelpers.identity`."""
+        return [self.label, self.model]
+
     def prefer(self, prompts: Sequence[str], a: Sequence[Response], b: Sequence[Response]) -> np.ndarray:
         """Return the preference (N,); see the class."""
         _check_pairs(prompts, a, b)
@@ -155,6 +159,10 @@ class ApiJudge:
         self.label = f"{model} (API)"
         self._key = key
         self._known = _read_verdicts(cache)
+
+    def identity(self) -> list[object]:
+        """What its verdicts depend on; see :mod:`fihelpers.identity`."""
+        return [self.url, self.model]
 
     def prefer(self, prompts: Sequence[str], a: Sequence[Response], b: Sequence[Response]) -> np.ndarray:
         """Return the preference (N,); see the class."""

@@ -1,356 +1,293 @@
-"""Chapter 07: zero the weights that a measure calls fragile, and see what breaks (method 4.4)."""
+"""What chapter 07 does not write out: drawing questions, controls, readings of its trials (method 4.4)."""
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Protocol
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from tqdm import tqdm
 
-from fihelpers.answers import usual_answers
-from fihelpers.data import write_atomically
-from fihelpers.evaluate.questions import Evaluator, Outcome
-from fihelpers.evaluate.stats import crossed_difference, mean_interval
-from fihelpers.measures import MEASURES, Measure, Random, find_measure, names_of
-from fihelpers.models.language import LanguageModel
-from fihelpers.perturb.sparsify import Which, linear_names, select, zeroed
+from fichapters.ch07.judges import (
+    ApiJudge,
+    Judge,
+    LikelihoodJudge,
+    length_controlled_win_rates,
+    published_difficulties,
+    rouge1,
+)
+from fihelpers.data import data_folder
+from fihelpers.evaluate.stats import crossed_difference
+from fihelpers.models.generate import Response, greedy
+from fihelpers.models.language import LanguageModel, in_chat
+from fihelpers.perturb.sparsify import Which, select
 from fihelpers.scores.store import Scores
-from fihelpers.scores.weights import score_weights
 from fihelpers.tasks import Example, load_task
+from fihelpers.tasks.instructions import ALPACA, SUBJECT, instruction_prompt, load_instructions
+from fihelpers.trials import Kept, Trials
 
-INTACT = "intact"
-RANDOM = "random"
-MAGNITUDE = "magnitude"
-SYMBOLS = "0123456789abcdefghijklmnopqrstuvwxyz"  # a class a symbol, in the strings of answers
-TEXT = dict.fromkeys(("correct", "said", "right"), str)  # columns that only look like numbers
-# what chapter 07 compares question by question: the first measure's accuracy minus the second's
-PAIRS = {
-    "exact_random": ("FI exact", "random"),
-    "damped_random": ("FI damped 0.0001", "random"),
-    "damped_exact": ("FI damped 0.0001", "FI exact"),
-    "damped_jacobian": ("FI damped 0.0001", "Jacobian norm"),
-    "snip_damped": ("SNIP", "FI damped 0.0001"),
-    "length_snip": ("information length", "SNIP"),
-}
+log = logging.getLogger(__name__)
+
+SCORES = ("rouge1", "win_rate", "length_controlled")
+SIDES = ("below", "above")
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is run.
+def questions(p: SimpleNamespace, split: str, n: int | None, seed: int) -> dict[str, Sequence[Example]]:
+    """Examples of each of a chapter's SUBJECTS from its TASK, drawn with a seed (n each; all if None)."""
+    return {subject: draw_of(p.TASK, subject, split, n, seed) for subject in p.SUBJECTS}
 
-    rates: shares of the linear weights to zero, in (0, 1]. seeds: number of calibration sets. n_calibration
-    and n_test: questions of each subject (n_test None takes all). low_of: FI measures for which "FI-low", a
-    random draw from the lower half, is run as well. transfer_of, transfer_rate: the ranking that is also
-    tried on the other subjects.
+
+def draw_of(task: str, subject: str | None, split: str, n: int | None, seed: int) -> Sequence[Example]:
+    """Examples of a task, as `load_task` draws them.
+
+    Of a text file the first half is the val split, drawn with the seed, and the rest the test split, of which
+    the first n are taken. Raises ValueError where there are fewer than n.
     """
-
-    task: str
-    subjects: tuple[str, ...]
-    rates: tuple[float, ...]
-    seeds: int
-    n_calibration: int
-    n_test: int | None
-    measures: tuple[str, ...] = tuple(MEASURES)
-    low_of: tuple[str, ...] = ("FI exact", "FI damped 0.0001")
-    transfer_of: str = "FI damped 0.0001"
-    transfer_rate: float = 0.02
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("measures", "low_of"):
-            object.__setattr__(self, name, names_of(getattr(self, name)))
-
-
-class Draw(Protocol):
-    """The part of a plan that says what is drawn from which task."""
-
-    @property
-    def task(self) -> str: ...
-    @property
-    def n_calibration(self) -> int: ...
-    @property
-    def n_test(self) -> int | None: ...
-    @property
-    def seed(self) -> int: ...
-
-
-def calibration_set(plan: Draw, subject: str | None, seed: int) -> Sequence[Example]:
-    """Questions of the validation split, or contexts of the first half of a text file."""
-    if not plan.task.endswith(".txt"):
-        return load_task(plan.task, subject, "val", plan.n_calibration, seed).examples
-    whole = load_task(plan.task).examples
-    half = whole[: len(whole) // 2]
-    if plan.n_calibration > len(half):
+    if not task.endswith(".txt"):
+        return load_task(task, subject, split, n, seed).examples
+    whole = load_task(task).examples
+    half = whole[: len(whole) // 2] if split == "val" else whole[len(whole) // 2 :]
+    if n is not None and n > len(half):
         raise ValueError(
-            f"The first half of {plan.task} has {len(half)} contexts, "
-            f"fewer than the {plan.n_calibration} asked for."
+            f"The {split} half of {task} has {len(half)} contexts, fewer than the {n} asked for."
         )
-    chosen = np.random.default_rng(seed).permutation(len(half))[: plan.n_calibration]
+    if split != "val":
+        return half[:n]
+    chosen = np.random.default_rng(seed).permutation(len(half))[:n]
     return [half[i] for i in sorted(chosen)]
 
 
-def tested_set(plan: Draw, subject: str | None) -> Sequence[Example]:
-    """Questions of the test split, or contexts of the second half of a text file."""
-    if not plan.task.endswith(".txt"):
-        return load_task(plan.task, subject, "test", plan.n_test, plan.seed).examples
-    whole = load_task(plan.task).examples
-    return whole[len(whole) // 2 :][: plan.n_test]
-
-
-def run_sweep(model: LanguageModel, plan: Plan, cache: Path) -> pd.DataFrame:
-    """Zero the top share of all linear weights by every measure, for every subject and calibration set.
-
-    Returns one row for each (subject, tested_on, seed, measure, rate), with n, accuracy, log_prob (mean log P
-    of the right answer, or of the intact model's own choice where nothing is right) and three strings with
-    one place for each test question: `correct` (0 or 1), `said` and `right` (the class, as in SYMBOLS).
-    Magnitude looks at no question: what it does is run for the first set and holds for all. Finished pairs
-    of subject and seed lie in `cache` and are not run again after an interruption. Raises ValueError for an
-    unknown measure or a rate outside [0, 1].
-    """
-    check(plan)
-    tested = {s: tested_set(plan, s) for s in plan.subjects}
-    evaluators = {s: _evaluator(model, examples) for s, examples in tested.items()}
-    key = _key(model, plan, tested)
-    parts = [pd.DataFrame([_row(s, s, 0, INTACT, 0.0, e()) for s, e in evaluators.items()])]
-    pairs = [(s, k) for s in plan.subjects for k in range(plan.seeds)]
-    for subject, k in tqdm(pairs, desc="sparsification", unit="calibration set"):
-        path = cache / f"{key}.{subject}.{k}.csv"
-        if not path.is_file():
-            found = pd.DataFrame(_one_calibration(model, plan, evaluators, subject, k))
-            write_atomically(path, found.to_csv(index=False).encode())
-        parts.append(pd.read_csv(io.BytesIO(path.read_bytes()), dtype=TEXT))
-    rows = pd.concat(parts, ignore_index=True)
-    same = rows[rows.measure == MAGNITUDE]
-    return pd.concat([rows, *(same.assign(seed=k) for k in range(1, plan.seeds))], ignore_index=True)
-
-
-def pooled_scores(model: LanguageModel, plan: Plan) -> dict[str, Scores]:
-    """Scores of the linear weights over the first calibration sets of all subjects together."""
-    examples = [e for s in plan.subjects for e in calibration_set(plan, s, plan.seed)]
-    return score_weights(model, examples, plan.measures, only=linear_names(model.network))
-
-
-def summary(rows: pd.DataFrame) -> pd.DataFrame:
-    """Mean accuracy over subjects for each measure and rate, with a t interval over the calibration sets.
-
-    Rate 0 is the intact model, the same for every measure. Columns: measure, rate, accuracy, low, high,
-    log_prob, seeds, n (test questions).
-    """
-    own = rows[rows.subject == rows.tested_on]
-    intact = own[own.measure == INTACT]
-    lines = []
-    for (measure, rate), part in own[own.measure != INTACT].groupby(["measure", "rate"], sort=False):
-        by_seed = part.groupby("seed").accuracy.mean()
-        low, high = mean_interval(by_seed.to_numpy())[-2:] if len(by_seed) > 1 else (np.nan, np.nan)
-        lines.append(
-            (measure, rate, by_seed.mean(), low, high, part.log_prob.mean(), len(by_seed), intact.n.sum())
-        )
-    table = pd.DataFrame(
-        lines, columns=["measure", "rate", "accuracy", "low", "high", "log_prob", "seeds", "n"]
-    )
-    start = table.drop_duplicates("measure").assign(
-        rate=0.0, accuracy=intact.accuracy.mean(), low=np.nan, high=np.nan, log_prob=intact.log_prob.mean()
-    )
-    return pd.concat([start, table], ignore_index=True)
-
-
-def lost(row: pd.Series, intact: float) -> tuple[float, float, float]:
-    """The share of the intact accuracy that is gone, with its interval; row: of `summary`."""
-    value, low, high = ((intact - row[end]) / intact for end in ("accuracy", "high", "low"))
-    return value, low, high
-
-
-def with_interval(table: pd.DataFrame) -> pd.Series:
-    """Accuracy and its interval as text, for a table to read."""
-    return table.apply(
-        lambda r: f"{r.accuracy:.2f}" if np.isnan(r.low) else f"{r.accuracy:.2f} [{r.low:.2f}, {r.high:.2f}]",
-        axis=1,
-    )
-
-
-def own_and_other(carried: pd.DataFrame) -> tuple[float, float]:
-    """Mean accuracy tested on the subject calibrated on, and on the others (the same for one subject)."""
-    values = carried.to_numpy()
-    same = np.eye(len(values), dtype=bool)
-    return float(values[same].mean()), float(values[~same].mean() if len(values) > 1 else values.mean())
-
-
-def answers_of(rows: pd.DataFrame, measure: str, rate: float) -> np.ndarray:
-    """Right (1) or wrong (0), a row for each calibration set, a column for each question of all subjects."""
-    lines = ["".join(part.correct) for _, part in _own(rows, measure, rate).groupby("seed")]
-    return np.array([[float(c) for c in line] for line in lines])
-
-
-def _own(rows: pd.DataFrame, measure: str, rate: float) -> pd.DataFrame:
-    """The rows of one measure at one rate, each subject tested on itself."""
-    own = rows[(rows.subject == rows.tested_on) & (rows.measure == measure) & np.isclose(rows.rate, rate)]
-    if own.empty:
-        raise ValueError(f"The sweep has no measure {measure!r} at rate {rate}.")
-    return own
-
-
-def difference(rows: pd.DataFrame, a: str, b: str, rate: float, seed: int) -> tuple[float, float, float]:
-    """Accuracy after zeroing by a minus by b, with a bootstrap interval over sets and questions."""
-    return crossed_difference(answers_of(rows, a, rate), answers_of(rows, b, rate), seed=seed)
-
-
-def differences(rows: pd.DataFrame, a: str, b: str, rates: Sequence[float], seed: int) -> pd.DataFrame:
-    """`difference` at every rate. Columns: rate, difference, low, high."""
-    lines = [(rate, *difference(rows, a, b, rate, seed)) for rate in rates]
-    return pd.DataFrame(lines, columns=["rate", "difference", "low", "high"])
-
-
-def chance(plan: Plan) -> float | None:
-    """The share of right answers that guessing gets, 1/K; None for a text file, where nothing is right."""
-    options = tested_set(plan, plan.subjects[0])[0].options
+def chance(tested: Mapping[str, Sequence[Example]]) -> float | None:
+    """The share of right answers that guessing gets, 1/K; None where nothing is right."""
+    options = next(iter(tested.values()))[0].options
     return 1 / len(options) if options else None
 
 
-def one_letter(rows: pd.DataFrame, measure: str, rate: float) -> np.ndarray:
-    """Right (1) or wrong (0) of always giving one answer: the one that the broken model gives most often.
+def check(p: SimpleNamespace) -> None:
+    """Draw once whatever the chapter will draw, so that a bad parameter is refused before long work.
 
-    That answer is taken for each subject and calibration set by itself. Shape as in `answers_of`.
+    Raises what `load_task` raises, and ValueError for a judge that cannot be asked.
+    """
+    questions(p, "val", p.N_CALIBRATION, p.SEED)
+    questions(p, "test", p.N_TEST, p.SEED)
+    questions(p, "test", p.PRUNING["test"], p.SEED)
+    for split, n in (("val", "n_calibration"), ("test", "n_test")):
+        draw_of(p.TEXT["task"], None, split, p.TEXT[n], p.SEED)
+    if p.TEXT["judge_url"]:
+        ApiJudge(p.TEXT["judge_url"], p.TEXT["judge_model"])
+
+
+# --- what is left of an accuracy
+
+
+def with_loss(table: pd.DataFrame, intact: float) -> pd.DataFrame:
+    """The table with the share of the intact accuracy that is gone: lost, lost_low, lost_high.
+
+    A model that gets nothing right has nothing to lose (NaN).
+    """
+    ends = {"lost": "accuracy", "lost_low": "high", "lost_high": "low"}
+    gone = {name: (intact - table[end]) / (intact or np.nan) for name, end in ends.items()}
+    return table.assign(**gone)
+
+
+def above_one_letter(trials: Trials, measures: Sequence[str], rate: float, seed: int) -> pd.DataFrame:
+    """Accuracy minus that of always saying one letter: the one that the broken model says most often.
+
+    That letter is taken for each subject and calibration set by itself; bootstrap over both. Columns:
+    measure, rate, letter (its accuracy), difference, low, high, n.
     """
     lines = []
-    for _, part in _own(rows, measure, rate).groupby("seed"):
-        always = [max(sorted(set(said)), key=said.count) for said in part.said]
-        lines.append([c == a for right, a in zip(part.right, always, strict=True) for c in right])
-    return np.array(lines, dtype=float)
+    for measure in measures:
+        broken = trials.where(measure=measure, rate=rate)
+        subjects = list(dict.fromkeys(trial.labels["subject"] for trial in broken.tried))
+        always = [_one_letter(broken.where(subject=subject)) for subject in subjects]
+        letter = np.concatenate(always, axis=1)
+        right = np.concatenate([broken.answers(subject=subject) for subject in subjects], axis=1)
+        found = crossed_difference(right, letter, seed=seed)
+        lines.append((measure, rate, letter.mean(), *found, letter.shape[1]))
+    return pd.DataFrame(lines, columns=["measure", "rate", "letter", "difference", "low", "high", "n"])
 
 
-def left_above_one_letter(
-    rows: pd.DataFrame, measure: str, rate: float, seed: int
-) -> tuple[float, float, float]:
-    """Accuracy after zeroing minus that of `one_letter`, paired, with its interval as in `difference`."""
-    return crossed_difference(answers_of(rows, measure, rate), one_letter(rows, measure, rate), seed=seed)
+def _one_letter(trials: Trials) -> np.ndarray:
+    """Right (1) or wrong (0), (sets, questions), of each set's most frequent answer, given always."""
+    said, right = (trials.answers(value).astype(int) for value in ("said", "right"))
+    most = [np.bincount(line).argmax() for line in said]
+    return (right == np.array(most)[:, None]).astype(float)
 
 
-def overlaps(scores: dict[str, Scores], share: float) -> pd.DataFrame:
-    """Share of the top weights that two measures have in common, a square table."""
-    chosen = {}
-    for name, s in scores.items():
-        flat = torch.cat([v.flatten() for v in s.values.values()])
-        chosen[name] = set(select({"all": flat}, share)["all"].tolist())
-    count = max(1, len(next(iter(chosen.values()))))
-    return pd.DataFrame({a: {b: len(chosen[a] & chosen[b]) / count for b in chosen} for a in chosen})
+# --- what a score is made of
 
 
-def locations(scores: Scores, share: float) -> pd.DataFrame:
-    """Where the top weights sit: columns layer, matrix, weights, top, top_share (of the matrix)."""
-    chosen = select(scores, share)
-    lines = []
-    for name, value in scores.values.items():
-        layer = next((int(part) for part in name.split(".") if part.isdigit()), -1)
-        matrix = name.split(".")[-2]
-        lines.append((layer, matrix, value.numel(), len(chosen[name]), len(chosen[name]) / value.numel()))
-    return pd.DataFrame(lines, columns=["layer", "matrix", "weights", "top", "top_share"])
-
-
-def rows_holding_half(scores: Scores, share: float) -> tuple[int, int]:
-    """Number of rows (output channels) that hold half of the top weights, and the number of all rows."""
-    chosen = select(scores, share)
-    counts = [torch.bincount(chosen[n] // v.shape[1], minlength=v.shape[0]) for n, v in scores.values.items()]
-    ordered = torch.cat(counts).sort(descending=True).values.double()
-    needed = int((ordered.cumsum(0) < ordered.sum() / 2).sum()) + 1
-    return needed, len(ordered)
-
-
-def concentration(scores: dict[str, Scores], points: int = 200) -> pd.DataFrame:
-    """Share of the total score that the top share of the weights holds: columns measure, weights, total."""
+def concentration(scores: Mapping[str, Scores], points: int = 200) -> pd.DataFrame:
+    """Share of the total score that the top share of the weights holds: measure, weights, total, n."""
     lines = []
     for name, s in scores.items():
         flat = torch.cat([v.flatten() for v in s.values.values()]).double().sort(descending=True).values
         total = flat.cumsum(0) / flat.sum()
-        shares = np.geomspace(1 / len(flat), 1, points)
+        shares = np.union1d(np.geomspace(1 / len(flat), 1, points), [0.01])
         index = np.clip((shares * len(flat)).round().astype(int) - 1, 0, len(flat) - 1)
-        lines += [(name, w, float(total[i])) for w, i in zip(shares, index, strict=True)]
-    return pd.DataFrame(lines, columns=["measure", "weights", "total"])
+        lines += [(name, w, float(total[i]), len(flat)) for w, i in zip(shares, index, strict=True)]
+    return pd.DataFrame(lines, columns=["measure", "weights", "total", "n"])
 
 
-def transfer(rows: pd.DataFrame, plan: Plan) -> pd.DataFrame:
-    """Mean accuracy over calibration sets: rows are the subject calibrated on, columns the one tested."""
-    part = rows[(rows.measure == plan.transfer_of) & np.isclose(rows.rate, plan.transfer_rate)]
-    return part.pivot_table(index="subject", columns="tested_on", values="accuracy")
+def removed(scores: Mapping[str, Scores], rate: float, which: Which, scope: str) -> pd.DataFrame:
+    """What goes with the weights that each measure chooses, as shares of the whole model's.
 
-
-def check(plan: Plan) -> None:
-    """Raise ValueError for a plan that cannot be run; a chapter calls it before it opens a model."""
-    bad = [r for r in (*plan.rates, plan.transfer_rate) if not 0 <= r <= 1]
-    if bad:
-        raise ValueError(f"The share to zero must lie in [0, 1], not {bad[0]}.")
-    if plan.seeds < 1:
-        raise ValueError(f"The number of calibration sets must be at least 1, not {plan.seeds}.")
-    check_sets(plan, plan.subjects)
-
-
-def check_sets(plan: Draw, subjects: Iterable[str | None]) -> None:
-    """Draw a calibration and a test set of every subject. Raises what `load_task` raises."""
-    for subject in subjects:
-        calibration_set(plan, subject, plan.seed)
-        tested_set(plan, subject)
-
-
-def _key(model: LanguageModel, plan: Plan, tested: dict[str, Sequence[Example]]) -> str:
-    questions = [[(e.prompt, e.answer) for e in examples] for examples in tested.values()]
-    text = json.dumps([model.sha256, str(model.network.dtype), asdict(plan), questions], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _evaluator(model: LanguageModel, examples: Sequence[Example]) -> Evaluator:
-    answers = usual_answers(model.tokenizer, lettered=bool(examples[0].options))
-    evaluator = Evaluator(model, examples, answers)
-    evaluator()  # the intact model: its choices are the reference where nothing is right or wrong
-    return evaluator
-
-
-def _one_calibration(
-    model: LanguageModel, plan: Plan, evaluators: dict[str, Evaluator], subject: str, k: int
-) -> list[dict]:
-    examples = calibration_set(plan, subject, plan.seed + k)
-    names = [m for m in plan.measures if k == 0 or m != MAGNITUDE]
-    measures: list[Measure] = [find_measure(m) for m in dict.fromkeys((*names, *plan.low_of))]
-    measures = [Random(plan.seed + k) if m.name == RANDOM else m for m in measures]
-    scores = score_weights(model, examples, measures, only=linear_names(model.network))
-    top: list[tuple[str, str, Which]] = [(m, m, "top") for m in names]
-    low: list[tuple[str, str, Which]] = [(m, f"{m}, low half", "low half") for m in plan.low_of]
-    rows = []
-    for measure, label, which in top + low:
-        for rate in plan.rates:
-            moved = which == "top" and measure == plan.transfer_of and np.isclose(rate, plan.transfer_rate)
-            positions = select(scores[measure], rate, which, seed=plan.seed + k)
-            with zeroed(model.network, positions):
-                rows += [
-                    _row(subject, other, k, label, rate, ask())
-                    for other, ask in evaluators.items()
-                    if moved or other == subject
-                ]
-    return rows
-
-
-def _row(subject: str, tested_on: str, seed: int, measure: str, rate: float, outcome: Outcome) -> dict:
-    correct = outcome.correct
-    return {
-        "subject": subject,
-        "tested_on": tested_on,
-        "seed": seed,
-        "measure": measure,
-        "rate": rate,
-        "n": len(correct),
-        "accuracy": float(correct.double().mean()),
-        "log_prob": float(outcome.log_prob.double().mean()),
-        "correct": _as_symbols(correct),
-        "said": _as_symbols(outcome.predicted),
-        "right": _as_symbols(outcome.answer),
+    size: of the sum of W²; output: of that of W² ‖x‖², Wanda's score squared; information: of the
+    information length of removal. shared with Wanda: of its choice. A row for each measure.
+    """
+    flat = {name: torch.cat([v.flatten() for v in s.values.values()]).double() for name, s in scores.items()}
+    sums = {"size": flat["magnitude"].square(), "output": flat["Wanda"].square()}
+    sums["information"] = flat["information length"]
+    chosen = {name: _mask(s, rate, which, scope) for name, s in scores.items()}
+    lines = {
+        name: {of: float(v[mask].sum() / v.sum()) for of, v in sums.items()}
+        | {"shared with Wanda": float((mask & chosen["Wanda"]).sum() / max(1, int(mask.sum())))}
+        for name, mask in chosen.items()
     }
+    return pd.DataFrame(lines).T.rename_axis("measure").reset_index()
 
 
-def _as_symbols(classes: torch.Tensor) -> str:
-    return "".join(SYMBOLS[int(c)] for c in classes)
+def _mask(scores: Scores, rate: float, which: Which, scope: str) -> torch.Tensor:
+    """Whether each weight is chosen, over all tensors in their order."""
+    positions = select(scores, rate, which, scope=scope)  # type: ignore[arg-type]
+    masks = []
+    for name, value in scores.values.items():
+        mask = torch.zeros(value.numel(), dtype=torch.bool)
+        mask[positions[name].cpu()] = True
+        masks.append(mask)
+    return torch.cat(masks)
+
+
+# --- text
+
+
+def judge_of(model: LanguageModel, text: Mapping[str, Any], kept: Kept) -> Judge:
+    """The judge behind an API where TEXT has its address, else the likelihood under the intact model.
+
+    An API's verdicts are kept, whatever becomes of the run.
+    """
+    if not text["judge_url"]:
+        return LikelihoodJudge(model)
+    return ApiJudge(text["judge_url"], text["judge_model"], cache=kept.folder / "verdicts.jsonl")
+
+
+def framed(model: LanguageModel, example: Example) -> Example:
+    """The example in the words that a chat model expects: its own template around the instruction.
+
+    A model without template gets the prompt as it stands, as does a context to continue.
+    """
+    if not model.tokenizer.chat_template or example.question == example.prompt:
+        return example
+    return replace(example, prompt=in_chat(model.tokenizer, example.question, model.name))
+
+
+def instructions(
+    model: LanguageModel, text: Mapping[str, Any], split: str, n: int | None, seed: int
+) -> list[Example]:
+    """Instructions of a task, in the words that the model expects: see `framed`. text: the settings TEXT."""
+    return [framed(model, example) for example in draw_of(text["task"], None, split, n, seed)]
+
+
+def what_it_can(
+    model: LanguageModel, asked: Sequence[Example], intact: Sequence[Response], length: int
+) -> pd.DataFrame:
+    """ROUGE-1 of the intact model's answers: against references, after other words, and of unrelated ones.
+
+    Rows, with columns rouge1, same (answers equal but for space around them) and n: "reference"; "asked in
+    other words", of bundled instructions in a wording that the bundled model never saw; and "answer to
+    another prompt", what two answers share anyway. Raises ValueError where the model ends an answer at once:
+    there is nothing to compare with.
+    """
+    texts = [answer.text for answer in intact]
+    for example, text in zip(asked, texts, strict=True):
+        if not text.strip():
+            raise ValueError(
+                f"the intact model {model.name!r} ends its answer to {example.id!r} at once, so there is "
+                "nothing to compare with; leave that prompt out."
+            )
+    entries = load_instructions(data_folder())[1::2][: len(asked)]
+    unseen, first = (_answers_to(model, [e["wordings"][place] for e in entries], length) for place in (2, 0))
+    pairs = {
+        "reference": (texts, [example.reference for example in asked]),
+        "asked in other words": (unseen, first),
+        "answer to another prompt": (texts[1:] + texts[:1], texts),
+    }
+    lines = {
+        name: (rouge1(a, b).mean(), sum(x.strip() == y.strip() for x, y in zip(a, b, strict=True)), len(a))
+        for name, (a, b) in pairs.items()
+    }
+    return pd.DataFrame.from_dict(lines, orient="index", columns=["rouge1", "same", "n"])
+
+
+def _answers_to(model: LanguageModel, wordings: Sequence[str], length: int) -> list[str]:
+    examples = [Example(w, SUBJECT, instruction_prompt(w), (), None, w) for w in wordings]
+    prompts = [framed(model, example).prompt for example in examples]
+    return [answer.text for answer in greedy(model, prompts, length)]
+
+
+def at_equal_length(
+    trials: Trials, intact: Sequence[Response], task: str, examples: Sequence[Example]
+) -> tuple[Trials, str]:
+    """The trials with `length_controlled`, fitted over all of them together, and how that was done.
+
+    Every trial is a setting: a measure, a rate and a calibration set; the intact model is one more. The
+    difficulties of prompts are estimated, or the published ones where the task is AlpacaEval's and the hub
+    answers.
+    """
+    known, source = _known_difficulties(task, examples)
+    settings = [*trials.intact, *trials.tried]
+    found = length_controlled_win_rates(
+        [trial.values["win_rate"] for trial in settings],
+        [trial.values["characters"] for trial in settings],
+        [len(answer.text) for answer in intact],
+        known,
+    )
+    start = len(trials.intact)
+    return trials.with_values("length_controlled", found.win_rates[start:]), found.fit + source
+
+
+def _known_difficulties(task: str, examples: Sequence[Example]) -> tuple[np.ndarray | None, str]:
+    if task != ALPACA:
+        return None, ""
+    try:
+        known, commit = published_difficulties(examples)
+    except ConnectionError as error:
+        log.warning("difficulties of instructions are estimated from the sweep: %s", error)
+        return None, " (the published difficulties could not be had)"
+    return known, f" ({ALPACA} at {commit})"
+
+
+def text_tables(trials: Trials) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Every score of the answers with its interval, and each measure's difference from random zeroing.
+
+    Both have a column score; the intervals of the differences are over calibration sets (t), since a
+    bootstrap of a few sets would be too sure of itself.
+    """
+    tables, versus = {}, {}
+    for score in SCORES:
+        table = trials.table("measure", "rate", value=score)
+        pairs = [(name, "random") for name in dict.fromkeys(table.measure) if name != "random"]
+        start = np.nan if score == "length_controlled" else trials.start(score).mean()
+        tables[score] = table.rename(columns={score: "value"}).assign(intact=start)
+        versus[score] = trials.compare(pairs, "rate", value=score, over_sets=True)
+    tables["length_controlled"]["intact"] = tables["win_rate"]["intact"]  # an answer as long as itself
+    joined = [pd.concat(found, names=["score"]).reset_index(0) for found in (tables, versus)]
+    return joined[0].reset_index(drop=True), joined[1].reset_index(drop=True)
+
+
+def widest(differences: pd.DataFrame) -> pd.DataFrame:
+    """For each score and measure the rate at which it falls furthest below random, and how often it did.
+
+    differences: of `text_tables`. Columns: score, first, minus, rate, difference, low, high, n, below, above
+    (numbers of rates) and rates.
+    """
+    groups = differences.groupby(["score", "first"], sort=False)
+    chosen = differences.loc[groups.difference.idxmin()].drop(columns="verdict")
+    counts = {side: groups.verdict.agg(lambda v, side=side: int((v == side).sum())) for side in SIDES}
+    found = pd.DataFrame({**counts, "rates": groups.size()}).reset_index()
+    return chosen.merge(found, on=["score", "first"])

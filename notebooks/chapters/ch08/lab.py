@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fichapters.ch07.lab import questions
+from fichapters.ch07.lab import draw_of
 from fichapters.papers import published
-from fichapters.tables import RESAMPLES
+from fichapters.tables import RESAMPLES, with_verdict
 from fihelpers.answers import usual_answers
 from fihelpers.data import write_atomically
 from fihelpers.evaluate.questions import Evaluator, Outcome
@@ -106,14 +106,6 @@ DATA_FREE = (MAGNITUDE, ERROR)  # look at no question: the same for all calibrat
 # Qwen2-7B, the model of the paper's earlier version, from the config.json that its makers publish
 QWEN2_7B_LAYERS, QWEN2_7B_HIDDEN = 28, 3584
 QWEN2_7B_KEY_VALUE, QWEN2_7B_INTERMEDIATE = 512, 18944
-
-VERDICTS = {  # what an interval says, and what the names of records are made of
-    "holds": "holds",
-    "undecided": "undecided",
-    "the reverse holds": "reverse",
-    "does not hold": "not",
-    "nothing to recover": "nothing",
-}
 
 
 @dataclass(frozen=True)
@@ -243,12 +235,12 @@ def evaluator(model: LanguageModel, plan: Plan) -> Evaluator:
 
 def calibration_set(plan: Plan, subject: str, seed: int) -> Sequence[Example]:
     """Questions of the validation split, or contexts of the first half of a text file."""
-    return questions(plan.task, subject, "val", plan.n_calibration, seed)
+    return draw_of(plan.task, subject, "val", plan.n_calibration, seed)
 
 
 def tested_set(plan: Plan, subject: str) -> Sequence[Example]:
     """Questions of the test split, or contexts of the second half of a text file."""
-    return questions(plan.task, subject, "test", plan.n_test, plan.seed)
+    return draw_of(plan.task, subject, "test", plan.n_test, plan.seed)
 
 
 def run_protection(model: LanguageModel, plan: Plan, ask: Evaluator, cache: Path) -> pd.DataFrame:
@@ -689,20 +681,22 @@ def sum_against_mean(ranking: Ranking, case: Case, share: float) -> dict[str, fl
 def high_against_low(rows: pd.DataFrame, plan: Plan, score: str) -> pd.DataFrame:
     """Claim 19 in every case, for both filters: rows of high FI kept minus rows of low FI kept.
 
-    Columns: matrices, bits, filter, loss (intact minus unprotected), difference, low, high (over all shares
-    run there) and verdict.
+    Columns: matrices, bits, filter, n (questions), loss (intact minus unprotected), lost (whether it can be
+    told from zero), difference, low, high (over all shares run there).
     """
     lines = []
+    n = int(rows.n.max())
     for case in plan.cases:
         found = Answers(rows, case, score, plan.seed)
         for high, low in ((EXACT, LOW_EXACT), (DAMPED, LOW_DAMPED)):
             ends = found.minus(high, low)
-            about = (case.matrices, case.bits, high.removeprefix("FI "), found.loss[0])
-            lines.append((*about, *ends, verdict(ends[1:], found.lost)))
-    columns = ["matrices", "bits", "filter", "loss", "difference", "low", "high", "verdict"]
+            about = (case.matrices, case.bits, high.removeprefix("FI "), n, found.loss[0], found.lost)
+            lines.append((*about, *ends))
+    columns = ["matrices", "bits", "filter", "n", "loss", "lost", "difference", "low", "high"]
     return pd.DataFrame(lines, columns=columns)
 
 
+NOTHING_LOST = "nothing to recover"  # where quantization loses nothing that can be told from zero
 DUELS = (  # what chapter 08 asks: which channels, the first minus the second
     ("rows", EXACT, RANDOM),
     ("rows", DAMPED, RANDOM),
@@ -724,36 +718,29 @@ DUELS = (  # what chapter 08 asks: which channels, the first minus the second
 def duels(rows: pd.DataFrame, plan: Plan, score: str) -> pd.DataFrame:
     """Paired differences in both main cases, over all shares: is the first of a pair better to keep by?
 
-    Columns: matrices, bits, axis, first, second, difference, low, high, verdict.
+    Columns: matrices, bits, axis, first, second, lost, difference, low, high.
     """
     lines = []
     for case in plan.main:
         found = Answers(rows, case, score, plan.seed)
         for axis, a, b in DUELS:
             ends = found.minus(a, b, None, axis)  # type: ignore[arg-type]
-            lines.append((case.matrices, case.bits, axis, a, b, *ends, verdict(ends[1:], found.lost)))
-    columns = ["matrices", "bits", "axis", "first", "second", "difference", "low", "high", "verdict"]
+            lines.append((case.matrices, case.bits, axis, a, b, found.lost, *ends))
+    columns = ["matrices", "bits", "axis", "first", "second", "lost", "difference", "low", "high"]
     return pd.DataFrame(lines, columns=columns)
-
-
-def verdict(interval: Sequence[float], lost: bool) -> str:
-    """What the interval of a difference says of the claim that it is above zero."""
-    if not lost:
-        return "nothing to recover"
-    if interval[0] > 0:
-        return "holds"
-    return "the reverse holds" if interval[1] < 0 else "undecided"
 
 
 def grid(tables: Mapping[str, pd.DataFrame], index: Sequence[str], column: str | None = None) -> pd.DataFrame:
     """Differences with their intervals and verdicts as text to read.
 
-    tables: by title, each with the columns difference, low, high and verdict; `index` names the columns that
+    tables: by title, each with the columns difference, low, high and lost; `index` names the columns that
     tell rows apart, `column` one whose values become columns, beside the titles.
     """
     parts = {}
     for title, table in tables.items():
-        text = table.apply(lambda r: f"{r.difference:+.3f} [{r.low:+.3f}, {r.high:+.3f}] {r.verdict}", axis=1)
+        ends = [f"{r.difference:+.3f} [{r.low:+.3f}, {r.high:+.3f}]" for r in table.itertuples()]
+        said = with_verdict(table, above=0).verdict.where(table.lost, NOTHING_LOST)
+        text = [f"{numbers} {word}" for numbers, word in zip(ends, said, strict=True)]
         told = table.assign(text=text).set_index([*index, *([column] if column else [])]).text
         parts[title] = told.unstack(column, sort=False) if column else told
     return pd.concat(parts, axis=1)
@@ -775,38 +762,23 @@ def spreads(ranking: Ranking, case: Case) -> pd.DataFrame:
     return pd.DataFrame(found).T
 
 
-def claims(rows: pd.DataFrame, plan: Plan) -> pd.DataFrame:
-    """Claim 19 part by part, by accuracy, with verdicts computed from the intervals.
+def recovered_as_claimed(rows: pd.DataFrame, plan: Plan) -> pd.DataFrame:
+    """The share of the loss of accuracy that the share of rows nearest to the claimed one wins back.
 
-    Columns: claim, setting, n, value, low, high, verdict. The first part is FI-high minus FI-low; the second
-    the share of the loss that the share of rows nearest to the claimed one wins back, to be above the
-    claimed recovery; NaN where nothing is lost.
+    Columns: matrices, bits, keep, share, n (questions), lost (whether the loss can be told from zero),
+    recovered, low, high; these are NaN where nothing is lost.
     """
-    kept, recovery = claimed("share"), claimed("recovery")
-    share = min(plan.shares, key=lambda s: abs(s - kept))
+    share = min(plan.shares, key=lambda s: abs(s - claimed("share")))
     n = int(rows.n.max())
-    lines: list[tuple[object, ...]] = []
-    for row in high_against_low(rows, plan, "accuracy").itertuples():
-        setting = f"{Case(row.matrices, row.bits)}, FI {row.filter}"
-        lines.append(("19: FI-high beats FI-low", setting, n, row.difference, row.low, row.high, row.verdict))
+    lines = []
     for case in plan.cases:
         found = Answers(rows, case, "accuracy", plan.seed)
         for keep in (EXACT, DAMPED):
-            value, low, high = found.recovered(keep, share)
-            said = verdict((low - recovery, high - recovery), found.lost)
-            said = "does not hold" if said == "the reverse holds" else said
             lines.append(
-                (
-                    f"19: {share:g} wins back over {recovery:g}",
-                    f"{case}, {keep}",
-                    n,
-                    value,
-                    low,
-                    high,
-                    said,
-                )
+                (case.matrices, case.bits, keep, share, n, found.lost, *found.recovered(keep, share))
             )
-    return pd.DataFrame(lines, columns=["claim", "setting", "n", "value", "low", "high", "verdict"])
+    columns = ["matrices", "bits", "keep", "share", "n", "lost", "recovered", "low", "high"]
+    return pd.DataFrame(lines, columns=columns)
 
 
 def by_subject(rows: pd.DataFrame, plan: Plan, examples: Sequence[Example]) -> pd.DataFrame:
