@@ -1,7 +1,7 @@
 """How well a model answers the questions of a task (method.md, section 4)."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
@@ -94,26 +94,9 @@ class Evaluator:
     def __call__(self) -> Outcome:
         """Answer every example with the model as it is now."""
         start = self._answers if self.reference is None else self.reference.classes
-        index, log_probs, predicted, classes = [], [], [], []
-        with torch.inference_mode():
-            for batch, logits in self._logits():
-                fixed = start.rows(batch.index).fix(logits)
-                index.append(batch.index)
-                classes.append(fixed)
-                log_probs.append(fixed.log_probs(logits).cpu())
-                predicted.append(fixed.choice(logits).cpu())
-        # Outside inference mode, so that the results are ordinary tensors.
-        order = torch.cat(index).argsort()
-        outcome = self._outcome(
-            torch.cat(log_probs)[order], torch.cat(predicted)[order], _joined(classes, order)
-        )
+        outcome = _outcome(self._logits(), start, self._right, self.reference)
         self.reference = self.reference or outcome
         return outcome
-
-    def _outcome(self, log_probs: Tensor, predicted: Tensor, classes: Answers) -> Outcome:
-        chosen = predicted if self.reference is None else self.reference.answer
-        answer = torch.where(self._right >= 0, self._right, chosen)
-        return Outcome(log_probs, predicted, answer, classes)
 
     def _prompt_groups(self, batch_size: int) -> Iterator[tuple[Tensor, list[Batch]]]:
         """Yield the shared prefix and the batches of every subject, indexed within all examples."""
@@ -126,7 +109,8 @@ class Evaluator:
             place = torch.tensor(positions)
             yield prefix, [batch.named(place[batch.index]) for batch in batches]
 
-    def _logits(self) -> Iterator[tuple[Batch, Tensor]]:
+    @torch.inference_mode()
+    def _logits(self) -> Iterator[tuple[Tensor, Tensor]]:
         bar = tqdm(total=len(self.examples), desc="answering", unit="prompt", delay=3, leave=False)
         with bar:
             for prefix, batches in self._groups:
@@ -134,7 +118,7 @@ class Evaluator:
                 for batch in batches:
                     with _last_mlp_at(self.model, batch.last):
                         logits = self.model.last_logits(batch, past)
-                    yield batch, logits
+                    yield batch.index, logits
                     bar.update(len(batch.index))
 
 
@@ -176,20 +160,34 @@ def answer_images(
         raise ValueError(f"there are {len(examples)} examples and {found} images; give one image an example.")
     _check_reference(reference, len(examples))
     start = reference.classes if reference is not None else answers or _letters_of(model, examples)
-    right = _right_classes(examples, start)
-    log_probs, predicted, classes = [], [], []
-    for rows in tqdm(torch.arange(len(examples)).split(batch_size), desc="answering", delay=3, leave=False):
-        shown = [image_of(examples[i]) if images is None else images[i] for i in rows.tolist()]
-        with torch.no_grad():
-            logits = model.last_logits(shown, [examples[i].prompt for i in rows.tolist()])
-        fixed = start.rows(rows).fix(logits)
-        classes.append(fixed)
-        log_probs.append(fixed.log_probs(logits).cpu())
-        predicted.append(fixed.choice(logits).cpu())
-    chosen = torch.cat(predicted)
+
+    def logits() -> Iterator[tuple[Tensor, Tensor]]:
+        places = torch.arange(len(examples)).split(batch_size)
+        for rows in tqdm(places, desc="answering", delay=3, leave=False):
+            shown = [image_of(examples[i]) if images is None else images[i] for i in rows.tolist()]
+            with torch.no_grad():
+                found = model.last_logits(shown, [examples[i].prompt for i in rows.tolist()])
+            yield rows, found
+
+    return _outcome(logits(), start, _right_classes(examples, start), reference)
+
+
+def _outcome(
+    batches: Iterable[tuple[Tensor, Tensor]], start: Answers, right: Tensor, reference: Outcome | None
+) -> Outcome:
+    """What batches say, each the places (B,) of its examples and their logits (B, V)."""
+    index, log_probs, predicted, fixed = [], [], [], []
+    for rows, logits in batches:
+        classes = start.rows(rows).fix(logits)
+        index.append(rows)
+        log_probs.append(classes.log_probs(logits).cpu())
+        predicted.append(classes.choice(logits).cpu())
+        fixed += [classes.ids.cpu()] if isinstance(classes, FixedTop) else []
+    order = torch.cat(index).argsort()
+    chosen = torch.cat(predicted)[order]
     answer = torch.where(right >= 0, right, chosen if reference is None else reference.answer)
-    judged = start if isinstance(start, Lettered) else _joined(classes, torch.arange(len(examples)))
-    return Outcome(torch.cat(log_probs), chosen, answer, judged)
+    judged = FixedTop(torch.cat(fixed)[order]) if fixed else start
+    return Outcome(torch.cat(log_probs)[order], chosen, answer, judged)
 
 
 @dataclass(frozen=True, eq=False)
@@ -254,12 +252,6 @@ def _right_classes(examples: Sequence[Example], answers: Answers) -> Tensor:
                 "answer classes; use one class an option."
             )
     return torch.tensor([-1 if example.answer is None else example.answer for example in examples])
-
-
-def _joined(classes: Sequence[Answers], order: Tensor) -> Answers:
-    """Put the classes of the batches together, in the order of the examples."""
-    fixed = [part.ids.cpu() for part in classes if isinstance(part, FixedTop)]
-    return FixedTop(torch.cat(fixed)[order]) if fixed else classes[0]
 
 
 @contextmanager

@@ -43,13 +43,12 @@ from fihelpers.scores.channels import Axis, check_axis
 from fihelpers.scores.store import Scores
 
 BITS = (1, 2, 3, 4, 8)
-PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}  # parts of a code that divide a byte
 SMALLEST = 2.0**-24  # scale, the smallest that float16 holds: weights that are all 0 still have one
 STORED = ("codes", "scales", "zeros", "kept", "kept_values")
 ALIGNED = 64  # bytes, to which torch lays its own tensors in memory
 SIXTEEN, POSITION = 2, 4  # bytes of a kept weight, and of the place of a kept channel
 HOW = "quantization.json"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -569,38 +568,26 @@ def _sixteen_bits(weight: Tensor, index: Tensor, axis: Axis) -> Tensor:
 
 
 def _pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """Bytes that hold codes of so many bits, plane after plane; each plane ends on a whole byte."""
-    flat, planes, done = codes.flatten(), [], 0
-    for width in PLANES[bits]:
-        each = 8 // width
-        part = (flat >> done) & (2**width - 1)
-        part = functional.pad(part, (0, -len(part) % each)).view(-1, each)
-        byte = torch.zeros(len(part), dtype=torch.uint8, device=codes.device)
-        for i in range(each):
-            byte |= part[:, i] << (i * width)
-        planes.append(byte)
-        done += width
-    return torch.cat(planes)
+    """Bytes that hold codes of so many bits: one bit of all of them, then the next, from a whole byte on."""
+    planes = (codes.flatten() >> _places(bits, codes)[:, None]) & 1
+    planes = functional.pad(planes, (0, -planes.shape[1] % 8)).view(bits, -1, 8)
+    return (planes << _places(8, codes)).sum(-1, dtype=torch.uint8).flatten()
 
 
 def _unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
     """The `count` codes, uint8, that `_pack_bits` packed."""
     if len(packed) != _code_bytes(bits, count):
         raise ValueError(f"{count} codes of {bits} bits do not fill {len(packed)} bytes")
-    codes = torch.zeros(count, dtype=torch.uint8, device=packed.device)
-    start = done = 0
-    for width in PLANES[bits]:
-        each = 8 // width
-        size = -(-count // each)
-        shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device)
-        part = (packed[start : start + size, None] >> shifts) & (2**width - 1)
-        codes |= part.flatten()[:count] << done
-        start, done = start + size, done + width
-    return codes
+    planes = ((packed.view(bits, -1, 1) >> _places(8, packed)) & 1).flatten(1)[:, :count]
+    return (planes << _places(bits, packed)[:, None]).sum(0, dtype=torch.uint8)
+
+
+def _places(bits: int, like: Tensor) -> Tensor:
+    return torch.arange(bits, dtype=torch.uint8, device=like.device)
 
 
 def _code_bytes(bits: int, count: int) -> int:
-    return sum(-(-count // (8 // width)) for width in PLANES[bits])
+    return bits * -(-count // 8)
 
 
 def packed_bytes(scheme: Scheme, shape: tuple[int, int], kept_rows: int = 0) -> int:
