@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from fichapters import bench
+from fichapters import bench, timed
 from fichapters.ch07 import lab as sparsification
 from fihelpers.__main__ import main
 from fihelpers.models.language import open_model
@@ -48,7 +48,7 @@ def test_the_jacobian_norm_is_the_mean_absolute_gradient(questions) -> None:
 
 def test_work_is_timed_in_turn() -> None:
     order: list[str] = []
-    seconds = bench.in_turn(
+    seconds = timed.in_turn(
         {"a": lambda: order.append("a"), "b": lambda: order.append("b")}, {"a": 1, "b": 2}, 3
     )
     assert "".join(order) == "ab" * 4 and {len(s) for s in seconds.values()} == {3}
@@ -56,9 +56,9 @@ def test_work_is_timed_in_turn() -> None:
 
 def test_a_row_pairs_the_rounds() -> None:
     seconds = {"ours": [1.0, 2.0, 4.0], "peer": [2.0, 2.0, 2.0]}
-    slower = bench.row("w", seconds, "ours", "peer", 1.5, None)
+    slower = timed.row("w", seconds, "ours", "peer", 1.5, None)
     assert (slower.ratio, slower.low, slower.high, slower.met) == (1.0, 0.5, 2.0, True)
-    faster = bench.row("w", seconds, "ours", "peer", 1.5, None, faster=True)
+    faster = timed.row("w", seconds, "ours", "peer", 1.5, None, faster=True)
     assert (faster.ratio, faster.low, faster.high, faster.met) == (1.0, 0.5, 2.0, False)
 
 

@@ -16,7 +16,7 @@ from fihelpers.filters import Cut, Damped, Exact
 from fihelpers.measures import MEASURES, Influence, Measure
 from fihelpers.scores import weights
 from fihelpers.scores.hooks import Factors
-from fihelpers.scores.kernels import cpu as tiles
+from fihelpers.scores.kernels.formulas import DAMPED, formula
 
 ON_GPU = torch.cuda.is_available()
 FILTERS: list[Measure] = [Influence(Exact()), Influence(Damped(1e-2)), Influence(Cut(0.1))]
@@ -65,8 +65,8 @@ for name, kernel in found[0].items():
 """
 
 SPOIL = """
-right = fused.tiles.add_measures
-fused.tiles.add_measures = lambda *given: (right(*given), given[-1].mul_(1.01))
+right = fused.add_by_torch
+fused.add_by_torch = lambda *given: (right(*given), given[-1].mul_(1.01))
 """
 
 COMPILE = """
@@ -119,7 +119,7 @@ def test_every_measure_is_that_of_torch(folder: str, tmp_path: Path) -> None:
         shares = torch.linspace(0.2, 1, len(factors.x))
         g, x = torch.stack(list(factors.grads)), factors.x
         value = torch.linspace(-1, 1, g.shape[-1] * x.shape[-1]).view(g.shape[-1], -1)
-        formulas = [tiles.formula(m) for m in measures]
+        formulas = [formula(m) for m in measures]
         given.append(((g, x, factors.start, factors.ceiling.float()), value, shares, formulas))
         exact = Factors(
             "", list(g.double()), x.double(), factors.start, factors.ceiling.double(), factors.index
@@ -140,7 +140,7 @@ def test_what_is_not_finite_reaches_the_sums(spoiled: float, folder: str, tmp_pa
             x[1, 2, 3] = spoiled
         else:
             g[:, 1, 2, 3] = spoiled
-        formulas = [tiles.formula(m) for m in (*FILTERS[1:], *REST)]
+        formulas = [formula(m) for m in (*FILTERS[1:], *REST)]
         given.append(((g, x, 0, factors.ceiling.float()), torch.ones(6, 7), torch.ones(2), formulas))
     for _, sums in added(folder, tmp_path, given):
         assert sums[:, 0].isfinite().all() and not sums[:, 1].isfinite().any()
@@ -159,13 +159,13 @@ def test_scores_of_a_model_are_those_of_single_operations(folder: str) -> None:
 
 def test_the_kernel_finds_itself_right(folder: str) -> None:
     device = "cuda" if ON_GPU else "cpu"
-    formulas = [tiles.formula(m) for m in (*FILTERS, *REST)]
+    formulas = [formula(m) for m in (*FILTERS, *REST)]
     run(f"fused.check(torch.device({device!r}), torch.float16, {formulas})", folder)
 
 
 def test_a_wrong_kernel_is_found_out(folder: str) -> None:
     device = "cuda" if ON_GPU else "cpu"
-    with pytest.raises(AssertionError, match="its scores differ from those of a CPU"):
+    with pytest.raises(AssertionError, match="its scores differ from those of plain operations"):
         run(f"{SPOIL}fused.check(torch.device({device!r}), torch.float16, [(0, 1e-4)])", folder)
 
 
@@ -175,4 +175,4 @@ def test_the_kernel_is_translated_for_two_generations_of_gpus(folder: str) -> No
 
 def test_where_the_kernel_cannot_run_torch_scores_the_layers() -> None:
     with pytest.warns(UserWarning, match="Linear layers are scored by single operations of torch"):
-        assert weights._kernel(torch.device("cpu"), torch.float32, ((tiles.DAMPED, 1e-4),)) is None
+        assert weights._kernel(torch.device("cpu"), torch.float32, ((DAMPED, 1e-4),)) is None

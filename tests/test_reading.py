@@ -167,7 +167,8 @@ THREADS = """
 import sys, torch
 sys.path.insert(0, {tests!r})
 from tiny import tiny_examples, tiny_model
-from fihelpers.scores import score_weights, tiles
+from fihelpers.scores.kernels import cpu as tiles
+from fihelpers.scores.weights import score_weights
 
 model, sizes = tiny_model("llama", torch.float32), []
 pool = tiles.ThreadPoolExecutor

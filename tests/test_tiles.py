@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba.core.dispatcher import Dispatcher
+from tiny import tiny_examples, tiny_model
 
 from fihelpers import influence
 from fihelpers.filters import Cut, Damped, Exact
@@ -14,6 +19,8 @@ from fihelpers.influence import ceiling
 from fihelpers.measures import MEASURES, DataFree, Elementwise, Influence, Measure
 from fihelpers.scores.hooks import Factors
 from fihelpers.scores.kernels import cpu as tiles
+from fihelpers.scores.kernels.formulas import CUT, add_by_torch, formula, measure_of
+from fihelpers.scores.weights import score_weights
 
 MEASURED = [m for m in MEASURES.values() if not isinstance(m, DataFree)]
 
@@ -41,7 +48,7 @@ def added(
     out, width = factors.grads[0].shape[-1], factors.x.shape[-1]
     value = torch.linspace(-1, 1, out * width, dtype=factors.x.dtype).view(out, width)
     totals = torch.zeros(len(measures), out, width, dtype=factors.x.dtype)
-    formulas = [f for f in map(tiles.formula, measures) if f is not None]
+    formulas = [f for f in map(formula, measures) if f is not None]
     assert len(formulas) == len(measures)
     return totals, tiles.add_measures(factors, value, shares, formulas, totals)
 
@@ -124,11 +131,54 @@ def test_no_gradient_no_influence() -> None:
 
 
 def test_what_is_not_known_is_left_to_torch() -> None:
-    assert tiles.formula(Elementwise("SNIP", lambda m, v: m.score)) is None
-    assert tiles.formula(Influence(Damped(1e-30))) is None
-    assert tiles.formula(Influence(Exact(2.0))) is None
-    assert tiles.formula(Influence(Damped(0))) == tiles.formula(Influence(Exact()))
-    assert tiles.formula(Influence(Cut(0.1))) == (tiles.CUT, pytest.approx(0.01))
+    assert formula(Elementwise("SNIP", lambda m, v: m.score)) is None
+    assert formula(Influence(Damped(1e-30))) is None
+    assert formula(Influence(Exact(2.0))) is None
+    assert formula(Influence(Damped(0))) == formula(Influence(Exact()))
+    assert formula(Influence(Cut(0.1))) == (CUT, pytest.approx(0.01))
+
+
+def test_a_formula_stands_for_its_measure() -> None:
+    factors, shares = factors_of(2, 5, 6, 7), torch.linspace(0.2, 1, 2)
+    value, formulas = torch.linspace(-1, 1, 42, dtype=torch.float64).view(6, 7), [*map(formula, MEASURED)]
+    assert [measure_of(one) for one in formulas if one and one[0] != CUT] == [
+        m for m, one in zip(MEASURED, formulas, strict=True) if one and one[0] != CUT
+    ]
+    totals = torch.zeros(len(MEASURED), 6, 7, dtype=torch.float64)
+    sums = add_by_torch(factors, value, shares, [one for one in formulas if one], totals)
+    for found, truth in zip((totals, sums), by_torch(factors, MEASURED, shares), strict=True):
+        close(found, truth, 1e-12)
+
+
+WITHOUT = """
+import sys, warnings
+sys.modules["numba"] = None
+sys.path.insert(0, sys.argv[1])
+import torch
+from tiny import tiny_examples, tiny_model
+from fihelpers.scores.weights import score_weights
+model, examples = tiny_model("llama", torch.float32), tiny_examples(3)
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    made = [score_weights(model, examples) for _ in range(2)]
+said = [str(one.message) for one in said if "fihelpers[fast]" in str(one.message)]
+assert len(said) == 1 and "The package numba is missing" in said[0] and "longer" in said[0], said
+torch.save({name: dict(scores.values) for name, scores in made[1].items()}, sys.argv[2])
+"""
+
+
+def test_without_numba_scores_are_the_same_and_it_is_said_once(tmp_path: Path) -> None:
+    kept = tmp_path / "scores.pt"
+    command = [sys.executable, "-c", WITHOUT, str(Path(__file__).parent), str(kept)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = torch.load(kept)
+    scores = score_weights(tiny_model("llama", torch.float32), tiny_examples(3))
+    assert found.keys() == scores.keys()
+    for name, one in scores.items():
+        largest = max(float(value.max()) for value in one.values.values())
+        for key, value in one.values.items():
+            assert (found[name][key] - value).abs().max() <= 1e-6 * largest, (name, key)
 
 
 def test_where_no_folder_may_be_written_the_loops_are_compiled_all_the_same(

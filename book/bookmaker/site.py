@@ -15,7 +15,8 @@ from xml.sax.saxutils import escape
 import nbformat
 import yaml
 
-from fihelpers.data import package_sha256, write_atomically
+from fibook.card import landing_picture, social_card
+from fihelpers.data import data_folder, package_sha256, write_atomically
 
 ADDRESS_PATTERN = re.compile(r"https://github\.com/(?P<owner>[\w-]+)/(?P<name>[\w.-]+?)(?:\.git)?/?")
 BRANCH = "main"
@@ -108,9 +109,6 @@ def finish(html: Path, where: Address | None) -> None:
 
 def draw_landing_picture(book: Path) -> None:
     """Draws the picture of the first page (and of README.md) from the numbers that the project keeps."""
-    from fibook.card import landing_picture
-    from fihelpers.data import data_folder
-
     landing_picture(data_folder() / "results" / CURVES, book / "images" / LANDING)
 
 
@@ -203,9 +201,6 @@ def _commit(book: Path) -> str:
 
 def _draw_card(target: Path) -> None:
     """The picture that other sites show beside a link to the book, drawn from the book's own numbers."""
-    from fibook.card import social_card
-    from fihelpers.data import data_folder
-
     target.parent.mkdir(parents=True, exist_ok=True)
     social_card(data_folder() / "results" / CURVES, target)
 

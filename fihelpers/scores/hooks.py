@@ -3,8 +3,7 @@
 Forward hooks keep each layer's input, K - 1 backward passes give the class gradients of each layer's
 output, and a weight's class gradient is formed for one block of rows at a time, used and dropped:
 s[k, sample, out, in] = sum over positions of g[k, sample, position, out] x[sample, position, in].
-Who combines these products without forming them (`tiles` on a CPU, `fused` on a GPU) takes their `Factors`
-instead.
+Who combines these products without forming them (`fihelpers.scores.kernels`) takes their `Factors` instead.
 No `.grad` is ever stored. The predicted class needs no pass of its own (method 1b.7).
 
 Whatever is linear in the class gradients can be had in their place at no cost, since a backward pass may

@@ -6,6 +6,7 @@ import functools
 import json
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +34,7 @@ from fihelpers.scores.hooks import (
     named_parameters,
     not_finite,
 )
-from fihelpers.scores.kernels import cpu as tiles
-from fihelpers.scores.kernels.cpu import Formula
+from fihelpers.scores.kernels.formulas import Formula, formula
 from fihelpers.scores.store import Scores, provenance
 from fihelpers.tasks import Example
 
@@ -42,6 +42,7 @@ DISPLACED = (SQUARED_SCORE, FISHER)
 Adder = Callable[[Factors, Tensor, Tensor, Sequence[Formula], Tensor], Tensor]
 
 TILED = frozenset({"cpu", "cuda"})  # types of devices on which linear layers are scored tile by tile
+SLOWER = "a tenth to a quarter"  # more time; on the bundled model and on one of 25 million weights
 
 
 def score_weights(
@@ -164,7 +165,7 @@ class Totals:
         self.tops = torch.zeros(2, dtype=torch.float64)  # sums of the ceilings and of the shares they count
         self.others = any(m.reads_others for m in chosen.values())
         self.taken: list[tuple[str, Tensor, Tensor, Tensor, Tensor]] = []
-        self.formulas = [tiles.formula(m) for m in self.grown.values()]
+        self.formulas = [formula(m) for m in self.grown.values()]
 
     def tensors(self) -> dict[str, Tensor]:
         """All that grows with the samples, to be kept, taken up again or added to those of other processes.
@@ -188,7 +189,7 @@ class Totals:
 
         What the samples added is booked by `settle`, since a GPU is still at work on it.
         """
-        name, known = factors.name, tuple(formula for formula in self.formulas if formula is not None)
+        name, known = factors.name, tuple(one for one in self.formulas if one is not None)
         add = _in_tiles(factors, self.sums[name], known) if len(known) == len(self.formulas) else None
         if add is None:
             return False
@@ -265,8 +266,26 @@ def _in_tiles(factors: Factors, totals: Tensor, formulas: tuple[Formula, ...]) -
     if device.type not in TILED:
         return None
     if device.type == "cpu":
-        return tiles.add_measures if totals.shape[1] >= tiles.ROWS else None
+        loops = _loops()
+        return loops.add_measures if loops and totals.shape[1] >= loops.ROWS else None
     return _kernel(device, factors.x.dtype, formulas) if totals.dtype == torch.float32 else None
+
+
+@functools.cache
+def _loops() -> ModuleType | None:
+    """The compiled loops of a CPU, None (and a warning, once) where Numba is missing."""
+    try:
+        from fihelpers.scores.kernels import cpu
+    except ModuleNotFoundError as error:
+        if error.name not in ("numba", "llvmlite"):
+            raise
+        warnings.warn(
+            f"The package {error.name} is missing, so weights are scored by single operations of torch, "
+            f"which takes {SLOWER} longer; run pip install 'fihelpers[fast]'.",
+            stacklevel=2,
+        )
+        return None
+    return cpu
 
 
 @functools.cache
@@ -274,10 +293,10 @@ def _kernel(device: torch.device, dtype: torch.dtype, formulas: tuple[Formula, .
     """The kernel of a GPU, None (and a warning) where it does not do what a CPU does: it is tried once."""
     try:
         from fihelpers.scores.kernels import (
-            gpu as fused,  # Triton is there where torch is made for GPUs, and only there
+            gpu,  # Triton is there where torch is made for GPUs, and only there
         )
 
-        fused.check(device, dtype, formulas)
+        gpu.check(device, dtype, formulas)
     except Exception as error:  # Triton, the compiler that it calls and the driver raise errors of many types
         warnings.warn(
             "Linear layers are scored by single operations of torch, which takes longer: the kernel does not "
@@ -285,7 +304,7 @@ def _kernel(device: torch.device, dtype: torch.dtype, formulas: tuple[Formula, .
             stacklevel=2,
         )
         return None
-    return fused.add_measures
+    return gpu.add_measures
 
 
 def _working(parameter: Tensor) -> torch.dtype:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fichapters.bench import Row, Work, in_turn, row
+from fichapters.timed import Row, Work, in_turn, row
 from fihelpers.filters import Cut, Damped, Exact, Spectral
 from fihelpers.influence import SaturationWarning
 from fihelpers.models.vision import VisionModel, open_vision_model

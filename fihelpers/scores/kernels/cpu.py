@@ -4,8 +4,8 @@ A tile is a few rows of the weight, `ROWS`, and up to `COLUMNS` of its columns. 
 sample, the products g^T x, are formed in memory that stays in the first cache, turned into the moments of
 `fihelpers.influence` and these into the measures, which are added to the running totals. Formed with one
 product for each layer and combined afterwards, as `fihelpers.measures` does, they go through memory a dozen
-times instead. The loops are compiled by Numba at their first use, a few seconds once. `fused` does the same
-on a GPU.
+times instead. The loops are compiled by Numba (the extra `fast`) at their first use, a few seconds once.
+`fihelpers.scores.kernels.gpu` does the same on a GPU.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fihelpers.filters import LEAST_DAMPING, Cut, Damped, Exact
-from fihelpers.measures import (
-    FISHER,
-    INFORMATION_LENGTH,
-    JACOBIAN,
-    SALIENCY,
-    SNIP,
-    SQUARED_SCORE,
-    Influence,
-    Measure,
-)
 from fihelpers.scores.hooks import Factors
+from fihelpers.scores.kernels.formulas import (
+    CUT,
+    DAMPED,
+    LENGTH,
+    METRIC,
+    NORM,
+    REMOVAL,
+    SIGNS,
+    SQUARE,
+    Formula,
+)
 
 BYTES = 64 if get_host_cpu_features().get("avx512f") else 32  # of a vector; half as many registers there
 VECTORS = 2  # as many columns as so many vectors hold,
@@ -48,37 +48,8 @@ COLUMNS = 512  # the tiles of the class gradients of 4 classes then take 24 KB
 TOGETHER = 32  # rows whose totals stay in the second cache while sample after sample is added to them
 # fused multiply-add, and sums in any order; NaN and infinity keep their meaning
 FAST = {"contract", "reassoc"}
-DAMPED, CUT, NORM, REMOVAL, SQUARE, METRIC, LENGTH, SIGNS = range(8)
 
 Array = NDArray[np.floating[Any]]
-Formula = tuple[int, float]  # one of the above, and the number that it takes
-KNOWN: tuple[tuple[Measure, int], ...] = (
-    (JACOBIAN, NORM),
-    (SNIP, REMOVAL),
-    (SQUARED_SCORE, SQUARE),
-    (FISHER, METRIC),
-    (INFORMATION_LENGTH, LENGTH),
-    (SALIENCY, SIGNS),
-)
-
-
-def formula(measure: Measure) -> Formula | None:
-    """How `_add` is told to compute a measure, None for one that it does not know."""
-    if isinstance(measure, Influence):
-        return _filtered(measure)
-    return next(((kind, 0.0) for known, kind in KNOWN if known == measure), None)
-
-
-def _filtered(measure: Influence) -> Formula | None:
-    """A filter of single elements, each the largest eigenvalue of its own group: `Exact` lets all pass."""
-    spectral = measure.spectral
-    if isinstance(spectral, Damped) and spectral.lam >= LEAST_DAMPING:
-        return DAMPED, spectral.lam
-    if isinstance(spectral, Cut):
-        return CUT, spectral.atol**2
-    if spectral == Damped(0) or (isinstance(spectral, Exact) and spectral.relative(torch.float32) < 1):
-        return CUT, 0.0
-    return None
 
 
 def add_measures(

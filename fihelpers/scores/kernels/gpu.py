@@ -1,10 +1,10 @@
 """Measures of the weights of a linear layer on a GPU, in one kernel: no class gradient is ever written out.
 
-The counterpart of `tiles`, written in Triton. Each program holds one tile of the weight in registers: sample
-after sample it forms the class gradients g^T x one direction after the other, turns them into the moments of
-`fihelpers.influence` and these into the measures, and adds them to the running totals. Products of bfloat16
-or float16 factors are exact and summed in float32; those of float32 ones are formed in three parts of lower
-precision, which comes close to float32.
+The counterpart of `fihelpers.scores.kernels.cpu`, in Triton. Each program holds one tile of the weight
+in registers: sample after sample it forms the class gradients g^T x one direction after the other, turns them
+into the moments of `fihelpers.influence` and these into the measures, and adds them to the running totals.
+Products of bfloat16 or float16 factors are exact and summed in float32; those of float32 ones are formed in
+three parts of lower precision, which comes close to float32.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ import triton.language as tl
 from torch import Tensor
 
 from fihelpers.scores.hooks import Factors
-from fihelpers.scores.kernels import cpu as tiles
-from fihelpers.scores.kernels.cpu import Formula
+from fihelpers.scores.kernels import formulas as kinds_of
+from fihelpers.scores.kernels.formulas import Formula, add_by_torch
 
 ROWS, COLUMNS, STEPS = 64, 128, 32  # of a tile, and the tokens of one product; in registers: three tiles
 WARPS = 8
 TOLERANCE = 1e-3  # of the largest score of a layer (method 1b.8)
 
 # Triton reads no numbers of a module but its own constants.
-DAMPED = tl.constexpr(tiles.DAMPED)
-CUT = tl.constexpr(tiles.CUT)
-NORM = tl.constexpr(tiles.NORM)
-REMOVAL = tl.constexpr(tiles.REMOVAL)
-SQUARE = tl.constexpr(tiles.SQUARE)
-METRIC = tl.constexpr(tiles.METRIC)
-LENGTH = tl.constexpr(tiles.LENGTH)
-SIGNS = tl.constexpr(tiles.SIGNS)
+DAMPED = tl.constexpr(kinds_of.DAMPED)
+CUT = tl.constexpr(kinds_of.CUT)
+NORM = tl.constexpr(kinds_of.NORM)
+REMOVAL = tl.constexpr(kinds_of.REMOVAL)
+SQUARE = tl.constexpr(kinds_of.SQUARE)
+METRIC = tl.constexpr(kinds_of.METRIC)
+LENGTH = tl.constexpr(kinds_of.LENGTH)
+SIGNS = tl.constexpr(kinds_of.SIGNS)
 
 
 def add_measures(
     factors: Factors, value: Tensor, shares: Tensor, formulas: Sequence[Formula], totals: Tensor
 ) -> Tensor:
-    """As `tiles.add_measures`, on the GPU that holds the totals (M, out, in), which are float32.
+    """As `add_measures` of a CPU, on the GPU that holds the totals (M, out, in), which are float32.
 
     The layer may be of any size, and its factors in any precision of at most 32 bits.
     Returns the sums (M, B) in float64 on the GPU, which is not waited for.
@@ -62,7 +62,7 @@ def add_measures(
             out,
             value.shape[1],
             directions=directions,
-            turned=directions - (tiles.SIGNS in kinds),
+            turned=directions - (kinds_of.SIGNS in kinds),
             kinds=kinds,
             numbers=numbers,
             rows=ROWS,
@@ -74,7 +74,7 @@ def add_measures(
 
 
 def check(device: torch.device, dtype: torch.dtype, formulas: Sequence[Formula]) -> None:
-    """Compare the kernel with `tiles`, for a small layer in this precision.
+    """Compare the kernel with plain operations in float64, for a small layer in this precision.
 
     Raises RuntimeError where they differ, and what Triton raises where it cannot run.
     """
@@ -82,17 +82,21 @@ def check(device: torch.device, dtype: torch.dtype, formulas: Sequence[Formula])
     g, x, value, tops = (
         torch.randn(*s, generator=random) for s in ((4, 2, 37, 70), (2, 37, 130), (70, 130), (2,))
     )
+    g[:, :, :2] = 0  # the positions before the first that has a gradient
     shares, index = torch.tensor([0.5, 1.0]), torch.arange(2)
     found = []
-    for add, place in ((add_measures, device), (tiles.add_measures, torch.device("cpu"))):
-        grads, inputs, weight = (t.to(place, dtype) for t in (g, x, value))
+    ways = ((add_measures, device, dtype), (add_by_torch, torch.device("cpu"), torch.float64))
+    for add, place, working in ways:
+        grads, inputs, weight = (t.to(dtype).to(place, working) for t in (g, x, value))
         factors = Factors("", list(grads), inputs, 2, tops.abs().to(place), index)
         totals = torch.zeros(len(formulas), *value.shape, device=place)
         add(factors, weight, shares, formulas, totals)
         found.append(totals.flatten(1).cpu())
     apart = (found[0] - found[1]).abs().amax(1) / found[1].amax(1)
     if not (apart < TOLERANCE).all():
-        raise RuntimeError(f"its scores differ from those of a CPU by {apart.max():.0e} of the largest")
+        raise RuntimeError(
+            f"its scores differ from those of plain operations by {apart.max():.0e} of the largest"
+        )
 
 
 @triton.jit(do_not_specialize=["samples", "tokens", "start"])
