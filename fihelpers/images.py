@@ -1,4 +1,4 @@
-"""Reading an image file into grey levels, and writing them back."""
+"""Reading an image file into grey levels."""
 
 import base64
 import io
@@ -62,31 +62,6 @@ def decode_base64(text: str) -> bytes:
         return base64.b64decode(encoded, validate=True)
     except ValueError as error:
         raise ValueError(f"the image is not base64 ({error}); replace it.") from error
-
-
-def to_pil(image: Tensor) -> Image.Image:
-    """Turn grey levels (3, H, W) into a Pillow image in RGB, rounding to whole numbers.
-
-    Raises ValueError for another shape or for grey levels outside 0 to 255.
-    """
-    if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
-        raise ValueError(f"an image has the shape (3, height, width), got {tuple(image.shape)}.")
-    levels = image.detach().cpu().to(torch.float32).round()
-    if not ((levels >= 0) & (levels <= 255)).all():  # NaN fails too
-        raise ValueError(
-            f"grey levels run from 0 to 255, got {levels.min():g} to {levels.max():g}; clip or rescale them."
-        )
-    return Image.fromarray(levels.to(torch.uint8).permute(1, 2, 0).contiguous().numpy())
-
-
-def encode_png(image: Tensor) -> bytes:
-    """Write grey levels (3, H, W) as a PNG file, which :func:`read_image` reads back without loss.
-
-    Raises what :func:`to_pil` raises.
-    """
-    file = io.BytesIO()
-    to_pil(image).save(file, format="PNG")
-    return file.getvalue()
 
 
 def _decode(source: bytes | Path) -> Image.Image:

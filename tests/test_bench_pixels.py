@@ -4,11 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_vision import random_image, save_vision_model
+from tiny_vision import encode_png, random_image, save_vision_model
 
 from fichapters import bench_pixels
 from fichapters.bench_pixels import FILTERS, JACOBIAN, SALIENCY, captum_saliency, pixel_rows, plain_jacobian
-from fihelpers.images import encode_png
 from fihelpers.models.vision import VisionModel, open_vision_model
 from fihelpers.scores.pixels import score_pixels
 from fihelpers.tasks import Example

@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_vision import VISION_KINDS, random_image, save_vision_model
+from tiny_vision import VISION_KINDS, encode_png, random_image, save_vision_model
 
 from fihelpers.answers import Top, letters
 from fihelpers.evaluate.questions import Outcome, answer_images
-from fihelpers.images import encode_png
 from fihelpers.models.vision import VisionModel, open_vision_model
 from fihelpers.tasks import Example
 

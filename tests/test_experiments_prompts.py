@@ -7,12 +7,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tiny_vision import random_image, save_vision_model
+from tiny_vision import encode_png, random_image, save_vision_model
 
 from fichapters.ch05 import draw, lab
 from fichapters.ch05.wordings import load_wordings
 from fihelpers.data import data_folder
-from fihelpers.images import encode_png
 from fihelpers.models.vision import VisionModel, open_vision_model
 from fihelpers.perturb.pixels import top_pixels
 from fihelpers.scores.pixels import pixel_batches

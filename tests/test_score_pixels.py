@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_vision import VISION_KINDS, random_image, save_vision_model
+from tiny_vision import VISION_KINDS, encode_png, random_image, save_vision_model
 from torch import Tensor
 
 from fihelpers.answers import Groups, Top
 from fihelpers.filters import Damped
-from fihelpers.images import encode_png
 from fihelpers.influence import SaturationWarning, ceiling, gram
 from fihelpers.models.vision import VisionModel, open_vision_model
 from fihelpers.scores.pixels import PixelBatch, pixel_batches, score_batches, score_pixels

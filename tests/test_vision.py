@@ -21,13 +21,14 @@ from tiny_vision import (
     preprocessor_config,
     random_image,
     save_vision_model,
+    to_pil,
 )
 from torch import Tensor
 from transformers import LlavaImageProcessorPil, Qwen2VLImageProcessorPil
 
 from fihelpers.answers import letters
 from fihelpers.data import file_sha256
-from fihelpers.images import read_image, to_pil
+from fihelpers.images import read_image
 from fihelpers.models.vision import (
     ClipPreprocess,
     Preprocess,

@@ -1,10 +1,12 @@
 """Tiny random vision-language models, saved as local folders as a hub would give them."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     LlavaConfig,
@@ -114,3 +116,16 @@ def random_image(height: int, width: int, seed: int = 0) -> torch.Tensor:
     smooth = torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")[0]
     noise = torch.rand(3, height, width, generator=generator)
     return ((0.7 * smooth + 0.3 * noise) * 255).round()
+
+
+def to_pil(image: torch.Tensor) -> Image.Image:
+    """Grey levels (3, H, W), 0 to 255, as a picture, rounded."""
+    levels = image.detach().round().to(torch.uint8).permute(1, 2, 0)
+    return Image.fromarray(levels.contiguous().numpy())
+
+
+def encode_png(image: torch.Tensor) -> bytes:
+    """Grey levels (3, H, W) as a PNG file, which loses nothing of whole ones."""
+    file = io.BytesIO()
+    to_pil(image).save(file, format="PNG")
+    return file.getvalue()
