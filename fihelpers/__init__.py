@@ -1,3 +1,60 @@
-"""First-order local influence (FI): which pieces of a model or of its input are fragile."""
+"""First-order local influence (FI): which pieces of a model or of its input are fragile.
+
+What a first experiment needs can be imported from here; each name is fetched from its module when it is first
+used, so that importing the package costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fihelpers.evaluate.questions import Evaluator, answer_all
+    from fihelpers.models.language import open_model
+    from fihelpers.perturb.sparsify import select, zeroed
+    from fihelpers.scores.inputs import score_embeddings
+    from fihelpers.scores.pixels import score_pixels
+    from fihelpers.scores.weights import score_weights
+    from fihelpers.tasks import load_task
+    from fihelpers.trials import Trials, collect
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Evaluator",
+    "Trials",
+    "answer_all",
+    "collect",
+    "load_task",
+    "open_model",
+    "score_embeddings",
+    "score_pixels",
+    "score_weights",
+    "select",
+    "zeroed",
+]
+
+_HOMES = {
+    "Evaluator": "evaluate.questions",
+    "Trials": "trials",
+    "answer_all": "evaluate.questions",
+    "collect": "trials",
+    "load_task": "tasks",
+    "open_model": "models.language",
+    "score_embeddings": "scores.inputs",
+    "score_pixels": "scores.pixels",
+    "score_weights": "scores.weights",
+    "select": "perturb.sparsify",
+    "zeroed": "perturb.sparsify",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value  # found without this function from now on
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
