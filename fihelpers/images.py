@@ -40,6 +40,15 @@ def check_image(source: bytes | Path) -> None:
     _decode(source)
 
 
+def check_aspect(width: int, height: int) -> None:
+    """Raise ValueError for an image without pixels, or with one side too long for the other."""
+    if min(width, height) < 1 or max(width, height) > MAX_ASPECT * min(width, height):
+        raise ValueError(
+            f"the image has {width} x {height} pixels; one side may be at most {MAX_ASPECT} times the other, "
+            "so crop it."
+        )
+
+
 def is_data_url(text: str) -> bool:
     """Whether a text is a file as an address, "data:image/png;base64,iVBOR…" (RFC 2397)."""
     return DATA_URL.match(text) is not None
@@ -97,11 +106,7 @@ def _open(content: bytes) -> Image.Image:
 def _check_size(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
         raise _too_large(f"{width} x {height} = {width * height:,} pixels")
-    if max(width, height) > MAX_ASPECT * min(width, height):
-        raise ValueError(
-            f"the image has {width} x {height} pixels; one side may be at most {MAX_ASPECT} times the other, "
-            "so crop it."
-        )
+    check_aspect(width, height)
 
 
 def _too_large(size: str) -> ValueError:

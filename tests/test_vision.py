@@ -376,7 +376,7 @@ def test_a_token_sees_the_pixels_that_the_layout_names(kind: str, models) -> Non
 @pytest.mark.parametrize("kind", VISION_KINDS)
 def test_images_that_cannot_be_read_are_refused(kind: str, models) -> None:
     model = models[kind]
-    with pytest.raises(ValueError, match=r"^the image has 1 x 5000 pixels; one side may be at most 200"):
+    with pytest.raises(ValueError, match=r"^the image has 5000 x 1 pixels; one side may be at most 200"):
         model.last_logits([torch.zeros(3, 1, 5000)], ["w1"])
     with pytest.raises(ValueError, match=r"got \(1, 16, 16\) for image 1"):
         model.last_logits([torch.zeros(3, 16, 16), torch.zeros(1, 16, 16)], ["w1", "w1"])

@@ -29,12 +29,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from fihelpers.jobs.speed import Rate, Work, matrices_of, measure_rate, shapes_of
 from fihelpers.measures import MEASURES, Measure, find_measure
 from fihelpers.models.language import (
-    DTYPES,
     HUB_FILES,
     HUB_ID,
     brief,
     bundled_models,
     find_device,
+    find_dtype,
     locate,
     open_tokenizer,
     tokenize,
@@ -277,11 +277,11 @@ class _Scoring:
 
     def memory(self) -> dict[str, int]:
         """Bytes by part, of all processes that share a CPU's memory."""
-        itemsize = max(itemsize_of(self.dtype), SCORE)
+        itemsize = max(find_dtype(self.dtype).itemsize, SCORE)
         # One matrix's gradient is there twice, in autograd and as `.grad`, while hooks are compared with it;
         # what the measures make of a block of gradients comes to some four times the block.
         parts = {
-            "weights": self.source.parameters * itemsize_of(self.dtype),
+            "weights": self.source.parameters * find_dtype(self.dtype).itemsize,
             "scores at work": min(
                 len(self.measures) * self.weights * itemsize, self.at_a_time or sys.maxsize
             ),
@@ -296,7 +296,7 @@ class _Scoring:
 
         Block by block they are of one block, beside what goes from each to the next.
         """
-        network, itemsize = self.network, itemsize_of(self.dtype)
+        network, itemsize = self.network, find_dtype(self.dtype).itemsize
         text, head = network.config.get_text_config(), network.get_output_embeddings()
         places, ends = self.batch_size * self.tokens * itemsize, self.batch_size * text.vocab_size * SCORE
         if not self.save_memory:
@@ -464,17 +464,11 @@ def _width(module: nn.Module) -> int:
     return own[0].shape[-1 if isinstance(module, nn.Embedding) else 0]
 
 
-def itemsize_of(dtype: str) -> int:
-    """Bytes of a weight of that type. Raises ValueError for an unknown one."""
-    if dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}; use one of {', '.join(DTYPES)}.")
-    size: int = DTYPES[dtype].itemsize
-    return size
-
-
 def narrower(dtype: str) -> list[str]:
     """Types of fewer bytes, the widest first."""
-    return [other for other in ("float32", "bfloat16") if itemsize_of(other) < itemsize_of(dtype)]
+    return [
+        other for other in ("float32", "bfloat16") if find_dtype(other).itemsize < find_dtype(dtype).itemsize
+    ]
 
 
 def estimate_of(

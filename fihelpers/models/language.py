@@ -32,7 +32,9 @@ from fihelpers.identity import model_identity
 
 log = logging.getLogger(__name__)
 
-DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
+DTYPES: dict[str, torch.dtype] = {
+    name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")
+}
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -411,13 +413,11 @@ def open_model(
     a damaged, incomplete or pickled checkpoint, an unknown dtype, an absent device or a model that does not
     fit on the devices, and ConnectionError if the hub does not answer.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}; use one of {', '.join(DTYPES)}.")
-    place = find_device(device)
+    kind, place = find_dtype(dtype), find_device(device)
     folder, label, commit = locate(str(name), revision, trust_remote_code)
     sha256 = weights_sha256(folder, label)
     tokenizer = open_tokenizer(folder, label, trust_remote_code)
-    network = open_network(folder, label, DTYPES[dtype], trust_remote_code, device_map=device_map)
+    network = open_network(folder, label, kind, trust_remote_code, device_map=device_map)
     if device_map is None:
         network = network.to(place)  # type: ignore[arg-type]
     check_placed(network, label)
@@ -442,6 +442,13 @@ def bundled_models() -> list[str]:
     except FileNotFoundError:
         return []
     return sorted(path.name for path in folder.glob("*") if (path / "config.json").is_file())
+
+
+def find_dtype(name: str) -> torch.dtype:
+    """Return the type of weights of that name; raises ValueError for an unknown one."""
+    if name not in DTYPES:
+        raise ValueError(f"unknown dtype {name!r}; use one of {', '.join(DTYPES)}.")
+    return DTYPES[name]
 
 
 def find_device(name: str) -> torch.device:

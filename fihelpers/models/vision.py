@@ -25,14 +25,14 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from fihelpers.identity import model_identity
-from fihelpers.images import MAX_ASPECT
+from fihelpers.images import check_aspect
 from fihelpers.models.language import (
-    DTYPES,
     Batch,
     brief,
     check_tokens,
     checked_logits,
     find_device,
+    find_dtype,
     left_padded,
     locate,
     open_network,
@@ -193,11 +193,7 @@ class Preprocess(ABC):
 
     def layout(self, height: int, width: int) -> PatchLayout:
         """Return where the image tokens of an image of this size lie; raises ValueError for a refused one."""
-        if min(height, width) < 1 or max(height, width) > MAX_ASPECT * min(height, width):
-            raise ValueError(
-                f"the image has {height} x {width} pixels; one side may be at most {MAX_ASPECT} times the "
-                "other, so crop it."
-            )
+        check_aspect(width, height)
         return self._layout(height, width)
 
     @abstractmethod
@@ -496,15 +492,13 @@ def open_vision_model(
     Everything said of :func:`fihelpers.models.language.open_model` holds here, too. Further ValueErrors: a
     model of another family than :data:`FAMILIES`, and a processor that does more or other than is done here.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}; use one of {', '.join(DTYPES)}.")
-    place = find_device(device)
+    weights, place = find_dtype(dtype), find_device(device)
     folder, label, commit = locate(str(name), revision, trust_remote_code)
     sha256 = weights_sha256(folder, label)
     family = FAMILIES[_model_type(folder, label)]
     tokenizer = open_tokenizer(folder, label, trust_remote_code)
     kind = AutoModelForImageTextToText
-    network = open_network(folder, label, DTYPES[dtype], trust_remote_code, kind).to(place).eval()  # type: ignore[arg-type]
+    network = open_network(folder, label, weights, trust_remote_code, kind).to(place).eval()  # type: ignore[arg-type]
     preprocess = _open_preprocess(folder, label, network.config)
     template = _template(folder, label, tokenizer)
     return family(network, tokenizer, label, commit, sha256, preprocess, template)

@@ -13,12 +13,12 @@ from fihelpers.jobs.preflight import (
     SCORE,
     Estimate,
     estimate_of,
-    itemsize_of,
     linear_of,
     narrower,
     source_of,
 )
 from fihelpers.models.conversion import builds_tensors
+from fihelpers.models.language import find_dtype
 from fihelpers.models.linear import as_rows, linear_names, turned_names
 from fihelpers.perturb.merge_methods import Dare, Method, Ties, find_method
 from fihelpers.perturb.quantize import Scheme, packed_bytes
@@ -54,7 +54,7 @@ def estimate_quantization(
 
     def memory(dtype: str) -> dict[str, int]:
         return {
-            "weights": source.parameters * itemsize_of(dtype),
+            "weights": source.parameters * find_dtype(dtype).itemsize,
             "packed weights": packed,
             "one matrix at work": 4 * SCORE * max(m.numel() for m in matrices),
         }
@@ -63,7 +63,7 @@ def estimate_quantization(
         f"quantizing {source.label} to {scheme.bits} bit in {dtype}",
         [source],
         memory(dtype),
-        {"quantized model, saved": packed + others * itemsize_of(dtype)},
+        {"quantized model, saved": packed + others * find_dtype(dtype).itemsize},
         device,
         out,
         {f"dtype={other!r}": sum(memory(other).values()) for other in narrower(dtype)},
