@@ -31,7 +31,7 @@ clean:
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("fihelpers needs Python 3.11 or newer")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[book,test]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[all,test]"
 	rm -rf .venv/rooms && mkdir .venv/rooms
 	ln -s ../../fihelpers .venv/rooms/fihelpers
 	ln -s ../../notebooks/chapters .venv/rooms/fichapters

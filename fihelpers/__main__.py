@@ -10,6 +10,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+from fihelpers.extras import missing
+
 COMMANDS = "fihelpers.commands"  # the group of entry points: functions that add their commands to a parser
 
 
@@ -19,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.command(options)
     except ModuleNotFoundError as error:
-        return _fail(f"the package {error.name} is missing; run pip install 'fihelpers[all]'.")
+        return _fail(missing(error.name))
     except KeyError as error:
         return _fail(error.args[0] if error.args else error)
     except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:

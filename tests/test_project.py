@@ -14,9 +14,14 @@ from typing import Any
 import pytest
 import yaml
 
+from fihelpers import extras
+
 ROOT = Path(__file__).resolve().parent.parent
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-INSTALL = "-e .[book,test]"
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
+ROOMS: dict[str, str] = PYPROJECT["tool"]["setuptools"]["package-dir"]
+EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
+INSTALL = "-e .[all,test]"
 
 
 def _normal(name: str) -> str:
@@ -31,9 +36,11 @@ def _pins(lines: list[str]) -> dict[str, str]:
 
 def _direct() -> set[str]:
     """Distributions that pyproject.toml asks for."""
-    extras = PROJECT["optional-dependencies"].values()
-    wanted = [*PROJECT["dependencies"], *(item for extra in extras for item in extra)]
-    return {_normal(re.split(r"[^\w.-]", requirement)[0]) for requirement in wanted}
+    return _names(PROJECT["dependencies"]).union(*map(_names, EXTRAS.values())) - {"fihelpers"}
+
+
+def _names(requirements: list[str]) -> set[str]:
+    return {_normal(re.split(r"[^\w.-]", requirement)[0]) for requirement in requirements}
 
 
 CONSTRAINTS = _pins((ROOT / "constraints.txt").read_text().splitlines())
@@ -58,26 +65,51 @@ def test_torchvision_is_not_needed() -> None:
         assert "torchvision" not in (ROOT / name).read_text()
 
 
-def _imported(source: Path) -> set[str]:
-    """Top-level names that a file imports, wherever in it."""
-    found = set()
-    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name.partition(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
-            found.add(node.module.partition(".")[0])
-    return found
+def _imported(node: ast.AST, everywhere: bool = True) -> set[str]:
+    """Top-level names that a tree imports, wherever in it, or only as it is loaded, with nothing optional."""
+    if isinstance(node, ast.Import):
+        return {alias.name.partition(".")[0] for alias in node.names}
+    if isinstance(node, ast.ImportFrom):
+        return {str(node.module).partition(".")[0]}
+    late = isinstance(node, ast.FunctionDef | ast.Lambda)
+    if not everywhere and (
+        late or (isinstance(node, ast.With) and ast.unparse(node.items[0]) == "optional()")
+    ):
+        return set()
+    return set().union(*(_imported(child, everywhere) for child in ast.iter_child_nodes(node)))
 
 
-@pytest.mark.parametrize("folder", ["fihelpers", "tests"])
-def test_every_import_is_a_declared_dependency(folder: str) -> None:
-    files = [*(ROOT / folder).rglob("*.py")]
-    own = {"fihelpers", *(path.stem for path in (ROOT / "tests").glob("*.py"))}
-    imported = set().union(*map(_imported, files)) - own - sys.stdlib_module_names
+def _undeclared(files: list[Path], everywhere: bool, declared: set[str]) -> set[str]:
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in files]
+    names = set().union(*(_imported(tree, everywhere) for tree in trees)) - sys.stdlib_module_names
+    beside = {path.stem for folder in ("tests", "tools") for path in (ROOT / folder).glob("*.py")}
+    own = {"triton", *ROOMS, *beside}  # triton comes with a torch that is made for GPUs
     providers = packages_distributions()
-    imported.discard("triton")  # comes with a torch that is made for GPUs
-    undeclared = [name for name in imported if not _direct() & {_normal(p) for p in providers.get(name, [])}]
-    assert not undeclared
+    return {name for name in names - own if not declared & {_normal(p) for p in providers.get(name, [])}}
+
+
+@pytest.mark.parametrize("folder", [*ROOMS.values(), "tests", "tools"])
+def test_every_import_is_a_declared_dependency(folder: str) -> None:
+    assert not _undeclared([*(ROOT / folder).rglob("*.py")], True, _direct())
+
+
+def test_the_library_is_loaded_with_what_is_always_installed() -> None:
+    kernels = ROOT / "fihelpers" / "scores" / "kernels"  # the extra `fast`, and triton
+    files = [path for path in (ROOT / "fihelpers").rglob("*.py") if path.parent != kernels]
+    assert not _undeclared(files, False, _names(PROJECT["dependencies"]))
+
+
+def test_each_extra_is_named_where_its_packages_are_missing() -> None:
+    named = {extra: set() for extra in extras.EXTRAS.values()}
+    for package, extra in extras.EXTRAS.items():
+        named[extra].add(_normal(package))
+    assert named == {extra: _names(EXTRAS[extra]) for extra in named}
+    parts = re.findall(r"[\w]+", EXTRAS["all"][0].partition("[")[2])
+    assert len(EXTRAS["all"]) == 1 and {*parts, "all", "test"} == set(EXTRAS)
+    said = r"package captum .* pip install 'fihelpers\[pixels\]'"
+    with pytest.raises(ModuleNotFoundError, match=said), extras.optional():
+        raise ModuleNotFoundError("No module named 'captum.attr'", name="captum.attr")
+    assert "'fihelpers[all]'" in extras.missing("seaborn")
 
 
 def test_make_installs_once(tmp_path: Path) -> None:
@@ -109,7 +141,7 @@ def test_a_missing_browser_is_said_aloud_or_fails(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     from fibook import browser
-    from fihelpers.__main__ import _check_pages
+    from fibook.commands import _check_pages
 
     monkeypatch.setattr(browser, "find_browser", lambda: None)
     monkeypatch.delenv("FIHELPERS_REQUIRE_BROWSER", raising=False)

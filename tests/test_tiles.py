@@ -162,7 +162,7 @@ with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter("always")
     made = [score_weights(model, examples) for _ in range(2)]
 said = [str(one.message) for one in said if "fihelpers[fast]" in str(one.message)]
-assert len(said) == 1 and "The package numba is missing" in said[0] and "longer" in said[0], said
+assert len(said) == 1 and "the package numba is missing" in said[0] and "longer" in said[0], said
 torch.save({name: dict(scores.values) for name, scores in made[1].items()}, sys.argv[2])
 """
 

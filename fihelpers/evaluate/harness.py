@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from fihelpers.data import data_folder
 from fihelpers.evaluate.stats import wilson
+from fihelpers.extras import optional
 from fihelpers.models.language import LanguageModel, brief
 from fihelpers.tasks import BUNDLED, mcq
 
@@ -100,7 +101,8 @@ def evaluate_with_harness(
     where a task's data cannot be had; FloatingPointError where the model gives NaN or infinite
     log-probabilities.
     """
-    import lm_eval
+    with optional():
+        import lm_eval
 
     names = [tasks] if isinstance(tasks, str) else list(tasks)
     _check(names, n, shots, batch_size)

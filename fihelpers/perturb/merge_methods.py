@@ -9,10 +9,13 @@ from os import PathLike
 from typing import ClassVar, Literal
 
 import torch
-from peft.utils.merge_utils import calculate_majority_sign_mask, disjoint_merge, task_arithmetic
 from torch import Tensor
 
+from fihelpers.extras import optional
 from fihelpers.scores.store import Scores
+
+with optional():
+    from peft.utils.merge_utils import calculate_majority_sign_mask, disjoint_merge, task_arithmetic
 
 AnyScores = Scores | str | PathLike[str]
 Pair = tuple[Tensor, Tensor]

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from fihelpers.answers import Answers, Groups, letters
+from fihelpers.extras import optional
 from fihelpers.filters import EXACT, Spectral
 from fihelpers.images import read_image
 from fihelpers.measures import Measure
@@ -134,7 +135,8 @@ class PixelBatch:
 
     def _integrated_gradients(self) -> Tensor:
         """Absolute integrated gradients (N, 3, H, W) of log P(y_hat), on the path from black (Captum)."""
-        from captum.attr import IntegratedGradients
+        with optional():
+            from captum.attr import IntegratedGradients
 
         x, rows, predicted = self._intact
         made = IntegratedGradients(self.log_probs).attribute(
@@ -144,7 +146,8 @@ class PixelBatch:
 
     def _grad_cam(self) -> Tensor:
         """Grad-CAM (N, 1, H, W) of log P(y_hat) at the image tokens, spread over the image (Captum)."""
-        from captum.attr import LayerAttribution, LayerGradCam
+        with optional():
+            from captum.attr import LayerAttribution, LayerGradCam
 
         x, rows, predicted = self._intact
         with self.model.feature_maps() as layer:

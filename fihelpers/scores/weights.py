@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fihelpers.answers import Answers, usual_answers
+from fihelpers.extras import EXTRAS, missing
 from fihelpers.filters import EXACT, Spectral
 from fihelpers.influence import moments_of_turned, turned_classes, warn_if_saturated
 from fihelpers.measures import (
@@ -277,11 +278,11 @@ def _loops() -> ModuleType | None:
     try:
         from fihelpers.scores.kernels import cpu
     except ModuleNotFoundError as error:
-        if error.name not in ("numba", "llvmlite"):
+        if error.name not in EXTRAS:
             raise
         warnings.warn(
-            f"The package {error.name} is missing, so weights are scored by single operations of torch, "
-            f"which takes {SLOWER} longer; run pip install 'fihelpers[fast]'.",
+            f"{missing(error.name)} Until then weights are scored by single operations of torch, which takes "
+            f"{SLOWER} longer.",
             stacklevel=2,
         )
         return None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fihelpers.data import check_file
+from fihelpers.extras import optional
 from fihelpers.tasks.base import Example, asking_hub, check_subject
 
 log = logging.getLogger(__name__)
@@ -150,7 +151,8 @@ def read_hub(subject: str | None, split: str) -> Rows:
 
     Raises ValueError for an unknown subject or malformed row, ConnectionError if the hub does not answer.
     """
-    import datasets
+    with optional():
+        import datasets
 
     with asking_hub(HUB, "a folder of CSV files"):
         configs = datasets.get_dataset_config_names(HUB, revision=HUB_REVISION)

@@ -12,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from fihelpers.data import check_file, data_folder
+from fihelpers.extras import optional
 from fihelpers.images import check_image, decode_base64, is_data_url
 from fihelpers.tasks.base import Example, asking_hub, check_subject, read_utf8
 from fihelpers.tasks.tables import TableRow, read_tsv
@@ -388,7 +389,8 @@ def _read_text(path: Path) -> str:
 
 
 def _ask_hub(name: str, split: str) -> Iterator[dict[str, Any]]:
-    import datasets
+    with optional():
+        import datasets
 
     with asking_hub(name, "a folder"):
         table = datasets.load_dataset(name, split=split, revision=HUB_REVISIONS[name])
