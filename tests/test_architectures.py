@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
+from fichapters.stored import open_quantized, save_quantized
 from fihelpers.answers import letters
 from fihelpers.evaluate.questions import answer_all
 from fihelpers.models.generate import end_tokens, greedy
@@ -22,11 +23,9 @@ from fihelpers.models.linear import linear_names
 from fihelpers.perturb.merge import Protection, merge_models
 from fihelpers.perturb.quantize import (
     Scheme,
-    open_quantized,
     pack_model,
     quantize_model,
     quantized,
-    save_quantized,
 )
 from fihelpers.scores.store import Scores
 from fihelpers.scores.weights import score_weights

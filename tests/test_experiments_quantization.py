@@ -10,9 +10,10 @@ import torch
 from tiny import tiny_model
 
 from fichapters.ch08 import draw, lab
+from fichapters.stored import size_report
 from fihelpers.models.language import LanguageModel
 from fihelpers.models.linear import as_rows, linear_names, turned_names
-from fihelpers.perturb.quantize import Scheme, pack, pack_model, select_channels, size_report
+from fihelpers.perturb.quantize import Scheme, pack, pack_model, select_channels
 
 SHARES = (0.1, 0.5)
 
@@ -122,16 +123,6 @@ def test_the_recovered_share() -> None:
     assert low < value < high
 
 
-def test_verdicts() -> None:
-    assert [lab.verdict(ends, True) for ends in ((0.1, 0.2), (-0.1, 0.1), (-0.2, -0.1), (0, 0))] == [
-        "holds", "undecided", "the reverse holds", "undecided",
-    ]  # fmt: skip
-    assert lab.verdict((0.1, 0.2), False) == "nothing to recover"
-    assert set(lab.VERDICTS) >= {
-        lab.verdict(ends, lost) for ends in ((1, 1), (-1, -1), (0, 0)) for lost in (False, True)
-    }
-
-
 def test_tables_of_the_chapter(model: LanguageModel, plan: lab.Plan, rows: pd.DataFrame) -> None:
     table = lab.summary(rows)
     start = table[table.share == 0]
@@ -152,15 +143,15 @@ def test_tables_of_the_chapter(model: LanguageModel, plan: lab.Plan, rows: pd.Da
         assert whole[matrices, bits, "FI exact", share] == pytest.approx(value)
     one = lab.of_subject(subjects, plan.main[0], "one")
     assert set(one) == {"exact", "low_exact", "damped", "low_damped", "random", "nothing"}
-    judged = lab.claims(rows, plan)
-    assert len(judged) == 4 * len(plan.cases) and set(judged.verdict) <= set(lab.VERDICTS)
+    won = lab.recovered_as_claimed(rows, plan)
+    assert len(won) == 2 * len(plan.cases) and (won.recovered.notna() == won.lost).all()
     high_low = lab.high_against_low(rows, plan, "log_prob")
     assert len(high_low) == 2 * len(plan.cases) and (high_low.low <= high_low.high).all()
     duels = lab.duels(rows, plan, "accuracy")
     assert len(duels) == 2 * len(lab.DUELS)
     assert lab.grid({"accuracy": duels}, ["axis", "first", "second"], "matrices").shape == (len(lab.DUELS), 2)
     both = lab.grid({"accuracy": high_low, "log P": high_low}, ["matrices", "bits", "filter"])
-    assert both.shape == (len(high_low), 2) and both.iloc[0, 0].endswith(high_low.verdict[0])
+    assert both.shape == (len(high_low), 2) and (lab.NOTHING_LOST not in both.iloc[0, 0]) == high_low.lost[0]
     draw.protection_curves(table, plan.main, 0.5, 0.25)
     draw.subject_curves(subjects, plan.main, None)
     won = {

@@ -19,7 +19,9 @@ from tiny import WORDS, tiny_examples, tiny_model
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
+from fichapters import stored
 from fichapters.estimates import estimate_quantization
+from fichapters.stored import open_quantized, save_quantized, size_report
 from fihelpers.models.language import LanguageModel, open_model
 from fihelpers.perturb import quantize
 from fihelpers.perturb.quantize import (
@@ -28,16 +30,13 @@ from fihelpers.perturb.quantize import (
     Packed,
     Quantized,
     Scheme,
-    open_quantized,
     pack,
     pack_model,
     packed_layers,
     quantization_error,
     quantize_model,
     quantized,
-    save_quantized,
     select_channels,
-    size_report,
 )
 from fihelpers.perturb.sparsify import linear_names
 from fihelpers.scores.store import Scores
@@ -561,7 +560,7 @@ def test_bad_folders_are_named(tmp_path, monkeypatch) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(quantize, "save_file", no_space)
+        patch.setattr(stored, "save_file", no_space)
         with pytest.raises(OSError, match="No space"):
             save_quantized(model, tmp_path / "folder")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["full"]
@@ -605,7 +604,7 @@ def test_damaged_folders_are_named(damage, tmp_path) -> None:
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
     elif damage == "other format":
-        how.write_text(how.read_text().replace('"format": 1', '"format": 2'))
+        how.write_text(how.read_text().replace(f'"format": {stored.FORMAT}', '"format": 99'))
     elif damage == "no json":
         how.write_text("{")
     else:

@@ -1,42 +1,27 @@
-"""Round-to-nearest quantization with protected channels (method 4.5): packed, measured, saved and reopened.
+"""Round-to-nearest quantization with protected channels (method 4.5), really packed.
 
 A matrix W (out, in) is cut to 1, 2, 3, 4 or 8 bits, but for chosen channels, output rows or input columns,
-which keep 16 bits. What is kept takes no part in the ranges of the rest. The codes are really packed: what a
-model weighs in memory and on disk is measured, not estimated. Rounding follows torchao's affine primitives,
-with scales in float16. Every linear weight is such a matrix: those of fused experts are one, with the rows of
+which keep 16 bits. What is kept takes no part in the ranges of the rest. The codes are packed: what a model
+weighs is measured (`Packed.nbytes`), not estimated. Rounding follows torchao's affine primitives, with scales
+in float16. Every linear weight is such a matrix: those of fused experts are one, with the rows of
 all experts (`fihelpers.models.linear`).
 """
 
 from __future__ import annotations
 
-import json
-import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import init_empty_weights  # type: ignore[import-untyped]
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers import PreTrainedModel
 
-from fihelpers.models.files import new_folder
-from fihelpers.models.language import (
-    WEIGHTS,
-    LanguageModel,
-    brief,
-    find_device,
-    open_tokenizer,
-    weights_sha256,
-)
+from fihelpers.models.language import LanguageModel
 from fihelpers.models.linear import as_rows, from_rows, linear_names, turned_names
 from fihelpers.perturb.sparsify import Scope, Which, select
 from fihelpers.scores.channels import Axis, check_axis
@@ -46,9 +31,6 @@ BITS = (1, 2, 3, 4, 8)
 SMALLEST = 2.0**-24  # scale, the smallest that float16 holds: weights that are all 0 still have one
 STORED = ("codes", "scales", "zeros", "kept", "kept_values")
 ALIGNED = 64  # bytes, to which torch lays its own tensors in memory
-SIXTEEN, POSITION = 2, 4  # bytes of a kept weight, and of the place of a kept channel
-HOW = "quantization.json"
-FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -279,7 +261,7 @@ def quantized(network: nn.Module, packed: Mapping[str, Packed]) -> Iterator[nn.M
     try:
         for name, weight in weights.items():
             weight.parameter.data = weight.form(_fitting(packed[name], weight, name)).unpack(packed[name])
-        before |= _laid_by_torch(network)
+        before |= laid_by_torch(network)
         yield network
     finally:
         for tensor, data in before.items():
@@ -398,7 +380,7 @@ def quantize_model(network: nn.Module, packed: Mapping[str, Packed]) -> None:
         vars(module)["_forms"] = packed_forms
         for field, tensor in packed[name].tensors().items():
             module.register_buffer(_buffer(local, field), tensor)
-    _laid_by_torch(network)
+    laid_by_torch(network)
 
 
 def packed_layers(network: nn.Module) -> dict[str, Packed]:
@@ -406,103 +388,9 @@ def packed_layers(network: nn.Module) -> dict[str, Packed]:
     return {name: _packed(module, local) for name, module, local in _packed_parameters(network)}
 
 
-@dataclass(frozen=True)
-class SizeReport:
-    """Bytes of quantized layers, without their biases.
-
-    packed: as they are stored; kept: of that, the protected channels and their positions; unprotected: the
-    same layers with nothing protected; sixteen_bit: the same layers not quantized; share: of the weights, how
-    many are protected.
-    """
-
-    packed: int
-    kept: int
-    unprotected: int
-    sixteen_bit: int
-    share: float
-
-    @property
-    def extra(self) -> int:
-        """What the protection costs, in bytes."""
-        return self.packed - self.unprotected
-
-    @property
-    def bits_per_weight(self) -> float:
-        return 16 * self.packed / self.sixteen_bit
-
-
-def size_report(packed: Mapping[str, Packed]) -> SizeReport:
-    """Measure quantized layers: of `pack_model`, or the `packed_layers` of a network."""
-    if not packed:
-        raise ValueError("There are no quantized layers to measure; name at least one.")
-    kept = [t for p in packed.values() for n, t in p.tensors().items() if n.startswith("kept")]
-    weights = sum(p.shape[0] * p.shape[1] for p in packed.values())
-    protected = sum(p.kept_values.numel() for p in packed.values() if p.kept_values is not None)
-    return SizeReport(
-        packed=sum(p.nbytes for p in packed.values()),
-        kept=sum(t.numel() * t.element_size() for t in kept),
-        unprotected=sum(packed_bytes(p.scheme, p.shape) for p in packed.values()),
-        sixteen_bit=SIXTEEN * weights,
-        share=protected / weights,
-    )
-
-
-def save_quantized(model: LanguageModel, folder: Path) -> None:
-    """Write a model after `quantize_model`: config, tokenizer, model.safetensors, and how it was made.
-
-    `quantization.json` names the original model with its hash, and the scheme of each layer. The folder
-    appears whole or not at all. Raises FileExistsError for a folder that is not empty, ValueError for a model
-    without quantized layers, or of an architecture that `open_quantized` does not know.
-    """
-    if not packed_layers(model.network):
-        raise ValueError(f"Model {model.name!r} has no quantized layers; use quantize_model first.")
-    with new_folder(Path(folder)) as beside:
-        model.network.config.save_pretrained(beside)
-        if model.network.can_generate() and model.network.generation_config is not None:
-            model.network.generation_config.save_pretrained(beside)
-        model.tokenizer.save_pretrained(beside)
-        try:
-            new = _new_network(beside, model.network.dtype)
-        except Exception as error:  # of many types, for code of its own or a network of another kind
-            raise ValueError(f"Model {model.name!r} could not be opened again: {brief(error)}") from error
-        save_file(_stored(model.network, new), beside / WEIGHTS, metadata={"format": "pt"})
-        text = json.dumps(_how(model), indent=1)
-        (beside / HOW).write_text(text + "\n", encoding="utf-8")
-
-
-def open_quantized(folder: Path, device: str = "cpu") -> LanguageModel:
-    """Open what `save_quantized` wrote; the logits are the saved model's, bit for bit, on the same device.
-
-    The library chooses anew how attention and experts are computed; another choice of the saved model's
-    (`set_attn_implementation`) is not stored, and rounds otherwise.
-    Raises FileNotFoundError where there is no such folder, ValueError for damaged or foreign files.
-    """
-    folder, place = Path(folder), find_device(device)
-    if not (folder / HOW).is_file():
-        raise FileNotFoundError(f"{folder} has no {HOW}; give a folder that save_quantized wrote.")
-    label = folder.resolve().name
-    try:
-        how = json.loads((folder / HOW).read_text(encoding="utf-8"))
-        if how["format"] != FORMAT:
-            raise ValueError(f"its format is {how['format']}, known is {FORMAT}")
-        tensors = load_file(folder / WEIGHTS)
-        network = _rebuilt(folder, how, tensors)
-    except (
-        OSError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:
-        raise ValueError(
-            f"the quantized model {label!r} cannot be opened: {brief(error)}; save it again."
-        ) from error
-    tokenizer = open_tokenizer(folder, label, trust_remote_code=False)
-    sha256 = weights_sha256(folder, label)
-    network.to(place)  # type: ignore[arg-type]
-    return LanguageModel(network.eval(), tokenizer, label, None, sha256)
+def unpacked_dtypes(network: nn.Module) -> dict[str, torch.dtype]:
+    """The types in which a quantized network multiplies by its packed weights, by the names that they had."""
+    return {name: module._forms[local].dtype for name, module, local in _packed_parameters(network)}
 
 
 def _checked(
@@ -576,7 +464,7 @@ def _pack_bits(codes: Tensor, bits: int) -> Tensor:
 
 def _unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
     """The `count` codes, uint8, that `_pack_bits` packed."""
-    if len(packed) != _code_bytes(bits, count):
+    if len(packed) != code_bytes(bits, count):
         raise ValueError(f"{count} codes of {bits} bits do not fill {len(packed)} bytes")
     planes = ((packed.view(bits, -1, 1) >> _places(8, packed)) & 1).flatten(1)[:, :count]
     return (planes << _places(bits, packed)[:, None]).sum(0, dtype=torch.uint8)
@@ -586,17 +474,9 @@ def _places(bits: int, like: Tensor) -> Tensor:
     return torch.arange(bits, dtype=torch.uint8, device=like.device)
 
 
-def _code_bytes(bits: int, count: int) -> int:
+def code_bytes(bits: int, count: int) -> int:
+    """Bytes of so many packed codes."""
     return bits * -(-count // 8)
-
-
-def packed_bytes(scheme: Scheme, shape: tuple[int, int], kept_rows: int = 0) -> int:
-    """Bytes of a matrix (out, in) of which some rows are kept, as `Packed.nbytes` of it."""
-    rows, columns = shape[0] - kept_rows, shape[1]
-    count = rows * columns
-    scales = count // (scheme.group or (columns if scheme.per == "rows" else rows))
-    kept = kept_rows * (SIXTEEN * columns + POSITION)
-    return _code_bytes(scheme.bits, count) + scales * (3 if scheme.mapping == "asymmetric" else 2) + kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -664,7 +544,7 @@ def _fitting(packed: Packed, weight: _Weight, name: str) -> Packed:
     return packed
 
 
-def _unpacked(network: nn.Module) -> dict[str, Tensor]:
+def plain_tensors(network: nn.Module) -> dict[str, Tensor]:
     """Parameters, a shared one once, and buffers, without what stands for packed weights."""
     packed = {
         module.get_buffer(_buffer(local, field))
@@ -675,108 +555,14 @@ def _unpacked(network: nn.Module) -> dict[str, Tensor]:
     return {**dict(network.named_parameters()), **buffers}
 
 
-def _laid_by_torch(network: nn.Module) -> dict[Tensor, Tensor]:
+def laid_by_torch(network: nn.Module) -> dict[Tensor, Tensor]:
     """Lay weights as torch lays its own tensors; returns those that were moved, with their data before.
 
     A product rounds by where its weights lie, and those of a file that is mapped into memory lie anywhere.
     """
     moved, kept = {}, set(network.state_dict())
-    for name, tensor in _unpacked(network).items():
+    for name, tensor in plain_tensors(network).items():
         if name in kept and (tensor.data_ptr() % ALIGNED or not tensor.is_contiguous()):
             moved[tensor] = tensor.data
             tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
     return moved
-
-
-def _stored(network: nn.Module, new: nn.Module) -> dict[str, Tensor]:
-    """What goes into the file: packed weights under names of their own, and all else that `new` lacks.
-
-    That is the state dict, and buffers that a new network has in another type or with other values.
-    """
-    kept, known = set(network.state_dict()), dict(new.named_buffers())
-    stored = {
-        name: tensor.detach().contiguous()
-        for name, tensor in _unpacked(network).items()
-        if name in kept or not _is_same(tensor, known.get(name))
-    }
-    for name, packed in packed_layers(network).items():
-        stored |= {f"{_stem(name)}.{field}": tensor for field, tensor in packed.tensors().items()}
-    return stored
-
-
-def _is_same(a: Tensor, b: Tensor | None) -> bool:
-    return b is not None and not b.is_meta and a.dtype == b.dtype and a.cpu().equal(b)
-
-
-def _stem(name: str) -> str:
-    """What the names of a packed weight's tensors begin with."""
-    return name.removesuffix(".weight")
-
-
-def _how(model: LanguageModel) -> dict[str, Any]:
-    origin = {"name": model.name, "revision": model.revision, "sha256": model.sha256}
-    made = {"format": FORMAT, "made_from": origin, "dtype": _name_of(model.network.dtype)}
-    layers = {}
-    for name, module, local in _packed_parameters(model.network):
-        packed, dtype = _packed(module, local), module._forms[local].dtype
-        kept = 0 if packed.kept is None else len(packed.kept)
-        about = {**asdict(packed.scheme), "shape": list(packed.shape), "axis": packed.axis, "kept": kept}
-        layers[name] = about if dtype == model.network.dtype else {**about, "dtype": _name_of(dtype)}
-    return {**made, "layers": layers}
-
-
-def _name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _new_network(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The network of a folder's configuration; its buffers have values, its parameters no storage."""
-    with warnings.catch_warnings(), init_empty_weights(include_buffers=False):
-        warnings.simplefilter("ignore")  # of values that are not to be had
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        network: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    network.tie_weights()  # which emptying parts
-    return network
-
-
-def _rebuilt(folder: Path, how: Mapping[str, Any], tensors: dict[str, Tensor]) -> PreTrainedModel:
-    """The network of a folder, its packed weights in place; `tensors` is used up."""
-    network = _new_network(folder, getattr(torch, how["dtype"]))
-    if (folder / GENERATION_CONFIG_NAME).is_file():
-        network.generation_config = GenerationConfig.from_pretrained(folder)
-    packed = {name: _read_packed(_stem(name), entry, tensors) for name, entry in how["layers"].items()}
-    for name, weight in _weights(network, packed).items():
-        dtype = getattr(torch, how["layers"][name].get("dtype", how["dtype"]))
-        weight.parameter.data = weight.parameter.data.to(dtype)
-    quantize_model(network, packed)
-    own, kept = _unpacked(network), set(network.state_dict())
-    wrong = {n for n, t in own.items() if n not in tensors and (n in kept or t.is_meta)}
-    wrong |= {n for n, t in tensors.items() if n not in own or t.shape != own[n].shape}
-    if wrong:
-        raise ValueError(f"tensor {min(wrong)!r} is missing or not the model's")
-    _fill(network, {own[name]: tensor for name, tensor in tensors.items()})
-    return network
-
-
-def _fill(network: nn.Module, tensors: Mapping[Tensor, Tensor]) -> None:
-    """Put tensors in the place of a network's own, a shared one everywhere."""
-    new: dict[Tensor, Any] = {
-        own: nn.Parameter(t, own.requires_grad) if isinstance(own, nn.Parameter) else t
-        for own, t in tensors.items()
-    }
-    for module in network.modules():
-        for table in (module._parameters, module._buffers):
-            table.update({local: new[t] for local, t in table.items() if t is not None and t in new})
-    _laid_by_torch(network)
-
-
-def _read_packed(stem: str, entry: Mapping[str, Any], tensors: dict[str, Tensor]) -> Packed:
-    shape = (int(entry["shape"][0]), int(entry["shape"][1]))
-    scheme = Scheme(entry["bits"], entry["mapping"], entry["group"], entry["per"])
-    stored: dict[str, Any] = {field: tensors.pop(f"{stem}.{field}", None) for field in STORED}
-    packed = Packed(scheme, shape, entry["axis"], **stored)
-    kept, values = (0 if stored[field] is None else len(stored[field]) for field in ("kept", "kept_values"))
-    if (packed.zeros is None) != (scheme.mapping == "symmetric") or not entry["kept"] == kept == values:
-        raise ValueError(f"the tensors of {stem} are not those that {HOW} tells of")
-    packed.unpack()  # a wrong size shows here
-    return packed

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from os import PathLike
 
+from fichapters.stored import packed_bytes
 from fihelpers.jobs.preflight import (
     SCORE,
     Estimate,
@@ -21,7 +22,7 @@ from fihelpers.models.conversion import builds_tensors
 from fihelpers.models.language import find_dtype
 from fihelpers.models.linear import as_rows, linear_names, turned_names
 from fihelpers.perturb.merge_methods import Dare, Method, Ties, find_method
-from fihelpers.perturb.quantize import Scheme, packed_bytes
+from fihelpers.perturb.quantize import Scheme
 from fihelpers.perturb.topshare import CHUNK
 
 WORK = 16 * CHUNK * 8  # bytes of the pieces that a merge works on

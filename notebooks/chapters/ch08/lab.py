@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from fichapters.ch07.lab import draw_of
 from fichapters.papers import published
+from fichapters.stored import open_quantized, save_quantized, size_report
 from fichapters.tables import RESAMPLES, with_verdict
 from fihelpers.answers import usual_answers
 from fihelpers.data import write_atomically
@@ -39,17 +40,14 @@ from fihelpers.models.language import WEIGHTS, LanguageModel
 from fihelpers.models.linear import as_rows, turned_names
 from fihelpers.perturb.quantize import (
     BITS,
-    PLANES,
     Scheme,
-    open_quantized,
+    code_bytes,
     pack_model,
     packed_layers,
     quantization_error,
     quantize_model,
     quantized,
-    save_quantized,
     select_channels,
-    size_report,
 )
 from fihelpers.perturb.sparsify import Which, linear_names, select
 from fihelpers.scores.channels import (
@@ -564,7 +562,8 @@ def extra_bytes(shape: tuple[int, int], bits: int, share: float) -> int:
     A kept row stores its weights in 16 bits and its position, instead of its codes and its scale.
     """
     rows = round(share * shape[0])
-    return rows * (2 * shape[1] + 4 - 2) - (_coded(shape, bits) - _coded((shape[0] - rows, shape[1]), bits))
+    spared = code_bytes(bits, shape[0] * shape[1]) - code_bytes(bits, (shape[0] - rows) * shape[1])
+    return rows * (2 * shape[1] + 4 - 2) - spared
 
 
 def claimed(key: str) -> float:
@@ -834,11 +833,6 @@ def _check_group(model: LanguageModel, names: Sequence[str], group: int | None) 
 
 def _interval(values: np.ndarray) -> tuple[float, float, float]:
     return mean_interval(values) if len(values) > 1 else (float(values.mean()), np.nan, np.nan)
-
-
-def _coded(shape: tuple[int, int], bits: int) -> int:
-    """Bytes of the codes of a matrix: each plane of bits fills whole bytes."""
-    return sum(-(-shape[0] * shape[1] * plane // 8) for plane in PLANES[bits])
 
 
 def _key(model: LanguageModel, plan: Plan, tested: Sequence[Example]) -> str:
