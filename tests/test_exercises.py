@@ -279,7 +279,7 @@ SLIPS = [  # a check, what it is given, and a word of its hint
         ([1], torch.ones(2), torch.tensor([4.0, 9.0]), torch.tensor([0.1, 5.0]), 1),
         "for both",
     ),
-    (ch12.headline, ("does not hold", {"exact": (0, 3, 3), "damped": (4, 1, 1)}), "undecided says nothing"),
+    (ch12.headline, ("does not hold", {"exact": (0, 3, 3), "damped": (4, 1, 1)}), "setting says nothing"),
     (ch12.by_chance, (16.5, 330, 0.95), "other side"),
     (ch12.questions_needed, (960, 240, 0.04, 0.01), "root"),
     (ch12.still_hold, (2, [(0.001, 0.041), (0.02, 0.06)], 0.95), "before the correction"),

@@ -104,23 +104,14 @@ def test_exponent_and_line_of_made_up_times() -> None:
     assert np.allclose([line["intercept"], line["slope"], line["r2"]], [3, 2, 1])
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "said"),
-    [(1.6, 2.4, "holds"), (1.4, 2, "undecided"), (2, 2.6, "undecided"), (0.5, 1.4, "does not hold")],
-)
-def test_verdicts(low: float, high: float, said: str) -> None:
-    assert lab.verdict(low, high, *lab.ABOUT_TWICE) == said
-
-
-def test_claims_have_a_line_for_every_setting() -> None:
+def test_what_claims_rest_on_has_a_line_for_every_setting() -> None:
     steps = pd.DataFrame({"worst": [3e-3, 1e-3, 2e-3], "pixels": 4})
     cost = {"m": ((1.2, 1.1, 1.3), 7)}
-    table = lab.claims({"w": ((2.4, 2.0, 3.0), 6)}, {"p": ((4.0, 3.0, 5.0), 5)}, {"c": 2.0}, steps, cost)
-    assert table.verdict.tolist()[:3] == ["does not hold", "holds", "does not hold"]
-    assert "suffice" in table.verdict.iloc[3] and table.n.tolist() == [5, 6, 1, 4, 7]
+    weights, pixels = {"w": ((2.4, 2.0, 3.0), 6)}, {("FI exact", "p"): ((4.0, 3.0, 5.0), 5)}
+    table = lab.claimed_ratios(weights, pixels, {"c": 2.0}, steps, cost)
+    assert table.of.tolist() == ["pixels", "weights", "operations", "differences", "cost"]
+    assert table.measure[0] == "FI exact" and table.n.tolist() == [5, 6, 1, 4, 7]
     assert table.loc[3, ["value", "low", "high"]].tolist() == [2e-3, 1e-3, 3e-3]
-    rough = steps.assign(worst=[1e-3, 1e-3, 0.5])
-    assert lab.claims({}, {}, {}, rough, {}).verdict.tolist() == ["undecided"]
 
 
 @pytest.mark.parametrize(("rounds", "skipped"), [(2, 0), (5, 0), (6, 0), (8, 0), (9, 1), (15, 3), (20, 5)])

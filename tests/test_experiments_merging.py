@@ -14,6 +14,7 @@ from tiny import tiny_model
 
 from fichapters import dials
 from fichapters.ch09 import draw, lab
+from fichapters.claims import ENDINGS
 from fihelpers.perturb.merge import Average, FisherAverage, TaskArithmetic, Ties
 from fihelpers.tasks import Example, load_task
 
@@ -146,16 +147,16 @@ def test_the_chapter(bench: lab.Bench, plan: lab.Plan, monkeypatch: pytest.Monke
         assert found.value["sums"] == pytest.approx(of["sums"].mean())
     assert lab.as_text(table, rows).shape == (len(table), 6)
 
-    judged = lab.claims(rows, plan, counts, 0)
-    assert {*judged.verdict, *judged.by_log_p} <= set(lab.SAID) and (judged.low <= judged.high).all()
-    per_filter = judged[judged["filter"] == "exact"].groupby("claim").size().to_dict()
-    assert per_filter["20: protection helps"] == 7 and per_filter[lab.CLAIMS["c23"]] == 4
+    paired = lab.paired(rows, plan, counts, 0)
+    assert set(paired.by_log_p) <= set(ENDINGS.values()) and (paired.low <= paired.high).all()
+    per_filter = paired[paired.measure == lab.EXACT].groupby("topic").size().to_dict()
+    assert per_filter["protection helps"] == 7 and per_filter[lab.TOPICS["c23"]] == 4
     price = lab.price_of(rows, list(lab.expert_alone(plan)), counts, 0)
     assert price.relative["A kept by random"] == 0 and "A kept by SNIP, its own domain" in price.index
     assert np.allclose(price["mean"], (price["sums"] + price["bones"]) / 2)
     draw.gamma_curves(search.table().query("by == ''"), list(counts), {"sums": 0.5, "bones": 0.5}, 13)
     draw.share_curves(curve, dict.fromkeys(lab.CURVES, 0.5), 13)
-    draw.gains(judged.assign(label=judged["first"], by=judged["filter"]), "difference")
+    draw.gains(paired.assign(label=paired["first"], by=paired["measure"]), "difference")
 
     monkeypatch.setattr(lab.Bench, "put", lambda *_: pytest.fail("finished work was done again"))
     pd.testing.assert_frame_equal(lab.Final(bench).ask(asked), rows)
@@ -237,7 +238,7 @@ def test_differences_weigh_the_domains_alike() -> None:
     assert lab.difference(rows, "x", "y", counts, 0, "first", "log_prob") == (1, 1, 1)
     assert lab.pooled(rows, [("x", "y"), ("x", "x")], counts, 0)[0] == pytest.approx(0.375)
     found = lab.differences(rows, [("x", "y"), ("y", "x"), ("x", "x")], counts, 0, "first")
-    assert found.verdict.tolist() == ["holds", "the reverse holds", "undecided"]
+    assert found.difference.tolist() == [1, -1, 0]
     with pytest.raises(ValueError, match="no setting 'z'; there are x, y"):
         lab.answers_of(rows, "z")
 
@@ -331,4 +332,4 @@ def test_a_dial_turns_through_the_curves(
 def test_differences_are_shown_as_text() -> None:
     table = pd.DataFrame({"first": ["a"], "minus": ["b"], "difference": [0.1], "low": [-0.25], "high": [0.4]})
     shown = lab.as_lines(table, "minus")
-    assert shown.loc["a"].tolist() == ["+0.100 [-0.250, +0.400]", "b"]
+    assert shown.loc["a"].tolist() == ["+0.100 [-0.250, +0.400]", "undecided", "b"]

@@ -185,17 +185,11 @@ def test_digits_have_constant_exact_fi_and_units_that_matter() -> None:
     assert found.minus(GATE_LENGTH, lab.RANDOM)[0] > 0
 
 
-def test_verdicts_and_what_is_quoted() -> None:
-    assert [lab.verdict(*ends) for ends in ((0.1, 0.2), (-0.1, 0.2), (-0.2, -0.1))] == [
-        "holds",
-        "undecided",
-        "the reverse holds",
-    ]
+def test_what_is_quoted_of_other_chapters() -> None:
     for chapter, name in lab.QUOTED.values():
         assert isinstance(lab.from_book(chapter, name), Record)
     with pytest.raises(KeyError, match="run that chapter"):
         lab.from_book("07_sparsification", "nothing")
-    judged = lab.cam_judged({key: lab.from_book(*place) for key, place in lab.QUOTED.items()})
-    assert list(judged.verdict) == [lab.verdict(a, b) for a, b in zip(judged.low, judged.high, strict=True)]
-    counted = lab.counts(judged)
-    assert counted.to_numpy().sum() == len(judged)
+    gaps = lab.against_grad_cam({key: lab.from_book(*place) for key, place in lab.QUOTED.items()})
+    assert gaps.measure.tolist() == [lab.EXACT, lab.DAMPED]
+    assert gaps.difference.between(gaps.low, gaps.high).all()

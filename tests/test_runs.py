@@ -116,6 +116,8 @@ def test_the_key_sees_all_that_a_run_depends_on(
         reading.append(key(READS="*.claims.csv"))
     Path("data/results/04.claims.csv").write_text("the run has its own")
     assert key(READS="*.claims.csv") == reading[-1]
+    (OUT / f"{notebook.stem}.claims.csv").write_text("its own results are not what a chapter reads")
+    assert key(READS="*.claims.csv") == reading[-1]
     assert len(set(reading)) == len(reading)
     assert key() == keys[-1]  # a chapter that reads no results does not mind them
 

@@ -3,15 +3,16 @@
 import pandas as pd
 import pytest
 
-from fichapters.tables import average, judged_lines, show
+from fichapters.tables import average, duel_counts, duel_grid, judged_lines, show, with_verdict
 
-CLAIM = "24: a claim whose words are longer than the fifty letters that pandas prints of a column"
+PART = "a claim whose words are longer than the fifty letters that pandas prints of a column"
+CLAIM = f"24: {PART}"
 JUDGED = pd.DataFrame(
     [
-        (CLAIM, "timed", 6, 1.653, 1.429, 2.069, "undecided"),
-        (CLAIM, "counted", 1, 2.0323, 2.0323, 2.0323, "does not hold"),
+        ("24", PART, "timed", 6, 1.653, 1.429, 2.069, "undecided"),
+        ("24", PART, "counted", 1, 2.0323, 2.0323, 2.0323, "does not hold"),
     ],
-    columns=["claim", "setting", "n", "value", "low", "high", "verdict"],
+    columns=["id", "part", "setting", "n", "value", "low", "high", "verdict"],
 )
 
 
@@ -24,11 +25,28 @@ def test_a_judged_setting_has_its_interval_and_a_count_has_none() -> None:
 
 
 def test_the_settings_of_a_claim_stand_together_in_the_order_of_the_claims() -> None:
-    other = JUDGED.assign(claim="5: another claim")
+    other = JUDGED.assign(id="5", part="another claim")
     mixed = pd.concat([JUDGED.iloc[:1], other, JUDGED.iloc[1:]], ignore_index=True)
     assert judged_lines(mixed, "ratio").index.tolist() == [
         (CLAIM, "timed"), (CLAIM, "counted"), ("5: another claim", "timed"), ("5: another claim", "counted"),
     ]  # fmt: skip
+
+
+def test_a_part_of_two_claims_is_one_line_and_what_was_not_measured_has_no_number() -> None:
+    nothing = JUDGED.assign(value=float("nan"), low=float("nan"), high=float("nan"), verdict="not measured")
+    lines = judged_lines(pd.concat([nothing, nothing.assign(id="R2")], ignore_index=True), "ratio")
+    assert lines.index.tolist() == [(f"24, R2: {PART}", "timed"), (f"24, R2: {PART}", "counted")]
+    assert lines.ratio.tolist() == ["", ""]
+
+
+def test_duels_are_shown_and_counted_by_what_they_say_of_more_damage() -> None:
+    duels = pd.DataFrame(
+        [("FI exact", "random", -0.2, -0.3, -0.1), ("FI exact", "SNIP", 0.1, 0.05, 0.2)],
+        columns=["fi", "other", "difference", "low", "high"],
+    )
+    assert with_verdict(duels, below=0).verdict.tolist() == ["holds", "does not hold"]
+    assert duel_grid(duels).loc["FI exact", "SNIP"] == "+0.100 [+0.050, +0.200] does not hold"
+    assert duel_counts(duels).loc[("FI exact", "random")].tolist() == [1, 0, 0]
 
 
 def test_the_interval_of_an_average_holds_it_and_narrows() -> None:
@@ -42,4 +60,4 @@ def test_the_interval_of_an_average_holds_it_and_narrows() -> None:
 
 def test_a_shown_table_has_its_formats_and_no_index() -> None:
     html = show(JUDGED, value="{:.1%}").to_html()
-    assert "165.3%" in html and CLAIM in html and "row_heading" not in html
+    assert "165.3%" in html and PART in html and "row_heading" not in html

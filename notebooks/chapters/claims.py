@@ -1,68 +1,72 @@
-"""Every claim with what the chapters found: their tables "claims" gathered, condensed by one rule, and shown.
+"""Every claim with what the chapters found: parts that name numbers of kept tables, judged by one rule.
 
-The claims stand in ``data/claims.yaml``. A chapter's line names the claim by its id ("7, 10: words"); an id
-that nobody knows, or one that a chapter has not judged although it should have, is an error.
+The claims and their parts stand in ``data/claims.yaml``, whose head explains the keys. Nothing here knows a
+chapter.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cache, lru_cache
 from html import escape
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import yaml
 
-from fichapters.judged import NOT_MEASURED
 from fichapters.papers import published
+from fichapters.results import KEPT, Chapter
 from fihelpers.data import check_file, data_folder
 
 FILE = "claims.yaml"
-TABLES = "*.claims.csv"
-HOLDS, FAILS, OPEN, NOTHING = "holds", "does not hold", "undecided", "nothing to recover"
-NEEDS, ANSWERED = "needs the paper's models", "answered"
-STANDS = {  # what a chapter's verdict means for the claim
-    HOLDS: HOLDS,
-    "more than all": HOLDS,
-    "a gain": HOLDS,
-    OPEN: OPEN,
-    "no difference seen": OPEN,
-    FAILS: FAILS,
-    "the reverse holds": FAILS,
-    "less than all": FAILS,
-    "a loss": FAILS,
-    NOTHING: NOTHING,
-    ANSWERED: ANSWERED,  # a number that a question asked for
-    NOT_MEASURED: NOT_MEASURED,
-}
-HEADLINES = {  # of claims, and what the names of records are made of
-    "holds": HOLDS,
-    "only": "holds only with …",
-    "fails": FAILS,
-    "undecided": OPEN,
-    "needs": NEEDS,
-    "nothing": NOTHING,
-    "missing": NOT_MEASURED,
-}
-NO_LOSS = "no loss seen"  # holds if the interval excludes a larger loss than this
-LOSS = 0.05
-FILTERS = {"exact": "exact FI", "cut": "a cut", "damped": "damping"}
+RECORDS = "records"  # stands for a chapter's records where a part names no table
+HOLDS, FAILS, OPEN = "holds", "does not hold", "undecided"
+NOT_MEASURED, ANSWERED = "not measured", "answered"
+IN_PART = "holds in part"  # of whole claims only
+ENDINGS = {"holds": HOLDS, "undecided": OPEN, "reverse": FAILS}  # of the names of records that count verdicts
+HEADLINES = (HOLDS, IN_PART, FAILS, OPEN, NOT_MEASURED)
 NO_FILTER = "no filter"
-IDS = re.compile(r"([RO]?\d+(?:, [RO]?\d+)*): (.+)")
-FILTER = re.compile(r"FI (?:[^,]+, )?(exact|cut|damped)")
-OPPONENT = r" against ([\w ]+)"
+FILTERS = ("exact", "cut", "damped", NO_FILTER)
+COLUMNS = ["id", "chapter", "part", "setting", "filter", "n", "value", "low", "high", "verdict"]
+Read = Callable[[str, str], pd.DataFrame]  # a chapter's table, empty where there is none
+
+
+@dataclass(frozen=True)
+class Part:
+    """What has to be true of the rows of one table; the keys are explained in the file of the claims.
+
+    names: whatever else the file says of it, for the texts.
+    """
+
+    words: str
+    setting: str
+    chapter: str
+    names: Mapping[str, Any]
+    where: Mapping[str, Any]
+    table: str = RECORDS
+    given: Mapping[str, Any] | None = None
+    measure: str = "{measure}"
+    value: str = "value"
+    low: str = "low"
+    high: str = "high"
+    n: str = "n"
+    above: float | Mapping[str, Any] | None = None
+    below: float | Mapping[str, Any] | None = None
+    margin: float = 0.0
 
 
 @dataclass(frozen=True)
 class Claim:
     """One claim or question in our words.
 
-    kind: "claim", "question" (a reviewer's) or "ours". chapters: those that have to judge it. number: what
-    the numbers in their lines are. published: keys of the published figures. needs: what a test would take
-    that the bundled models cannot give.
+    kind: "claim", "question" (a reviewer's) or "ours". number: what the numbers of its parts are. published:
+    keys of the published figures. needs: what a test would take that the bundled models cannot give.
     """
 
     id: str
@@ -70,232 +74,273 @@ class Claim:
     words: str
     source: str
     kind: str = "claim"
-    chapters: tuple[str, ...] = ()
     number: str = ""
     published: tuple[str, ...] = ()
     needs: str = ""
+    parts: tuple[Part, ...] = ()
+
+
+# --- the file
 
 
 def load_claims() -> dict[str, Claim]:
     """Return the claims by id, in the order of the file. Raises ValueError for an id that is listed twice."""
-    path = data_folder() / FILE
-    check_file(path)
-    listed = yaml.safe_load(path.read_text(encoding="utf-8"))["claims"]
+    listed = _content()["claims"]
     claims = {line["id"]: _claim(line) for line in listed}
     if len(claims) < len(listed):
         raise ValueError(f"{FILE} lists an id twice.")
     return claims
 
 
+@lru_cache(maxsize=1)
+def _content() -> dict[str, Any]:
+    path = data_folder() / FILE
+    check_file(path)
+    content: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return content
+
+
 def _claim(line: Mapping[str, Any]) -> Claim:
-    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in line.items()}
-    return Claim(**fields)
+    told = line.items()
+    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in told if k != "parts"}
+    return Claim(**given, parts=tuple(part for said in line.get("parts", ()) for part in _expand(said)))
 
 
-def gather(tables: Mapping[str, Path], claims: Mapping[str, Claim]) -> pd.DataFrame:
-    """One row for every setting of every claim, from the chapters' tables.
-
-    Columns: id, chapter, part, setting, filter, n, value, low, high, said (the chapter's verdict), verdict
-    (what it means for the claim). tables: {file name: path}, each file named ``{chapter}.claims.csv``. Raises
-    ValueError for an unknown id or verdict, and for a claim that a chapter should judge and does not.
-    """
-    parts = [_read(path, name.split(".")[0]) for name, path in sorted(tables.items())]
-    if not parts:
-        raise ValueError("no chapter has judged a claim; run the chapters, or restore data/results.")
-    rows = pd.concat(parts, ignore_index=True)
-    unknown = sorted(set(rows.id) - set(claims))
-    if unknown:
-        raise ValueError(f"{', '.join(unknown)}: judged in a chapter, but not in {FILE}.")
-    for claim in claims.values():
-        for chapter in set(claim.chapters) & set(rows.chapter):
-            if not ((rows.id == claim.id) & (rows.chapter == chapter)).any():
-                raise ValueError(f"{chapter} has no line on claim {claim.id}, which it should judge.")
-    return rows
-
-
-def _read(path: Path, chapter: str) -> pd.DataFrame:
-    """A chapter's table in the one form of :func:`gather`, a row for each id of a line."""
-    table = pd.read_csv(path)
-    if "setting" not in table:  # chapter 09 sets one thing against another
-        table["setting"] = table["first"] + " minus " + table["minus"]
-        table["value"] = table["difference"]
-        table["other"] = table["minus"]
-    else:
-        table["other"] = table.setting.str.extract(OPPONENT, expand=False)
-    table["filter"] = [_filter(text) for text in table.setting]
-    matches = [IDS.fullmatch(text) for text in table.claim]
-    for text, found in zip(table.claim, matches, strict=True):
-        if found is None:
-            raise ValueError(f"{path.name}: {text!r} should begin with a claim's id, such as '11: '.")
-    table["id"] = [found[1].split(", ") for found in matches if found]
-    words = [found[2] for found in matches if found]
-    others = [f", against {other}" if isinstance(other, str) else "" for other in table.other]
-    table["part"] = [word + other for word, other in zip(words, others, strict=True)]
-    table["said"] = table.verdict
-    ends = zip(table.verdict, table.low, strict=True)
-    table["verdict"] = [_stands(said, low, path.name) for said, low in ends]
-    columns = ["id", "chapter", "part", "setting", "filter", "n", "value", "low", "high", "said", "verdict"]
-    return table.assign(chapter=chapter).explode("id")[columns]
-
-
-def _filter(setting: str) -> str:
-    found = FILTER.search(setting)
-    return found[1] if found else NO_FILTER
-
-
-def _stands(said: str, low: float, where: str) -> str:
-    if said == NO_LOSS:
-        return HOLDS if low >= -LOSS else OPEN
-    name = said.split(":")[0]
-    if name not in STANDS:
-        known = ", ".join([*STANDS, NO_LOSS])
-        raise ValueError(f"{where}: the verdict {said!r} is none of {known}.")
-    return STANDS[name]
+def _expand(said: Mapping[str, Any]) -> Iterator[Part]:
+    """A part for every item of its "for" and every choice from the lists of its "where"."""
+    known = {field.name for field in fields(Part)}
+    for item in said.get("for", [{}]):
+        made = {k: v for k, v in said.items() if k != "for"} | item
+        if "record" in made:
+            made["where"] = {"name": made.pop("record")}
+        lists = [v if isinstance(v, list) else [v] for v in made["where"].values()]
+        told = {k: v for k, v in made.items() if k in known}
+        names = {k: v for k, v in made.items() if k not in known}
+        for values in product(*lists):
+            where = dict(zip(made["where"], values, strict=True))
+            yield Part(**told | {"where": where, "names": names | where})
 
 
 # --- the rule
 
 
-def deciding(rows: pd.DataFrame) -> pd.DataFrame:
-    """The settings that decide a claim: in each part those of FI if there are any, and only tested ones."""
-    own = rows.assign(fi=rows["filter"] != NO_FILTER)
-    has_fi = own.groupby("part").fi.transform("any")
-    tested = ~own.verdict.isin([NOTHING, NOT_MEASURED])
-    return rows[(own.fi | ~has_fi) & tested]
+def judge(
+    low: float, high: float, above: float = -math.inf, below: float = math.inf, margin: float = 0
+) -> str:
+    """What an interval says of the claim that a number lies between two bounds.
 
-
-def shown(rows: pd.DataFrame) -> pd.DataFrame:
-    """Of the deciding settings one for every filter: that of the largest n, whatever came out.
-
-    Of several with the same n the first in the chapters' own order. The filters keep that order too.
+    It holds where the whole interval [low, high] lies inside, does not hold where the whole of it lies
+    outside on one side, and is undecided otherwise. margin: by so much the interval may stick out and the
+    claim still holds, if it does not lie outside.
     """
+    if high < above or low > below:
+        return FAILS
+    return HOLDS if low > above - margin and high < below + margin else OPEN
+
+
+def judged(claims: Mapping[str, Claim], read: Read) -> pd.DataFrame:
+    """A row for every setting of every part of the claims; columns as `COLUMNS`, NaN where not measured.
+
+    Raises ValueError for a column that a table does not have, and for a measure whose filter nobody named.
+    """
+    lines = [
+        line for claim in claims.values() for part in claim.parts for line in _lines(claim.id, part, read)
+    ]
+    return pd.DataFrame(lines, columns=COLUMNS)
+
+
+def _lines(claim: str, part: Part, read: Read) -> Iterator[tuple[Any, ...]]:
+    found = _rows(read(part.chapter, part.table), part.where, part)
+    for row in found.to_dict("records") or [{}]:
+        names = {**{k: v for k, v in row.items() if not pd.isna(v)}, **part.names}
+        names["measure"] = _told(part.measure, names, "")
+        words = _told(part.words, names, part.words)
+        setting = _told(part.setting, names, ", ".join(map(str, part.where.values())))
+        numbers = _numbers(row, part)
+        verdict = _verdict(*numbers[1:], part, read)
+        yield claim, part.chapter, words, setting, _filter(names["measure"]), *numbers, verdict
+
+
+def _rows(table: pd.DataFrame, where: Mapping[str, Any], part: Part) -> pd.DataFrame:
+    """The rows of a table in which all columns have these values. Raises ValueError for a missing column."""
+    if table.empty:
+        return table
+    missing = [name for name in where if name not in table]
+    if missing:
+        place = f"the table {part.table!r} of {part.chapter}"
+        raise ValueError(
+            f"{place} has no column {missing[0]!r}, which {FILE} reads; name another, or keep it."
+        )
+    chosen = np.ones(len(table), dtype=bool)
+    for name, value in where.items():
+        chosen &= (table[name] == value).to_numpy()
+    return table[chosen]
+
+
+def _numbers(row: Mapping[str, Any], part: Part) -> tuple[float, float, float, float]:
+    """n, value, low and high of a row; a number without interval is its own. NaN where not measured."""
+    if not row or any(row[k] != v for k, v in (part.given or {}).items()):
+        return 0, math.nan, math.nan, math.nan
+    columns = (part.n, part.value, part.low, part.high)
+    if any(name not in row for name in columns):
+        raise ValueError(
+            f"{FILE} reads {', '.join(columns)} in {part.chapter}, {part.table}: one is missing."
+        )
+    n, value, low, high = (row[name] for name in columns)
+    return n, value, *(value if pd.isna(end) else end for end in (low, high))
+
+
+def _verdict(value: float, low: float, high: float, part: Part, read: Read) -> str:
+    bounds = [_bound(bound, part, read) for bound in (part.above, part.below)]
+    if math.isnan(value) or any(bound is not None and math.isnan(bound) for bound in bounds):
+        return NOT_MEASURED
+    if bounds == [None, None]:
+        return ANSWERED
+    above, below = bounds
+    return judge(
+        low, high, -math.inf if above is None else above, math.inf if below is None else below, part.margin
+    )
+
+
+def _bound(bound: float | Mapping[str, Any] | None, part: Part, read: Read) -> float | None:
+    """A bound as a number; NaN where it is a cell of the chapter that was not measured."""
+    if not isinstance(bound, Mapping):
+        return bound
+    found = _rows(read(part.chapter, RECORDS), {"name": bound["record"]}, part)
+    return float(found[bound.get("column", "value")].iloc[0]) if len(found) else math.nan
+
+
+def _told(template: str, names: Mapping[str, Any], otherwise: str) -> str:
+    """A text with names put in; `otherwise` where one of them is known only from a row that is not there."""
+    try:
+        return template.format_map(names)
+    except KeyError:
+        return otherwise
+
+
+def _filter(measure: str) -> str:
+    if not measure:
+        return NO_FILTER
+    for name, measures in _content()["filters"].items():
+        if measure in measures:
+            return NO_FILTER if name == "none" else str(name)
+    raise ValueError(f"the measure {measure!r} is in no list of filters; add it to one in {FILE}.")
+
+
+# --- where the numbers are
+
+
+def of_run(folder: Path) -> Read:
+    """Read a run's tables; of a chapter that it has no results of, those kept with the project."""
+
+    @cache
+    def read(chapter: str, table: str) -> pd.DataFrame:
+        own = (folder / f"{chapter}.json").is_file()
+        return _read(folder if own else data_folder() / KEPT, chapter, table)
+
+    return read
+
+
+def of_chapter(run: Chapter) -> pd.DataFrame:
+    """What the running chapter kept so far says of the claims: rows of :func:`judged`, of its own parts."""
+    own = {
+        name: replace(claim, parts=tuple(part for part in claim.parts if part.chapter == run.name))
+        for name, claim in load_claims().items()
+    }
+    return judged(own, lambda chapter, table: _read(run.folder, chapter, table))
+
+
+def _read(folder: Path, chapter: str, table: str) -> pd.DataFrame:
+    if table == RECORDS:
+        path = folder / f"{chapter}.json"
+        return pd.DataFrame(json.loads(path.read_text(encoding="utf-8"))["records"] if path.is_file() else [])
+    path = folder / f"{chapter}.{table}.csv"
+    return pd.read_csv(path) if path.is_file() else pd.DataFrame()
+
+
+# --- one verdict from many settings
+
+
+def deciding(rows: pd.DataFrame) -> pd.DataFrame:
+    """The settings that decide: in each part of a claim those of FI if there are any, where measured."""
+    own = rows.assign(fi=rows["filter"] != NO_FILTER)
+    has_fi = own.groupby(["id", "part"]).fi.transform("any")
+    return rows[(own.fi | ~has_fi) & (rows.verdict != NOT_MEASURED)]
+
+
+def counts(rows: pd.DataFrame, *by: str) -> pd.DataFrame:
+    """How many of the deciding settings hold, do not, and are undecided: columns, with a row a group."""
     counted = deciding(rows)
-    largest = counted.sort_values("n", ascending=False, kind="stable").drop_duplicates("filter")
-    filters = list(dict.fromkeys(counted["filter"]))
-    return largest.set_index("filter", drop=False).loc[filters]
+    each = counted.assign(**{said: (counted.verdict == said).astype(int) for said in (HOLDS, FAILS, OPEN)})
+    return each.groupby(list(by), sort=False)[[HOLDS, FAILS, OPEN]].sum()
 
 
 def headline(claim: Claim, rows: pd.DataFrame) -> str:
-    """The verdict on a claim from all its settings (`rows` of :func:`gather`).
+    """The verdict on a claim from its settings (`rows` of :func:`judged`).
 
-    A part of a claim holds with a filter where more than half of their settings do. The claim *holds* where
-    every setting does; *only with* some filters where all parts hold with these; *only in part* where some
-    parts hold, with the filters named. It *does not hold* where more than half of the settings say so, and is
-    *undecided* otherwise. A question is *answered* by a number.
+    It *holds* where every setting does, *in part* where more than half of the settings of some part and
+    filter do. It *does not hold* where more than half of all settings say so, and is *undecided* otherwise. A
+    question is *answered* by a number.
     """
-    if claim.needs:
-        return NEEDS
     counted = deciding(rows)
     if counted.empty:
-        return NOTHING if (rows.verdict == NOTHING).any() else NOT_MEASURED
+        return NOT_MEASURED
     if claim.kind == "question":
         return ANSWERED
     if (counted.verdict == HOLDS).all():
         return HOLDS
-    share = (counted.verdict == HOLDS).groupby([counted.part, counted["filter"]], sort=False).mean()
-    held = (share > 0.5).unstack()  # part x filter; missing where they were not tested together
-    if held.isin([True]).any(axis=None):
-        return _only(held)
+    cells = counts(rows, "part", "filter")
+    if (cells[HOLDS] > cells.sum(axis=1) / 2).any():
+        return IN_PART
     return FAILS if (counted.verdict == FAILS).mean() > 0.5 else OPEN
 
 
-def _only(held: pd.DataFrame) -> str:
-    """In words, where a claim holds that does not hold everywhere."""
-    filters = [name for name in FILTERS if name in held]
-    strong = [name for name in filters if held[name].dropna().all()]
-    rest = held[NO_FILTER].dropna().all() if NO_FILTER in held else True
-    if strong and rest and len(strong) < len(filters):
-        return f"holds only with {_join(strong)}"
-    said = []
-    for part, cells in held.iterrows():
-        tested = cells.dropna()
-        names = [name for name in filters if tested.get(name)]
-        limited = f" ({_join(names)})" if names and len(names) < len(tested) else ""
-        if tested.any():
-            said.append(f"{part}{limited}")
-    return f"holds only in part: {'; '.join(said)}"
-
-
-def _join(names: Sequence[str]) -> str:
-    return " and ".join(FILTERS[name] for name in names)
-
-
 def condense(claims: Mapping[str, Claim], rows: pd.DataFrame) -> pd.DataFrame:
-    """A row a claim: id, short, kind, verdict, tested (chapters), missing (chapters), settings, and for every
-    filter how many of the deciding settings hold, do not, and are undecided, as "2/0/1" ("" where none).
-    """
+    """A row a claim: id, short, kind, verdict, settings, and chapters where it was tested and is missing."""
     lines = []
     for claim in claims.values():
         own = rows[rows.id == claim.id]
-        missing = [chapter for chapter in claim.chapters if chapter not in set(rows.chapter)]
-        line = {
-            "id": claim.id,
-            "short": claim.short,
-            "kind": claim.kind,
-            "verdict": headline(claim, own),
-            "tested": " ".join(dict.fromkeys(own.chapter)),
-            "missing": " ".join(missing),
-            "settings": len(own),
-        }
-        counted = deciding(own)
-        for name in (*FILTERS, NO_FILTER):
-            verdicts = counted[counted["filter"] == name].verdict
-            counts = [int((verdicts == said).sum()) for said in (HOLDS, FAILS, OPEN)]
-            line[name] = "/".join(map(str, counts)) if sum(counts) else ""
-        lines.append(line)
-    return pd.DataFrame(lines)
-
-
-def kind_of(verdict: str) -> str:
-    """A headline without what it is limited to: "holds only with damping" is "holds only with …"."""
-    return HEADLINES["only"] if verdict.startswith("holds only") else verdict
+        tested = list(dict.fromkeys(own.chapter[own.verdict != NOT_MEASURED]))
+        missing = [name for name in dict.fromkeys(own.chapter) if name not in tested]
+        about = (claim.id, claim.short, claim.kind, headline(claim, own), len(own))
+        lines.append((*about, " ".join(tested), " ".join(missing)))
+    return pd.DataFrame(lines, columns=["id", "short", "kind", "verdict", "settings", "tested", "missing"])
 
 
 # --- the page
 
 
 def as_html(claims: Sequence[Claim], rows: pd.DataFrame, condensed: pd.DataFrame) -> str:
-    """All that the book says of each claim: verdict, where, numbers, published figures, every setting."""
+    """All that the book says of each claim: verdict, where, its parts, published figures, every setting."""
     found = condensed.set_index("id")
     return "\n".join(_entry(claim, rows[rows.id == claim.id], found.loc[claim.id]) for claim in claims)
 
 
 def _entry(claim: Claim, rows: pd.DataFrame, line: pd.Series) -> str:
-    tested = ", ".join(f'<a href="{name}.html">{name[:2]}</a>' for name in str(line.tested).split())
-    where = f"Tested in chapter {tested}." if tested else ""
+    tested = ", ".join(f'<a href="{name}.html">{name[:2]}</a>' for name in line.tested.split())
+    where = f" Tested in chapter {tested}." if tested else ""
     if line.missing:
         where += f" Chapter {line.missing.replace(' ', ', ')}: {NOT_MEASURED}."
+    needs = f" It takes {escape(claim.needs)}." if claim.needs else ""
     pieces = [
         f"<p><strong>{claim.id}.</strong> {escape(claim.words)} <em>({escape(claim.source)})</em></p>",
-        f"<p><strong>{escape(line.verdict)}</strong>. {where}{_why(claim)}</p>",
-        _numbers(claim, rows),
+        f"<p><strong>{escape(line.verdict)}</strong>.{where}{needs}</p>",
+        _parts(rows),
         _published(claim),
-        _settings(rows),
+        _settings(claim, rows),
     ]
     return f'<section id="claim-{claim.id.lower()}">{"".join(pieces)}</section>'
 
 
-def _why(claim: Claim) -> str:
-    return f" It takes {escape(claim.needs)}." if claim.needs else ""
-
-
-def _numbers(claim: Claim, rows: pd.DataFrame) -> str:
-    """The setting of every filter that :func:`shown` picks."""
-    first = shown(rows)
-    if first.empty:
+def _parts(rows: pd.DataFrame) -> str:
+    """The verdicts of the parts: how many settings of each filter hold, do not, and are undecided."""
+    if rows.empty:
         return ""
-    items = "".join(
-        f"<li>{escape(f'{row.part} ({row.setting})')}: {_number(row)}, {row.said}</li>"
-        for row in first.itertuples()
-    )
-    about = f"<p>{escape(claim.number[0].upper() + claim.number[1:])}.</p>" if claim.number else ""
-    return f"{about}<ul>{items}</ul>"
-
-
-def _number(row: object) -> str:
-    value, low, high, n = (float(getattr(row, name)) for name in ("value", "low", "high", "n"))
-    between = f" [{low:.3g}, {high:.3g}]" if low < high else ""
-    return f"{value:.3g}{between}, n = {n:,.0f}"
+    cells = counts(rows, "part", "filter").iterrows()
+    said = {place: "; ".join(f"{name} {n}" for name, n in line.items() if n) for place, line in cells}
+    used = [name for name in FILTERS if any(place[1] == name for place in said)]
+    table = [[part, *(said.get((part, name), "") for name in used)] for part in dict.fromkeys(rows.part)]
+    return _table(f"parts of claim {rows.id.iloc[0]}", ["part", *used], table)
 
 
 def _published(claim: Claim) -> str:
@@ -304,17 +349,28 @@ def _published(claim: Claim) -> str:
     return f"<p>Published: {escape('; '.join(published(key).as_text() for key in claim.published))}.</p>"
 
 
-def _settings(rows: pd.DataFrame) -> str:
-    """Every setting, to unfold."""
+def _settings(claim: Claim, rows: pd.DataFrame) -> str:
+    """Every setting with its number, to unfold."""
     if rows.empty:
         return ""
-    lines = "".join(
-        f"<tr><td>{row.chapter[:2]}</td><td>{escape(row.part)}</td><td>{escape(row.setting)}</td>"
-        f"<td>{'' if pd.isna(row.value) else _number(row)}</td><td>{escape(row.said)}</td></tr>"
-        for row in rows.itertuples()
-    )
-    head = "".join(f"<th>{name}</th>" for name in ("chapter", "part", "setting", "number", "verdict"))
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>"
-    unfold = f"<summary>{'The one setting' if len(rows) == 1 else f'All {len(rows)} settings'}</summary>"
-    region = f'role="region" aria-label="settings of claim {rows.id.iloc[0]}" tabindex="0"'
-    return f'<details>{unfold}<div style="overflow-x: auto" {region}>{table}</div></details>'
+    lines = [[r.chapter[:2], r.part, r.setting, _number(r), r.verdict] for r in rows.itertuples()]
+    region = f"settings of claim {claim.id}"
+    table = _table(region, ["chapter", "part", "setting", "number", "verdict"], lines)
+    many = "The one setting" if len(rows) == 1 else f"All {len(rows)} settings"
+    about = f" Numbers: {escape(claim.number)}." if claim.number else ""
+    return f"<details><summary>{many}.{about}</summary>{table}</details>"
+
+
+def _number(row: Any) -> str:
+    if math.isnan(row.value):
+        return ""
+    between = f" [{row.low:.3g}, {row.high:.3g}]" if row.low < row.high else ""
+    return f"{row.value:.3g}{between}, n = {row.n:,.0f}"
+
+
+def _table(label: str, titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table in a region of its own, which can be scrolled sideways by mouse and keyboard."""
+    head = "".join(f"<th>{escape(title)}</th>" for title in titles)
+    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in line)}</tr>" for line in lines)
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div style="overflow-x: auto" role="region" aria-label="{label}" tabindex="0">{table}</div>'

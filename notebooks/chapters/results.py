@@ -25,6 +25,8 @@ from fihelpers.data import (
     package_sha256,
     write_atomically,
 )
+from fihelpers.models.linear import linear_share
+from fihelpers.threads import use_threads
 from fihelpers.trials import Kept
 
 if TYPE_CHECKING:
@@ -83,6 +85,11 @@ class Chapter:
         self._records: dict[str, Record] = {}
         self._linear_shares: dict[str, float] = {}
         self._save()
+
+    @property
+    def folder(self) -> Path:
+        """Where this chapter's own records and tables lie while it runs."""
+        return self._folder
 
     @property
     def run_folder(self) -> Path:
@@ -149,10 +156,6 @@ class Chapter:
     def _note_linear_share(self, model: Model | None) -> None:
         if model is None or model.name in self._linear_shares or not hasattr(model, "network"):
             return
-        from fihelpers.models.linear import (
-            linear_share,  # with torch and transformers, which commands do without
-        )
-
         self._linear_shares[model.name] = round(linear_share(model.network), 6)
 
     def kept(self, name: str) -> Kept:
@@ -216,6 +219,7 @@ def begin(chapter: str) -> Chapter:
     profile = given.get("PROFILE", defaults["PROFILE"])
     settings = settle(chapter, defaults, read_profile(profiles_folder(), profile), given)
     folder = os.environ.get("FIHELPERS_RESULTS") or f"results/{profile}"
+    use_threads()
     return Chapter(chapter, settings, Path(folder))
 
 

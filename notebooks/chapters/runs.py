@@ -148,6 +148,7 @@ def _key(notebook: Path, settings: Mapping[str, Any], out: Path) -> str:
     """
     named = [Path(text).expanduser() for text in _texts(settings) if text]
     read = results_beside(out, settings[READS]) if READS in settings else {}
+    others = {name: path for name, path in read.items() if not name.startswith(f"{notebook.stem}.")}
     parts = {
         "notebook": file_sha256(notebook),
         "package": package_sha256(PACKAGE, CHAPTERS),
@@ -155,7 +156,7 @@ def _key(notebook: Path, settings: Mapping[str, Any], out: Path) -> str:
         "data": file_sha256(data_folder() / MANIFEST),
         "parameters": settings,
         "files": {str(path): _stamps(path) for path in named if path.exists()},
-        "results": {name: file_sha256(path) for name, path in read.items()},
+        "results": {name: file_sha256(path) for name, path in others.items()},
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

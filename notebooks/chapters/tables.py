@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import pandas as pd
 from pandas.io.formats.style import Styler
 
+from fichapters.claims import ENDINGS, judge
 from fihelpers.evaluate.stats import paired_difference
 
 RESAMPLES = 2000
@@ -39,13 +40,6 @@ def against(values: Mapping[str, pd.DataFrame], reference: str, seed: int) -> pd
     return pd.DataFrame.from_dict(lines, orient="index").rename_axis("measure")
 
 
-def verdict(low: float, high: float) -> str:
-    """What an interval of a difference says about a claim that the difference is below zero."""
-    if high < 0:
-        return "holds"
-    return "the reverse holds" if low > 0 else "undecided"
-
-
 def as_text(table: pd.DataFrame, names: Mapping[str, str], digits: int = 3) -> pd.DataFrame:
     """Values with their intervals as text to read: a column for each of `names`, {column: title}, and n."""
     made = {}
@@ -55,29 +49,51 @@ def as_text(table: pd.DataFrame, names: Mapping[str, str], digits: int = 3) -> p
     return pd.DataFrame(made, index=table.index).assign(n=table.n.astype(int).astype(str))
 
 
-def duel_grid(table: pd.DataFrame) -> pd.DataFrame:
-    """Duels as text to read: a row a setting of FI, a column an opponent.
+def with_verdict(table: pd.DataFrame, **bounds: float) -> pd.DataFrame:
+    """A table with columns low and high, and what each interval says of the bounds (see `claims.judge`)."""
+    said = [judge(low, high, **bounds) for low, high in zip(table.low, table.high, strict=True)]
+    return table.assign(verdict=said)
 
-    table: columns fi, other, difference, low, high, verdict.
+
+def duel_grid(table: pd.DataFrame) -> pd.DataFrame:
+    """Duels as text to read, with what each says of FI doing more: a row a setting of FI, a column an
+    opponent.
+
+    table: columns fi, other, difference, low, high; below zero FI does more damage.
     """
-    text = table.apply(lambda r: f"{r.difference:+.3f} [{r.low:+.3f}, {r.high:+.3f}] {r.verdict}", axis=1)
+    lines = with_verdict(table, below=0).itertuples()
+    text = [f"{r.difference:+.3f} [{r.low:+.3f}, {r.high:+.3f}] {r.verdict}" for r in lines]
     grid = table.assign(text=text).pivot(index="fi", columns="other", values="text")
     return grid.loc[list(dict.fromkeys(table.fi)), list(dict.fromkeys(table.other))]
+
+
+def duel_counts(table: pd.DataFrame) -> pd.DataFrame:
+    """How many of the duels of each setting of FI with each opponent hold, are undecided, or do not hold."""
+    said = with_verdict(table, below=0)
+    counts = said.groupby(["fi", "other", "verdict"], sort=False).size().unstack(fill_value=0)
+    pairs = pd.MultiIndex.from_product([table.fi.unique(), table.other.unique()], names=["fi", "other"])
+    return counts.reindex(index=pairs, columns=list(ENDINGS.values()), fill_value=0)
 
 
 def judged_lines(judged: pd.DataFrame, title: str, form: str = ".3g") -> pd.DataFrame:
     """Judged settings as text to read, below their claims: the value with its interval, n and the verdict.
 
-    judged: columns claim, setting, n, value, low, high, verdict. title: of the column of values, with their
-    unit. form: how a number is written. A value that is its own interval, a count, is written once. The
-    settings of a claim stand together, the claims in the order in which they first appear.
+    judged: from `claims.of_chapter`; a part that stands for several claims is one line. title: of the column
+    of values, with their unit. form: how a number is written. A value that is its own interval is written
+    once, one that was not measured not at all. The settings of a claim stand together, in the order of the
+    claims.
     """
-    places = judged.claim.map({claim: i for i, claim in enumerate(judged.claim.unique())})
-    judged = judged.loc[places.sort_values(kind="stable").index]
-    ends = zip(judged.value, judged.low, judged.high, strict=True)
-    text = [f"{v:{form}}" + (f" [{a:{form}}, {b:{form}}]" if a < b else "") for v, a, b in ends]
-    made = judged[["claim", "setting"]].assign(**{title: text}, n=judged.n, verdict=judged.verdict)
-    return made.set_index(["claim", "setting"])
+    ids = judged.groupby(["part", "setting"], sort=False).id.agg(", ".join)
+    lines = judged.drop_duplicates(["part", "setting"])
+    ends = zip(lines.value, lines.low, lines.high, strict=True)
+    text = [
+        f"{v:{form}}" + (f" [{a:{form}}, {b:{form}}]" if a < b else "") if v == v else "" for v, a, b in ends
+    ]
+    claims = [f"{of}: {part}" for of, part in zip(ids, lines.part, strict=True)]
+    made = lines[["setting"]].assign(**{title: text}, n=lines.n, verdict=lines.verdict, claim=claims)
+    places = {claim: i for i, claim in enumerate(dict.fromkeys(claims))}
+    order = made.claim.map(places).sort_values(kind="stable").index
+    return made.loc[order].set_index(["claim", "setting"])
 
 
 def show(table: pd.DataFrame, **formats: str) -> Styler:

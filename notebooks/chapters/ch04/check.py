@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
+from fichapters.claims import judge
 from fichapters.exercises import Wrong, choice, equal, exercise, tensor, whole
 from fichapters.noises import information_loss
-from fichapters.tables import verdict
 from fihelpers.evaluate.stats import mean_interval, paired_difference
 
 ENDS = (
@@ -46,11 +46,11 @@ def verdicts(answers: Mapping[str, object], intervals: Mapping[str, tuple[float,
         "holds": "Damage is a fall of log P. A claim holds where the *whole* interval lies on its side "
         "of zero.",
         "undecided": "Undecided is only what has zero inside its interval.",
-        "the reverse holds": "The reverse holds where the whole interval lies above zero: FI did less "
+        "does not hold": "A claim does not hold where the whole interval lies above zero: FI did less "
         "damage.",
     }
     for name, (low, high) in intervals.items():
-        right = verdict(low, high)
+        right = judge(low, high, below=0)
         wrong = {word: f"({name}) {hint}" for word, hint in hints.items() if word != right}
         choice(answers[name], right, wrong)
     return (

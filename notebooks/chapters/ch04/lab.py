@@ -317,9 +317,9 @@ def areas(rows: pd.DataFrame, kind: str, seed: int) -> pd.DataFrame:
 
 
 def duels(rows: pd.DataFrame, kind: str, amount: float, others: Sequence[str], seed: int) -> pd.DataFrame:
-    """log P after masking by each setting of FI minus after masking by each other measure, with verdicts.
+    """log P after masking by each setting of FI minus after masking by each other measure.
 
-    Below zero FI does more damage. Columns: fi, other, n, difference, low, high, verdict.
+    Below zero FI does more damage. Columns: fi, other, kind, amount, n, difference, low, high.
     """
     lines = []
     for other in others:
@@ -328,8 +328,8 @@ def duels(rows: pd.DataFrame, kind: str, amount: float, others: Sequence[str], s
             if name in table.index:
                 row = table.loc[name]
                 ends = (row.log_prob, row.log_prob_low, row.log_prob_high)
-                lines.append((name, other, int(row.n), *ends, tables.verdict(*ends[1:])))
-    return pd.DataFrame(lines, columns=["fi", "other", "n", "difference", "low", "high", "verdict"])
+                lines.append((name, other, kind, amount, int(row.n), *ends))
+    return pd.DataFrame(lines, columns=["fi", "other", "kind", "amount", "n", "difference", "low", "high"])
 
 
 def accuracies(model: VisionModel, examples: Sequence[Example]) -> pd.DataFrame:
@@ -383,46 +383,6 @@ def damping_table(rows: pd.DataFrame, share: float, seed: int) -> pd.DataFrame:
     less = against(rows, "share", share, "Jacobian norm", seed)
     names = {"log_prob": "minus_jacobian", "log_prob_low": "low", "log_prob_high": "high"}
     return made.join(less[list(names)].rename(columns=names)).rename_axis("measure")
-
-
-GUIDED = {  # what a line about guided masks is called, by how they are counted
-    "count": "7, 10: ten pixels beat random ones",
-    "share": "10: a share of the pixels beats random ones",
-    "patches": "7, 10: patches beat random ones",
-}
-
-
-def claims(
-    duelled: Mapping[str, pd.DataFrame], guided: pd.DataFrame, things: pd.DataFrame, noises: pd.DataFrame
-) -> pd.DataFrame:
-    """Claims 7 to 11 with what was measured: claim, setting, n, value, low, high, verdict.
-
-    duelled: from `duels`, by what was masked; guided: from `outcomes`; things: from `on_things`; noises: from
-    `noise_table` without its own mask. A claim holds where the whole 95 % interval lies on its side.
-    """
-    lines: list[tuple[object, ...]] = []
-    for row in guided.itertuples():
-        ends = (row.difference, row.low, row.high)
-        said = "10: random masks do no harm" if row.second == INTACT else GUIDED[row.kind]
-        judged = tables.verdict(row.low, row.high)
-        if row.second == INTACT:
-            judged = "no loss seen" if row.low <= 0 <= row.high else "a loss"
-        lines.append((said, f"{row.first}, {row.kind} {row.amount:g}", row.n, *ends, judged))
-    for change, row in noises.iterrows():
-        ends, judged = (row.mask_minus_this, row.low, row.high), tables.verdict(row.low, row.high)
-        lines.append(("8: noise of equal loss hurts less", change, int(row.n), *ends, judged))
-    for name, row in things.iterrows():
-        judged = tables.verdict(1 - row.high, 1 - row.low)
-        told = str(name)
-        if not told.startswith("Jacobian"):
-            told = f"FI {told}" if "damped" in told else f"FI exact, {told}"
-        lines.append(("9: higher on things", told, int(row.n), row.ratio, row.low, row.high, judged))
-    for what, table in duelled.items():
-        for row in table.itertuples():
-            told = f"{row.fi} against {row.other}, {what}"
-            lines.append(("11: FI hurts most", told, row.n, row.difference, row.low, row.high, row.verdict))
-    columns = ["claim", "setting", "n", "value", "low", "high", "verdict"]
-    return pd.DataFrame(lines, columns=columns)
 
 
 # --- what the maps look like

@@ -65,7 +65,6 @@ OPPONENTS = (JACOBIAN, "SNIP", RANDOM)  # of the paper's, where not every measur
 DAMPED = tuple(Influence(Damped(lam)) for lam in (1e-5, 1e-3, 1e-2, 0.1, 1.0))  # beside the registered ones
 WITH_DAMPING = "FI damped "
 DRAWS = 2  # of the random measure
-VERDICT_KEYS = {"holds": "holds", "undecided": "undecided", "the reverse holds": "reverse"}
 KEYS = {  # how the measures are called in the names of records
     "FI exact": "exact",
     "FI cut 0.001": "finecut",
@@ -334,11 +333,11 @@ def against(rows: pd.DataFrame, move: Move, reference: str, seed: int) -> pd.Dat
 
 
 def duels(rows: pd.DataFrame, moves: Iterable[Move], others: Sequence[str], seed: int) -> pd.DataFrame:
-    """Every setting of FI in the sweep minus each other measure after each move, with verdicts.
+    """Every setting of FI in the sweep minus each other measure after each move.
 
     The difference is of the mean log P of the right answer: below zero FI does more damage. accuracy: the
     same difference of the accuracy. Columns: fi, other, norm, steps, budget, n, difference, low, high,
-    accuracy, verdict.
+    accuracy.
     """
     lines = []
     for move in moves:
@@ -349,29 +348,9 @@ def duels(rows: pd.DataFrame, moves: Iterable[Move], others: Sequence[str], seed
                     row = table.loc[name]
                     ends = (row.log_prob, row.log_prob_low, row.log_prob_high)
                     told = (name, other, move.norm, move.steps, move.budget, int(row.n))
-                    lines.append((*told, *ends, row.accuracy, tables.verdict(*ends[1:])))
-    columns = [
-        "fi",
-        "other",
-        "norm",
-        "steps",
-        "budget",
-        "n",
-        "difference",
-        "low",
-        "high",
-        "accuracy",
-        "verdict",
-    ]
+                    lines.append((*told, *ends, row.accuracy))
+    columns = ["fi", "other", "norm", "steps", "budget", "n", "difference", "low", "high", "accuracy"]
     return pd.DataFrame(lines, columns=columns)
-
-
-def verdict_counts(table: pd.DataFrame) -> pd.DataFrame:
-    """How many of the duels with each opponent hold, are undecided or go the other way, by setting of FI."""
-    counts = table.groupby(["fi", "other", "verdict"], sort=False).size().unstack(fill_value=0)
-    counts = counts.reindex(columns=list(VERDICT_KEYS), fill_value=0)
-    pairs = pd.MultiIndex.from_product([table.fi.unique(), table.other.unique()], names=["fi", "other"])
-    return counts.reindex(pairs)
 
 
 def between(
@@ -425,31 +404,6 @@ def few_against_all(rows: pd.DataFrame, measures: Sequence[str], move: Move, see
     table = pd.DataFrame.from_dict(lines, orient="index", columns=["value", "low", "high"])
     table.insert(0, "n", rows.id.nunique())
     return table.rename_axis("measure")
-
-
-def claims(duelled: Mapping[str, pd.DataFrame], guided: pd.DataFrame, few: pd.DataFrame) -> pd.DataFrame:
-    """Claims 6, 10 and 12 with what was measured: claim, setting, n, value, low, high, verdict.
-
-    duelled: from `duels`, by attack; guided: from `outcomes`; few: from `few_against_all`. A claim holds
-    where the whole 95 % interval lies on its side of zero.
-    """
-    lines: list[tuple[object, ...]] = []
-    for name, row in few.iterrows():
-        judged = "less than all" if row.low > 0 else "more than all" if row.high < 0 else "no difference seen"
-        lines.append(("6: few carry it", name, int(row.n), row.value, row.low, row.high, judged))
-    for row in guided.itertuples():
-        intact = row.second == INTACT
-        judged = tables.verdict(row.low, row.high)
-        if intact:
-            judged = "no loss seen" if row.low <= 0 <= row.high else "a loss" if row.high < 0 else "a gain"
-        said = "10: random ones do no harm" if intact else "10: guided beats random"
-        told = f"{row.first}, {row.attack}"
-        lines.append((said, told, row.n, row.difference, row.low, row.high, judged))
-    for what, table in duelled.items():
-        for row in table.itertuples():
-            told = f"{row.fi} against {row.other}, {what}"
-            lines.append(("12: FI hurts most", told, row.n, row.difference, row.low, row.high, row.verdict))
-    return pd.DataFrame(lines, columns=["claim", "setting", "n", "value", "low", "high", "verdict"])
 
 
 def curves(rows: pd.DataFrame, along: str, **fixed: object) -> pd.DataFrame:

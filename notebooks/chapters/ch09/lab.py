@@ -21,13 +21,14 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+from fichapters.estimates import estimate_merge
 from fichapters.parameters import nearest
-from fichapters.tables import verdict
+from fichapters.tables import with_verdict
 from fihelpers.answers import usual_answers
 from fihelpers.data import write_atomically
 from fihelpers.evaluate.questions import Evaluator
 from fihelpers.evaluate.stats import crossed_difference, crossed_ratio
-from fihelpers.jobs.preflight import Estimate, estimate_merge, estimate_scores
+from fihelpers.jobs.preflight import Estimate, estimate_scores
 from fihelpers.measures import FISHER, SQUARED_SCORE, Influence, Random, find_measure
 from fihelpers.models.files import ModelWeights, open_weights
 from fihelpers.models.language import LanguageModel, open_model
@@ -95,13 +96,13 @@ RECORDED = {  # names of records and rows of Table 3 (a and b: the domains)
     "dare": "DARE task",
     "dareties": "DARE TIES",
 }
-CLAIMS = {  # names of records and claims
-    "c20": "20: protection helps",
-    "c21": "21: TIES I is best",
-    "c22": "22: rises",
-    "c23": "23: beats random, follows the domain",
+TOPICS = {  # of the differences on which the claims rest, by how the names of their records begin
+    "c20": "protection helps",
+    "c21": "TIES I is best",
+    "c22": "rises",
+    "c23": "beats random, follows the domain",
 }
-SAID = {"holds": "holds", "undecided": "undecided", "the reverse holds": "reverse"}
+FALLS, DARE_BEHIND = "and falls", "DARE is behind"
 CURVES = ("average", "task arithmetic", "TIES I")
 ELSEWHERE = {
     "neither domain": {"task": "bundled", "subjects": ("business", "culture", "geography", "law")},
@@ -545,15 +546,9 @@ def differences(
     domain: str = "mean",
     judge: Judge = "correct",
 ) -> pd.DataFrame:
-    """`difference` for every pair, with the verdict on the claim that it is above zero.
-
-    Columns first, minus, difference, low, high, verdict.
-    """
-    lines = []
-    for a, b in pairs:
-        mean, low, high = difference(rows, a, b, counts, seed, domain, judge)
-        lines.append((a, b, mean, low, high, verdict(-high, -low)))
-    return pd.DataFrame(lines, columns=["first", "minus", "difference", "low", "high", "verdict"])
+    """`difference` for every pair: columns first, minus, difference, low, high."""
+    lines = [(a, b, *difference(rows, a, b, counts, seed, domain, judge)) for a, b in pairs]
+    return pd.DataFrame(lines, columns=["first", "minus", "difference", "low", "high"])
 
 
 def pooled(
@@ -591,8 +586,9 @@ def as_text(found: Mapping[str, pd.DataFrame], rows: pd.DataFrame) -> pd.DataFra
 
 
 def as_lines(table: pd.DataFrame, *shown: str) -> pd.DataFrame:
-    """Differences with their intervals to read, a line each; `shown` names the further columns."""
+    """Differences with their intervals and what these say of "above zero"; `shown` names further columns."""
     made = {"difference [95 %]": interval_text(table, "difference", "low", "high")}
+    made["verdict"] = with_verdict(table, above=0).verdict
     made |= {name.replace("_", " "): table[name] for name in shown}
     return pd.DataFrame(made).set_index(table["first"].rename("")).round(3)
 
@@ -616,59 +612,41 @@ def price_text(price: pd.DataFrame, a: str, b: str) -> pd.DataFrame:
     return pd.DataFrame(made, index=price.index)
 
 
-def claims(rows: pd.DataFrame, plan: Plan, counts: Mapping[str, int], seed: int) -> pd.DataFrame:
-    """The paired differences on which claims 20 to 23 rest, each with the verdict that it is above zero.
+def paired(rows: pd.DataFrame, plan: Plan, counts: Mapping[str, int], seed: int) -> pd.DataFrame:
+    """The paired differences on which claims 20 to 23 rest.
 
-    Columns claim, filter, n, those of `differences`, and log_p and by_log_p: the same for log P.
+    Columns topic, measure (what protects; "" for none), n, those of `differences`, and log_p and by_log_p:
+    the difference of log P, and what its interval says of "above zero".
     """
-    parts = []
-    total = sum(counts.values())
-    for key in FILTERS:
-        for claim, pairs, domain in _claimed(plan, key):
-            found = differences(rows, pairs, counts, seed, domain)
-            likely = differences(rows, pairs, counts, seed, domain, "log_prob")
-            found["n"] = counts.get(domain, total)
-            parts.append(
-                found.assign(claim=claim, filter=key, log_p=likely.difference, by_log_p=likely.verdict)
-            )
     behind = [("task arithmetic", "DARE task"), ("TIES", "DARE TIES")]
-    likely = differences(rows, behind, counts, seed, judge="log_prob")
-    dare = differences(rows, behind, counts, seed).assign(log_p=likely.difference, by_log_p=likely.verdict)
-    dare = dare.assign(claim="21: DARE is behind", filter="none", n=total)
-    table = pd.concat([*parts, dare], ignore_index=True)
-    columns = [
-        "claim",
-        "filter",
-        "n",
-        "first",
-        "minus",
-        "difference",
-        "low",
-        "high",
-        "verdict",
-        "log_p",
-        "by_log_p",
-    ]
-    return table[columns].sort_values("claim", kind="stable", ignore_index=True)
+    asked = [(by, *said) for by in FILTERS.values() for said in _claimed(plan, by)]
+    parts = []
+    for by, topic, pairs, domain in [*asked, ("", DARE_BEHIND, behind, "mean")]:
+        found = differences(rows, pairs, counts, seed, domain)
+        likely = with_verdict(differences(rows, pairs, counts, seed, domain, "log_prob"), above=0)
+        about = {"topic": topic, "measure": by, "n": counts.get(domain, sum(counts.values()))}
+        found = found.assign(**about, log_p=likely.difference, by_log_p=likely.verdict)
+        parts.append(found[[*about, *found.columns.drop(list(about))]])
+    return pd.concat(parts, ignore_index=True).sort_values("topic", kind="stable", ignore_index=True)
 
 
-def _claimed(plan: Plan, key: str) -> list[tuple[str, list[tuple[str, str]], str]]:
-    """What claims 20 to 23 say of FI by one filter: claim, which rows should be above which, and where."""
-    by = FILTERS[key]
+def _claimed(plan: Plan, by: str) -> list[tuple[str, list[tuple[str, str]], str]]:
+    """What claims 20 to 23 say of FI by one filter: topic, which rows should be above which, and where."""
     with_without = [(f"{row}, {by}", without) for row, (without, _) in ROWS.items()]
     rises = [(f"{row}, {by}, at the peak", ROWS[row][0]) for row in CURVES]
     falls = [(f"{row}, {by}, at the peak", f"{row}, all kept") for row in CURVES]
     others = [n for n in table_order(plan.domains)[3:] if not n.startswith("TIES I,")]
-    best = [(f"TIES I, {by}", other) for other in others if FILTERS[_other(key)] not in other]
+    rest = [name for name in FILTERS.values() if name != by]
+    best = [(f"TIES I, {by}", other) for other in others if not any(name in other for name in rest)]
     kept = f"A kept by {by}, "
     places = [(kept + OWN, f"A kept by {RANDOM}"), (kept + OWN, "average")]
     places += [(kept + OWN, kept + place) for place in (OTHER, *plan.elsewhere)]
     return [
-        (CLAIMS["c20"], with_without, "mean"),
-        (CLAIMS["c21"], best, "mean"),
-        (CLAIMS["c22"], rises, "mean"),
-        ("22: and falls", falls, "mean"),
-        (CLAIMS["c23"], places, next(iter(plan.domains))),
+        (TOPICS["c20"], with_without, "mean"),
+        (TOPICS["c21"], best, "mean"),
+        (TOPICS["c22"], rises, "mean"),
+        (FALLS, falls, "mean"),
+        (TOPICS["c23"], places, next(iter(plan.domains))),
     ]
 
 
@@ -854,10 +832,6 @@ def written(bench: Bench, setting: Setting) -> tuple[str, float]:
         float((own[n].float() - merger.tensor(n).float()).abs().max())
         for n in own.keys() & merger.layouts.keys()
     )
-
-
-def _other(key: str) -> str:
-    return next(name for name in FILTERS if name != key)
 
 
 def _wanted(plan: Plan, calibrated_on: str) -> list[str]:

@@ -37,16 +37,15 @@ from fichapters.bench import (
     FILTER,
     Questions,
     Size,
-    Work,
     fi_by_stored_gradients,
     fi_by_vmap,
     fi_of_weights,
-    in_turn,
     jacobian_norm,
 )
 from fichapters.bench_pixels import FILTERS, captum_saliency, plain_jacobian
 from fichapters.ch03.lab import draw
 from fichapters.papers import published
+from fichapters.timed import Work, in_turn
 from fihelpers.answers import Groups
 from fihelpers.evaluate.stats import mean_interval
 from fihelpers.influence import SaturationWarning, fi
@@ -73,10 +72,7 @@ PRODUCT, WRITTEN, ONE_BY_ONE, VMAP = (
 )
 PIXEL_JACOBIAN, SALIENCY, GRADIENTS = "Jacobian norm", "Captum saliency", "class gradients alone"
 SCORE_BYTES = 4  # of a score and of a class gradient, float32
-ABOUT_TWICE = (1.5, 2.5)
-SAME_ORDER = (0.0, 10.0)
 SWEEPS = ("classes", "tokens", "prompts")  # the growths that lines are fitted to
-CLOSE = 1e-2  # relative difference up to which two values of FI count as the same
 
 
 # --- counting by hand
@@ -764,51 +760,35 @@ def readable_large(table: pd.DataFrame) -> pd.DataFrame:
     return table.set_index(["model", "hardware"]).round(digits).rename(columns=titles)
 
 
-# --- verdicts
-
-
-def verdict(low: float, high: float, least: float, most: float) -> str:
-    """What a range says about the claim that a value lies between least and most."""
-    if least <= low and high <= most:
-        return "holds"
-    return "does not hold" if high < least or low > most else "undecided"
+# --- what the claims rest on
 
 
 Interval = tuple[float, float, float]
 
 
-def claims(
+def claimed_ratios(
     weights: Mapping[str, tuple[Interval, int]],
-    pixels: Mapping[str, tuple[Interval, int]],
+    pixels: Mapping[tuple[str, str], tuple[Interval, int]],
     counted: Mapping[str, float],
     differences: pd.DataFrame,
     cost: Mapping[str, tuple[Interval, int]],
 ) -> pd.DataFrame:
-    """Claims 24 and 25 and the question R10: claim, setting, n, value, low, high, verdict.
+    """What claims 24 and 25 and the question R10 rest on: of, measure, setting, n, value, low, high.
 
-    weights, pixels: FI over Jacobian norm by setting, from `ratios`, with the rounds. counted: the same of
-    operations. differences: from `by_differences`; its value is the median over the steps, with their range.
-    cost: what is answered to R10, each with its n.
+    weights, pixels: FI over Jacobian norm by setting (pixels: by measure and setting), from `ratios`, with
+    the rounds. counted: the same of operations. differences: from `by_differences`; its value is the median
+    over the steps, with their range. cost: what is answered to R10, each with its n.
     """
-    lines: list[tuple[object, ...]] = []
-    for setting, (found, n) in pixels.items():
-        said = verdict(*found[1:], *ABOUT_TWICE)
-        lines.append(("24: pixels, about twice the Jacobian norm", setting, n, *found, said))
-    for setting, (found, n) in weights.items():
-        said = verdict(*found[1:], *SAME_ORDER)
-        lines.append(("24: weights, the same order as the Jacobian norm", setting, n, *found, said))
-    for setting, value in counted.items():
-        theory = published("cost_theory").value
-        said = verdict(value, value, 0.9 * theory, 1.1 * theory)
-        lines.append(("24: nine times in theory", setting, 1, value, value, value, said))
     worst, n = differences.worst, int(differences.pixels.iloc[0])
     blind = (float(worst.median()), float(worst.min()), float(worst.max()))
-    said = "does not hold: log-probabilities suffice" if blind[2] < CLOSE else "undecided"
-    lines.append(("25: FI needs gradients", "FI of pixels by central differences", n, *blind, said))
-    for setting, (found, n) in cost.items():
-        lines.append(("R10: the compute cost", setting, n, *found, "answered"))
-    columns = ["claim", "setting", "n", "value", "low", "high", "verdict"]
-    return pd.DataFrame(lines, columns=columns)
+    lines = [
+        *(("pixels", *place, n, *found) for place, (found, n) in pixels.items()),
+        *(("weights", "", setting, n, *found) for setting, (found, n) in weights.items()),
+        *(("operations", "", setting, 1, *(value,) * 3) for setting, value in counted.items()),
+        ("differences", "", "FI of pixels by central differences", n, *blind),
+        *(("cost", "", setting, n, *found) for setting, (found, n) in cost.items()),
+    ]
+    return pd.DataFrame(lines, columns=["of", "measure", "setting", "n", "value", "low", "high"])
 
 
 def machine_now() -> dict[str, Any]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -100,25 +101,11 @@ SHORT = {  # what the names of records are made of
     ABLATION: "ablation",
     RANDOM: "random",
 }
-PAIRS = {  # of the reviewers' questions: the first relative should agree better with the damage
-    "R1: FI is ahead of the gradient's size": [
-        (fi, other) for other in ("Jacobian norm", "saliency") for fi in (EXACT, DAMPED)
-    ],
-    "R2: FI is ahead of chance": [(fi, RANDOM) for fi in (EXACT, DAMPED, lab.JOINT_DAMPED, lab.GATE_FI)],
-    "R3: FI is ahead of pruning scores": [
-        (fi, other) for other in ("SNIP", "Taylor", "Wanda") for fi in (EXACT, DAMPED)
-    ],
-    "R4: FI is ahead of Fisher pruning and SAM": [
-        (fi, other) for other in (LENGTH, lab.SAM) for fi in (EXACT, DAMPED)
-    ],
-    "R8: FI is ahead of component attribution": [
-        (fi, COAR) for fi in (EXACT, DAMPED, lab.JOINT_DAMPED, lab.GATE_FI)
-    ],
-}
-DIGIT_PAIRS = {
-    "R6: beyond language, FI is ahead of chance": [(fi, RANDOM) for fi in (EXACT, DAMPED, lab.GATE_FI)],
-    "R6: beyond language, FI is ahead of information length": [(fi, LENGTH) for fi in (DAMPED, lab.GATE_FI)],
-}
+PAIRS = [  # of the reviewers' questions: the first relative should agree better with the damage
+    *product((EXACT, DAMPED), ("Jacobian norm", "saliency", "SNIP", "Taylor", "Wanda", LENGTH, lab.SAM)),
+    *product((EXACT, DAMPED, lab.JOINT_DAMPED, lab.GATE_FI), (RANDOM, COAR)),
+]
+DIGIT_PAIRS = [*product((EXACT, DAMPED, lab.GATE_FI), [RANDOM]), *product((DAMPED, lab.GATE_FI), [LENGTH])]
 QUOTED = {  # numbers of other chapters that answer a reviewer, by the end of their names here
     "path_jacobian": ("06_embedding_attacks", "ch06_lag_exact"),
     "path_damped": ("06_embedding_attacks", "ch06_lag_damped"),
@@ -627,7 +614,8 @@ def answers_of(rows: pd.DataFrame, source: str, measure: str, test: str, share: 
 def against_real(rows: pd.DataFrame, plan: Nonsense, of: str, seed: int) -> pd.DataFrame:
     """Each source minus the real questions, and minus random weights, with intervals over sets and questions.
 
-    Columns test, share, measure, source, minus, difference, low, high and value (the source's own mean).
+    Columns test, share, measure, source, minus, n (questions), difference, low, high and value (the source's
+    own mean).
     """
     tests = [("zero", share) for share in plan.shares] + [("protect", plan.kept)]
     lines = []
@@ -640,8 +628,10 @@ def against_real(rows: pd.DataFrame, plan: Nonsense, of: str, seed: int) -> pd.D
                 others = {RANDOM: by_chance} | ({} if source == REAL else {REAL: sense})
                 for name, other in others.items():
                     found = crossed_difference(own, other, seed=seed, resamples=4000)
-                    lines.append((test, share, measure, source, name, *found, float(own.mean())))
-    columns = ["test", "share", "measure", "source", "minus", "difference", "low", "high", "value"]
+                    lines.append(
+                        (test, share, measure, source, name, own.shape[1], *found, float(own.mean()))
+                    )
+    columns = ["test", "share", "measure", "source", "minus", "n", "difference", "low", "high", "value"]
     return pd.DataFrame(lines, columns=columns)
 
 
@@ -705,45 +695,28 @@ def _digit_attribution(
     return -np.mean([slopes for slopes, _ in found], axis=0), float(np.mean([fit["r2"] for _, fit in found]))
 
 
-def verdict(low: float, high: float) -> str:
-    """What the interval of a difference says about the claim that it is above zero."""
-    if low > 0:
-        return "holds"
-    return "the reverse holds" if high < 0 else "undecided"
+def duels(found: Agreement, pairs: Iterable[tuple[str, str]], among: str, n: int) -> pd.DataFrame:
+    """Differences in rank agreement among n components or units: above zero the first relative is ahead.
 
-
-def duels(found: Agreement, pairs: Mapping[str, Sequence[tuple[str, str]]], n: int) -> pd.DataFrame:
-    """Differences in rank agreement: for each claim, pairs of which the first relative should be ahead."""
-    lines = []
-    for claim, of_claim in pairs.items():
-        for a, b in of_claim:
-            value, low, high = found.minus(a, b)
-            lines.append((claim, f"{a} minus {b}", n, value, low, high, verdict(low, high)))
-    return pd.DataFrame(lines, columns=["claim", "setting", "n", "value", "low", "high", "verdict"])
-
-
-def sources_judged(table: pd.DataFrame, overlaps: pd.DataFrame, plan: Nonsense, n: int) -> pd.DataFrame:
-    """Claim R5, as duels: nonsense chooses other weights, zeroing these hurts less, keeping them helps less.
-
-    table: from `against_real` on log P; overlaps: from `run_nonsense`, paired by calibration set.
+    Columns among, first, minus, n, difference, low, high.
     """
+    lines = [(among, a, b, n, *found.minus(a, b)) for a, b in pairs]
+    return pd.DataFrame(lines, columns=["among", "first", "minus", "n", "difference", "low", "high"])
+
+
+def overlap_gaps(overlaps: pd.DataFrame, plan: Nonsense) -> pd.DataFrame:
+    """How many more of the top weights other real questions share with the first ones than nonsense does.
+
+    overlaps: from `run_nonsense`; paired by calibration set, with t intervals. Columns measure, source,
+    share, n (sets), difference, low, high.
+    """
+    share = plan.shares[0]
     lines = []
-    part = table[(table.minus == REAL) & table.source.isin([SHUFFLED, TOKENS])]
-    for row in part.itertuples():
-        sign, what = (1, "hurts less") if row.test == "zero" else (-1, "protects less")
-        low, high = sorted((sign * row.low, sign * row.high))
-        claim = f"R5: what nonsense chooses {what}"
-        setting = f"{row.measure}, {row.source}, {row.test} {row.share:g}"
-        lines.append((claim, setting, n, sign * row.difference, low, high, verdict(low, high)))
     for measure in plan.measures:
         for source in (SHUFFLED, TOKENS):
-            share = plan.shares[0]
             gap = _overlaps(overlaps, OTHER, measure, share) - _overlaps(overlaps, source, measure, share)
-            value, low, high = mean_interval(gap)
-            setting = f"{measure}, {source}, top {share:g}"
-            claim = "R5: nonsense chooses other weights"
-            lines.append((claim, setting, plan.seeds, value, low, high, verdict(low, high)))
-    return pd.DataFrame(lines, columns=["claim", "setting", "n", "value", "low", "high", "verdict"])
+            lines.append((measure, source, share, plan.seeds, *mean_interval(gap)))
+    return pd.DataFrame(lines, columns=["measure", "source", "share", "n", "difference", "low", "high"])
 
 
 def _overlaps(overlaps: pd.DataFrame, source: str, measure: str, share: float) -> np.ndarray:
@@ -758,26 +731,19 @@ def mean_overlap(
     return mean_interval(_overlaps(overlaps, source, measure, share))
 
 
-def cam_judged(quoted: Mapping[str, Record]) -> pd.DataFrame:
-    """Claim R7 from chapter 04's gains over random pixels: intervals of their own, no pairing."""
+def against_grad_cam(quoted: Mapping[str, Record]) -> pd.DataFrame:
+    """Grad-CAM's gain over random pixels minus FI's, from chapter 04: intervals of their own, no pairing.
+
+    Above zero FI's pixels hurt more. Columns measure, n, difference, low, high.
+    """
     cam, lines = quoted["cam"], []
     for name, key in ((EXACT, "cam_exact"), (DAMPED, "cam_damped")):
         own = quoted[key]
         if None in (own.low, own.high, cam.low, cam.high):
             raise ValueError("Chapter 04's gains have lost their intervals; run that chapter again.")
-        value = cam.value - own.value
         low, high = cam.low - own.high, cam.high - own.low  # type: ignore[operator]
-        lines.append(
-            ("R7: FI's pixels hurt more than Grad-CAM's", f"{name}, chapter 04", own.n, value, low, high)
-        )
-    made = pd.DataFrame(lines, columns=["claim", "setting", "n", "value", "low", "high"])
-    return made.assign(verdict=[verdict(low, high) for low, high in zip(made.low, made.high, strict=True)])
-
-
-def counts(judged: pd.DataFrame) -> pd.DataFrame:
-    """How many comparisons of each claim hold, are undecided, or are reversed."""
-    said = judged.groupby(["claim", "verdict"], sort=False).size().unstack(fill_value=0)
-    return said.reindex(columns=["holds", "undecided", "the reverse holds"], fill_value=0)
+        lines.append((name, own.n, cam.value - own.value, low, high))
+    return pd.DataFrame(lines, columns=["measure", "n", "difference", "low", "high"])
 
 
 def from_book(chapter: str, name: str) -> Record:

@@ -6,30 +6,28 @@ import math
 from collections.abc import Mapping, Sequence
 from statistics import NormalDist
 
+from fichapters.claims import FAILS, HOLDS, IN_PART, OPEN
 from fichapters.exercises import Wrong, choice, equal, exercise, whole
-
-HEADLINES = {"holds", "holds only with damping", "holds only with exact FI", "undecided", "does not hold"}
 
 
 @exercise
 def headline(answer: object, counts: Mapping[str, Sequence[int]]) -> str:
     """The verdict by the rule on a claim of one part; counts: {filter: (holds, fails, undecided)}."""
-    strong = [name for name, found in counts.items() if found[0] > sum(found) / 2]
     holds, fails, undecided = (sum(found[i] for found in counts.values()) for i in range(3))
     if not fails + undecided:
-        truth = "holds"
-    elif len(strong) == 1:
-        truth = f"holds only with {'damping' if strong[0] == 'damped' else 'exact FI'}"
+        truth = HOLDS
+    elif any(found[0] > sum(found) / 2 for found in counts.values()):
+        truth = IN_PART
     else:
-        truth = "does not hold" if fails > (holds + fails + undecided) / 2 else "undecided"
+        truth = FAILS if fails > (holds + fails + undecided) / 2 else OPEN
     told = {
-        "holds": "A claim holds where every setting does. Is there none that does not?",
-        "undecided": "Undecided is what is left over. Look at each filter by itself first.",
-        "does not hold": "A setting that is undecided says nothing against the claim; count again.",
-        "holds only with damping": "Which filter has more than half of its settings on the claim's side?",
-        "holds only with exact FI": "Which filter has more than half of its settings on the claim's side?",
+        HOLDS: "A claim holds where every setting does. Is there none that does not?",
+        IN_PART: "Is there a filter with more than half of its settings on the claim's side?",
+        FAILS: "Look at each filter by itself first, and remember that an undecided setting says nothing "
+        "against the claim.",
+        OPEN: "Undecided is what is left over. Look at each filter by itself first.",
     }
-    choice(answer, truth, {name: told[name] for name in HEADLINES - {truth}})
+    choice(answer, truth, {name: hint for name, hint in told.items() if name != truth})
     return "The counts say more than the headline; read them before you quote it."
 
 
