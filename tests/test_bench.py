@@ -7,10 +7,13 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fichapters import bench, timed
-from fichapters.ch07 import lab as sparsification
 from fihelpers.__main__ import main
+from fihelpers.evaluate.questions import Evaluator
 from fihelpers.models.language import open_model
-from fihelpers.perturb.sparsify import linear_names
+from fihelpers.perturb.sparsify import linear_names, select, zeroed
+from fihelpers.scores.weights import score_weights
+from fihelpers.tasks import load_task
+from fihelpers.trials import collect
 
 SMALL = bench.Size(hidden=32, inner=48, layers=2, heads=2, vocabulary=40)
 
@@ -127,18 +130,22 @@ def test_an_evaluation_opens_and_tokenises_once(monkeypatch) -> None:
         bench.evaluation(SMALL, 1, rates=1, measures=2, questions=4)
 
 
-def test_the_chapters_sweeps_open_no_model_and_tokenise_each_test_question_once(tmp_path) -> None:
+@pytest.mark.parametrize("rates", [(0.01,), (0.01, 0.02, 0.05)])
+def test_a_loop_of_trials_opens_no_model_and_tokenises_each_question_once(rates) -> None:
     """The calibration questions are tokenised once a calibration set; the rates add nothing."""
-    found = []
-    for number, rates in enumerate([(0.01,), (0.01, 0.02, 0.05)]):
-        plan = sparsification.Plan(
-            "bundled", ("law",), rates, 1, 3, 6, measures=("SNIP", "magnitude"), low_of=()
-        )
-        model = open_model()
-        with bench.counted() as calls:
-            sparsification.run_sweep(model, plan, tmp_path / str(number))
-        found.append(dict(calls))
-    assert found == [{"tokenised": 6 + 3}] * 2
+    model = open_model()
+    ask = Evaluator(model, load_task("bundled", "law", "test", 6).examples)
+
+    def tries(k):
+        drawn = load_task("bundled", "law", "val", 3, k).examples
+        scores = score_weights(model, drawn, ["SNIP"], only=linear_names(model.network))["SNIP"]
+        for rate in rates:
+            with zeroed(model, select(scores, rate)):
+                yield {"rate": rate}, ask()
+
+    with bench.counted() as calls:
+        collect(ask, tries, sets=2)
+    assert dict(calls) == {"tokenised": 2 * 3}
 
 
 def test_a_network_on_a_gpu_is_measured_beside_its_products(monkeypatch) -> None:

@@ -7,6 +7,7 @@ import nbformat
 import pytest
 import yaml
 from nbformat import NotebookNode
+from ruler import LESSONS, beyond, read
 
 from fichapters.parameters import declared, read_profile, settle
 from fichapters.results import compare, load_results
@@ -22,6 +23,9 @@ LONGEST = 15  # lines of a code cell
 RECORDS = ("run.record(", "run.table(")
 
 each_chapter = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+each_other_chapter = pytest.mark.parametrize(  # the rules that hold until a chapter is a lesson
+    "path", [path for path in NOTEBOOKS if path.stem not in LESSONS], ids=lambda path: path.stem
+)
 
 
 def _cells(path: Path) -> list[NotebookNode]:
@@ -63,11 +67,36 @@ def test_every_profile_fits_every_chapter(path: Path, profile: str) -> None:
 
 
 @each_chapter
-def test_code_cells_are_short_bare_and_define_nothing(path: Path) -> None:
+def test_code_cells_are_bare(path: Path) -> None:
     assert nbformat.read(path, as_version=4).metadata.kernelspec.name == "python3"
     for cell in _code(path):
         assert not cell.outputs and cell.execution_count is None, "strip the outputs"
-        assert len(cell.source.splitlines()) <= LONGEST, cell.source
+        ast.parse(cell.source)  # fails on "!pip" and other magic, too
+
+
+@pytest.mark.parametrize("name", LESSONS)
+def test_a_lesson_keeps_the_rulers_bounds(name: str) -> None:
+    assert beyond(read(ROOT / "notebooks" / f"{name}.ipynb"), LESSONS[name]) == []
+
+
+@pytest.mark.parametrize("name", LESSONS)
+def test_a_lesson_shows_its_loop(name: str) -> None:
+    """Calibrate, score, perturb and evaluate stand in the notebook's own functions."""
+    source = "\n".join(cell.source for cell in _code(ROOT / "notebooks" / f"{name}.ipynb"))
+    loops = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
+    loops = [node for node in loops if any(isinstance(part, ast.Yield) for part in ast.walk(node))]
+    assert loops, "a lesson has a generator of trials"
+    for loop in loops:
+        called = ast.unparse(loop)
+        assert "zeroed(" in called and "select(" in called, called
+    assert "score_weights(" in source and "collect(" in source
+
+
+@each_other_chapter
+def test_code_cells_are_short_and_define_nothing(path: Path) -> None:
+    for cell in _code(path):
+        lines = [line for line in cell.source.splitlines() if not line.startswith(("from ", "import "))]
+        assert len(lines) <= LONGEST, cell.source
         tree = ast.parse(cell.source)  # fails on "!pip" and other magic, too
         helpers = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda
         defined = [node for node in ast.walk(tree) if isinstance(node, helpers)]
@@ -76,7 +105,7 @@ def test_code_cells_are_short_bare_and_define_nothing(path: Path) -> None:
         assert not last.startswith("run.record(") or last.endswith(";"), f"the record is shown:\n{last}"
 
 
-@each_chapter
+@each_other_chapter
 def test_a_claim_stands_before_each_result_and_a_reading_after_it(path: Path) -> None:
     cells = _cells(path)
     kinds = [cell.cell_type for cell in cells]

@@ -13,7 +13,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
-from fichapters.ch07.text import framed
+from fichapters.ch07.lab import framed
 from fihelpers.answers import letters
 from fihelpers.evaluate.questions import answer_all
 from fihelpers.jobs.preflight import plan_scores

@@ -1,19 +1,21 @@
 """The scores on a real pretrained model, which the project did not make."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from fichapters.ch07.lab import Plan, run_sweep, summary
 from fihelpers.answers import Top
 from fihelpers.data import data_folder
-from fihelpers.measures import MEASURES
+from fihelpers.evaluate.questions import Evaluator, Outcome
+from fihelpers.measures import MEASURES, Random
 from fihelpers.models.language import LanguageModel, open_model
-from fihelpers.perturb.sparsify import linear_names
+from fihelpers.perturb.sparsify import linear_names, select, zeroed
 from fihelpers.scores.class_gradients import class_gradients
 from fihelpers.scores.weights import score_weights
 from fihelpers.tasks import load_task
+from fihelpers.trials import collect
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +38,17 @@ def test_streamed_scores_equal_autograd_on_real_weights(stories: LanguageModel) 
         torch.testing.assert_close(ours[measure][name], truth, rtol=1e-5, atol=1e-5 * float(truth.max()))
 
 
-def test_zeroing_by_snip_hurts_a_real_model_more_than_chance_does(
-    stories: LanguageModel, tmp_path: Path
-) -> None:
-    plan = Plan(
-        str(data_folder() / "stories.txt"), ("text",), (0.03,), 2, 8, 40, ("SNIP", "random"), low_of=()
-    )
-    table = summary(run_sweep(stories, plan, tmp_path)).set_index(["measure", "rate"]).log_prob
-    assert table["SNIP", 0.03] < table["random", 0.03] < table["random", 0.0]
+def test_zeroing_by_snip_hurts_a_real_model_more_than_chance_does(stories: LanguageModel) -> None:
+    contexts = load_task(data_folder() / "stories.txt").examples
+    ask = Evaluator(stories, contexts[-40:])
+    names = linear_names(stories.network)
+
+    def tries(k: int) -> Iterator[tuple[dict[str, str], Outcome]]:
+        scores = score_weights(stories, contexts[8 * k : 8 * k + 8], ["SNIP", Random(k)], only=names)
+        for measure in ("SNIP", "random"):
+            with zeroed(stories, select(scores[measure], 0.03, seed=k)):
+                yield {"measure": measure}, ask()
+
+    trials = collect(ask, tries, sets=2)
+    table = trials.table("measure").set_index("measure").log_prob
+    assert table["SNIP"] < table["random"] < trials.start("log_prob").mean()

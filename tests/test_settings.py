@@ -14,7 +14,6 @@ from fichapters import runs
 from fichapters.ch02 import lab as manifold
 from fichapters.ch03 import lab as limits
 from fichapters.ch05 import lab as prompts
-from fichapters.ch07 import text as generation
 from fichapters.ch09 import lab as merging
 from fichapters.ch11 import lab as relatives
 from fichapters.parameters import declared
@@ -122,6 +121,15 @@ def test_rules_in_words() -> None:
     assert Rule().broken(["a", "b", "a"]) == "hold each value once" and not Rule().broken(None)
 
 
+def test_a_group_that_is_given_in_part_keeps_the_other_settings() -> None:
+    usual = settled("07_sparsification", {})["TEXT"]
+    assert settled("07_sparsification", {"TEXT": {"length": 9}})["TEXT"] == {**usual, "length": 9}
+    smoke = settled("07_sparsification", {}, "smoke")["TEXT"]
+    assert smoke["n_test"] == 4 and smoke["task"] == usual["task"]
+    both = settled("07_sparsification", {"TEXT": {"length": 9}}, "smoke")["TEXT"]
+    assert both == {**smoke, "length": 9}
+
+
 @pytest.mark.parametrize(
     ("chapter", "given", "message"),
     [
@@ -129,7 +137,6 @@ def test_rules_in_words() -> None:
         ("3", ["LAYERS", "[a]"], r"the parameter LAYERS must be of the type of \[0\], or null"),
         ("4", ["N_IMAGES", "many"], "the parameter N_IMAGES must be of the type of 1, or null"),
         ("1", ["REVISION", "12"], "the parameter REVISION must be of the type of 'main', or null"),
-        ("7", ["PRUNING", "{top: [0.1]}"], "the parameter PRUNING lacks 'test'; give test, top, bottom"),
         ("7", ["PRUNING", "{tops: 1}"], r"PRUNING has no 'tops' .given 1.; did you mean top\?"),
         ("7", ["PRUNING", "{top: 0.1}"], r"the parameter PRUNING.top must be of the type of its default \["),
         ("8", ["KEPT", "{rows: [0.6], columns: 2}"], "the parameter KEPT.columns must be above 0"),
@@ -138,7 +145,6 @@ def test_rules_in_words() -> None:
             ["DOMAINS", "{math: math, health: [health]}"],
             "the parameter DOMAINS.math must be of the type",
         ),
-        ("10", ["LARGE", "{share_of_peak: 0.5, tokens: 1}"], "the parameter LARGE lacks 'hardware'"),
         ("11", ["COAR", "{ablated: 0.1, ablation: 9}"], "did you mean ablations"),
         ("7", ["RATES", "[0.01, 0.01]"], "the parameter RATES must hold each value once"),
         ("7", ["SUBJECTS", "[]"], "the parameter SUBJECTS must hold at least one value"),
@@ -153,7 +159,7 @@ def test_wrong_types_and_groups_are_refused_before_anything_runs(
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(runs, "_execute", None)
+    monkeypatch.setattr(runs, "execute", None)
     assert main(["run", chapter, "-p", *given, "--out", str(tmp_path / "out")]) == 1
     said = capsys.readouterr().err
     assert re.search(message, said) and said.count("\n") == 1, said
@@ -204,10 +210,6 @@ def refused() -> Iterator[tuple[str, str, Any, str]]:
             ("PICTURES.batches", [1, 100_000], "lower n"),
             ("TEXT.task", "no/such/task", "no/such/task"),
             ("TEXT.n_calibration", 100_000, "lower n"),
-            ("TEXT.measures", ["FI damped -1"], "Unknown measure 'FI damped -1': unknown filter 'damped -1'"),
-            ("TEXT.low_of", ["FI foo"], "Unknown measure 'FI foo': unknown filter 'foo'; write exact, 'cut"),
-            ("TEXT.measures", "SNIP", "TEXT.measures must be of the type"),
-            ("TEXT.horizons", 4, "did you mean horizon"),
             ("N_CALIBRATION", 100_000, "lower n|leave none"),
             ("N_TEST", 100_000, "lower n"),
             ("N_ASKED", 100_000, "lower n"),
@@ -245,8 +247,6 @@ def test_what_a_task_does_not_have_is_said_before_a_model_is_opened(
 @pytest.mark.parametrize(
     ("chapter", "name", "kept"),
     [
-        ("07_sparsification", "TEXT.measures", generation.Plan.measures),
-        ("07_sparsification", "TEXT.low_of", generation.Plan.low_of),
         ("11_relatives", "NONSENSE.measures", relatives.Nonsense.measures),
     ],
 )
@@ -257,13 +257,9 @@ def test_fi_with_any_filter_is_a_measure_beside_those_of_the_text(
     given = with_value(settled(chapter, {}, "smoke"), name, asked)
     with pytest.raises(Opened):
         run_until_opened(chapter, settled(chapter, given, "smoke"), tmp_path, monkeypatch)
-    parameter, _, field = name.partition(".")
+    field = name.partition(".")[2]
     p = SimpleNamespace(**settled(chapter, given, "smoke"))
-    made: Any = (
-        generation.plan_of(p.TEXT, 0)
-        if parameter == "TEXT"
-        else relatives.nonsense_plan(p.NONSENSE, p.TASK, p.SUBJECTS, 0)
-    )
+    made = relatives.nonsense_plan(p.NONSENSE, p.TASK, p.SUBJECTS, 0)
     assert getattr(made, field) == (*kept, "FI damped 0.01", "FI cut 0.1")
 
 

@@ -67,7 +67,7 @@ def run(commit: str, profile: str, chapters: Sequence[str], keep: Path) -> Path:
 def differences(old: Path, new: Path) -> Iterator[str]:
     """One sentence for everything that is missing, unexpected or different."""
     before, after = _kept(old), _kept(new)
-    for name in sorted(before.keys() | after.keys()):
+    for name in sorted(before | after):
         if name not in after:
             yield f"{name}: is missing"
         elif name not in before:

@@ -121,7 +121,7 @@ def _plain(text: str) -> str:
     """Prose without code, math, link addresses, headings and tables, but with its roles."""
     text = re.sub(r"```.*?```|\$\$.*?\$\$|\$[^$\n]+(?:\n[^$\n]+)*\$", " ", text, flags=re.S)
     text = re.sub(r"(?<!\})`[^`\n]*`", " ", text)
-    text = re.sub(r"\]\([^)]*\)", "] ", text)
+    text = re.sub(r"\[[^\]]*\]\([^)]*\)", " ", text)
     return "\n".join(line for line in text.splitlines() if not re.match(r"\s*(#|\|)", line))
 
 

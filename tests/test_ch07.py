@@ -1,0 +1,209 @@
+"""What chapter 07 does beside its loops: drawing, the one-letter control, what scores hold, texts."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from tiny import tiny_model
+
+from fichapters.ch07 import draw, lab
+from fichapters.ch07.judges import LikelihoodJudge, length_controlled_win_rates
+from fihelpers.models.generate import Response
+from fihelpers.models.language import LanguageModel, open_model
+from fihelpers.perturb.sparsify import linear_names, select
+from fihelpers.scores.pruning import score_pruning
+from fihelpers.scores.weights import score_weights
+from fihelpers.tasks import Example
+from fihelpers.trials import Kept, Trials, collect
+
+EXAMPLES = [Example(str(i), "s", f"w{i} w{i + 1}", (), None, f"w{i}") for i in range(4)]
+NO_JUDGE = {"judge_url": "", "judge_model": ""}
+
+
+def test_a_text_file_is_halved(tmp_path: Path) -> None:
+    path = tmp_path / "contexts.txt"
+    path.write_text("".join(f"w{i} w{i + 2} w{i + 1}\n" for i in range(20)))
+    p = SimpleNamespace(TASK=str(path), SUBJECTS=["text"])
+    first, second = (lab.questions(p, split, 10, 0)["text"] for split in ("val", "test"))
+    assert [e.prompt.split()[0] for e in first] == [f"w{i}" for i in range(10)]
+    assert [e.prompt.split()[0] for e in second] == [f"w{i}" for i in range(10, 20)]
+    drawn = [lab.questions(p, "val", 4, seed)["text"] for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2] and len(drawn[0]) == 4
+    assert lab.chance({"text": first}) is None
+    with pytest.raises(ValueError, match=r"The val half of .* has 10 contexts, fewer than the 11"):
+        lab.questions(p, "val", 11, 0)
+
+
+def test_four_options_leave_a_quarter_to_chance() -> None:
+    p = SimpleNamespace(TASK="bundled", SUBJECTS=["law", "business"])
+    tested = lab.questions(p, "test", 3, 0)
+    assert {name: len(asked) for name, asked in tested.items()} == {"law": 3, "business": 3}
+    assert lab.chance(tested) == 0.25
+
+
+def _said(right: str, said: str) -> dict[str, Any]:
+    pairs = list(zip(right, said, strict=True))
+    return {
+        "correct": [a == b for a, b in pairs],
+        "said": [int(b) for _, b in pairs],
+        "right": [int(a) for a, _ in pairs],
+    }
+
+
+def test_a_model_that_gives_one_letter_keeps_what_that_letter_gets() -> None:
+    def tries(k: int) -> Any:
+        yield {"subject": "x", "measure": "SNIP", "rate": 0.1}, _said("02010", "00000")
+        yield {"subject": "y", "measure": "SNIP", "rate": 0.1}, _said("12111", "33111")
+
+    left = lab.above_one_letter(collect(lambda: _said("02010", "02010"), tries, sets=2), ["SNIP"], 0.1, 0)
+    # x: always 0, three of five right, as the model is; y: always 1, four of five, where the model gets three
+    assert left.letter[0] == pytest.approx(0.7) and left.n[0] == 10
+    assert left.difference[0] == pytest.approx((3 + 3 - 7) / 10)
+
+
+def test_what_is_lost_is_a_share_of_what_was_there() -> None:
+    table = pd.DataFrame({"accuracy": [0.4, 0.8], "low": [0.3, 0.7], "high": [0.5, 0.9]})
+    found = lab.with_loss(table, 0.8)
+    assert found.lost.tolist() == pytest.approx([0.5, 0])
+    assert found.lost_low.tolist() == pytest.approx([0.375, -0.125])
+    assert found.lost_high.tolist() == pytest.approx([0.625, 0.125])
+    assert lab.with_loss(table, 0.0).lost.isna().all()
+
+
+def test_what_the_chosen_weights_hold() -> None:
+    model = tiny_model("qwen2")
+    linear = linear_names(model.network)
+    names = ["FI exact", "SNIP", "information length", "magnitude", "random"]
+    scores = score_weights(model, EXAMPLES, names, only=linear)
+    scores |= score_pruning(model, EXAMPLES, ["Wanda"], only=linear)
+    skew = lab.concentration({"SNIP": scores["SNIP"]})
+    assert skew.total.is_monotonic_increasing and skew.total.iloc[-1] == pytest.approx(1)
+    assert (skew.total >= skew.weights - 1 / skew.n.iloc[0]).all()  # at least their even share
+    assert (skew.weights == 0.01).any()
+    gone = lab.removed(scores, 0.5, "bottom", "layer").set_index("measure")
+    assert gone.loc["Wanda", "shared with Wanda"] == 1
+    for measure, what in {
+        "magnitude": "size",
+        "Wanda": "output",
+        "information length": "information",
+    }.items():
+        assert gone[what].idxmin() == measure
+    flat = {n: model.network.get_parameter(n).detach().flatten() for n in linear}
+    chosen = select(scores["SNIP"], 0.5, "bottom", scope="layer")
+    held = sum(float(flat[n][i].square().sum()) for n, i in chosen.items())
+    assert gone.loc["SNIP", "size"] == pytest.approx(
+        held / sum(float(v.square().sum()) for v in flat.values())
+    )
+
+
+def _texts(*lines: str) -> list[Response]:
+    return [Response((1,), True, line) for line in lines]
+
+
+@pytest.fixture
+def written() -> Trials:
+    def compared(level: float, k: int) -> Mapping[str, Any]:
+        lengths = [10 + 3 * k, 20, 30 + k, 40 - 5 * k]
+        return {
+            "rouge1": [level] * 4,
+            "win_rate": np.clip(level / 2 + 0.05 * np.arange(4), 0, 1),
+            "characters": lengths,
+        }
+
+    def tries(k: int) -> Any:
+        for measure, level in {"FI exact": 0.5, "Jacobian norm": 0.2, "random": 0.6}.items():
+            for rate in (0.06, 0.1):
+                yield (
+                    {"measure": measure, "rate": rate},
+                    compared(level - rate + 0.001 * k * (rate == 0.1), k),
+                )
+
+    return collect(
+        lambda: {"rouge1": [1] * 4, "win_rate": [0.5] * 4, "characters": [10, 20, 30, 40]}, tries, sets=2
+    )
+
+
+def test_win_rates_at_equal_length_are_fitted_over_all_settings(written: Trials) -> None:
+    intact = _texts("a" * 10, "a" * 20, "a" * 30, "a" * 40)
+    found, fit = lab.at_equal_length(written, intact, "bundled-instructions", EXAMPLES)
+    everything = [*written.intact, *written.tried]
+    expected = length_controlled_win_rates(
+        [t.values["win_rate"] for t in everything],
+        [t.values["characters"] for t in everything],
+        [10, 20, 30, 40],
+    )
+    assert fit == expected.fit
+    assert [t.values["length_controlled"][0] for t in found.tried] == expected.win_rates[1:].tolist()
+
+
+def test_texts_are_compared_with_random_zeroing_set_by_set(written: Trials) -> None:
+    intact = _texts("a" * 10, "a" * 20, "a" * 30, "a" * 40)
+    tables, versus = lab.text_tables(lab.at_equal_length(written, intact, "x", EXAMPLES)[0])
+    assert set(tables.score) == {"rouge1", "win_rate", "length_controlled"} and len(tables) == 3 * 6
+    rouge = versus[versus.score == "rouge1"].set_index(["first", "rate"])
+    assert rouge.loc[("Jacobian norm", 0.06), "difference"] == pytest.approx(-0.4)
+    assert set(rouge.verdict) == {"below"} and not ({"random"} & set(versus["first"]))
+    wide = lab.widest(versus)
+    assert len(wide) == 3 * 2 and (wide[wide.score == "rouge1"].below == 2).all()
+    draw.damage_of_text(tables, 0.1)
+    draw.text_differences(versus[versus.score == "rouge1"], "ROUGE-1")
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_difficulties_of_alpaca_eval_come_from_the_hub_where_it_answers(
+    there: bool, written: Trials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def published(examples: Any) -> tuple[np.ndarray, str]:
+        if not there:
+            raise ConnectionError("no network")
+        return np.arange(4) / 4, "c" * 40
+
+    monkeypatch.setattr(lab, "published_difficulties", published)
+    intact = _texts("a" * 10, "a" * 20, "a" * 30, "a" * 40)
+    _, fit = lab.at_equal_length(written, intact, "tatsu-lab/alpaca_eval", EXAMPLES)
+    said = "given difficulties (tatsu-lab/alpaca_eval at cccc" if there else "could not be had"
+    assert said in fit
+
+
+def test_the_judge_is_the_stand_in_unless_an_address_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FIHELPERS_JUDGE_KEY", "secret")
+    model, kept = tiny_model("qwen2"), Kept(tmp_path, "judge", "")
+    assert isinstance(lab.judge_of(model, NO_JUDGE, kept), LikelihoodJudge)
+    asked = {"judge_url": "https://judge.example/v1", "judge_model": "j"}
+    assert lab.judge_of(model, asked, kept).label == "j (API)"
+
+
+def test_an_intact_model_that_says_nothing_is_refused_by_prompt() -> None:
+    with pytest.raises(ValueError, match=r"ends its answer to '1' at once.*leave that prompt"):
+        lab.what_it_can(tiny_model("qwen2"), EXAMPLES[:2], _texts("w1", " "), 3)
+
+
+def test_the_bundled_model_recites_its_instructions() -> None:
+    model = open_model()
+    asked = lab.instructions(model, {"task": "bundled-instructions"}, "test", 6, 0)
+    intact = lab.greedy(model, [e.prompt for e in asked], 40)
+    able = lab.what_it_can(model, asked, intact, 40)
+    assert able.same["reference"] == 6 and able.rouge1["reference"] > 0.99
+    assert able.rouge1["answer to another prompt"] < 0.5 and able.rouge1["asked in other words"] < 0.9
+
+
+def test_a_chat_model_is_asked_by_its_own_template() -> None:
+    model, example = _chat_model(), Example("1", "s", "Instruction: w1\nResponse:", (), None, "w1")
+    assert lab.framed(model, example).prompt == "w4 w2 w1 w3"
+    context = Example("1", "text", "w1", (), None, "w1")
+    assert lab.framed(model, context) == context
+    assert lab.framed(tiny_model("qwen2"), example) == example
+
+
+def _chat_model() -> LanguageModel:
+    model = tiny_model("qwen2")
+    model.tokenizer.bos_token = "w4"
+    turns = "w4 {% for m in messages %}w2 {{ m['content'] }}{% endfor %}"
+    model.tokenizer.chat_template = turns + "{% if add_generation_prompt %} w3{% endif %}"
+    return model
