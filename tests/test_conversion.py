@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_merge import merged_state
 from tiny import WORDS, tiny_examples, tiny_model
 from torch import Tensor
 from transformers import (
@@ -31,7 +32,6 @@ from fihelpers.perturb.merge import (
     TaskArithmetic,
     Ties,
     merge_models,
-    merged_state,
 )
 from fihelpers.scores.store import Scores
 from fihelpers.scores.weights import score_weights

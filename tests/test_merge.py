@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,13 +36,24 @@ from fihelpers.perturb.merge import (
     find_method,
     merge_models,
     merged_model,
-    merged_state,
 )
 from fihelpers.perturb.topshare import seed_of
 from fihelpers.scores.store import Scores
 
 State = dict[str, Tensor]
 Trio = tuple[LanguageModel, LanguageModel, LanguageModel]
+
+
+def merged_state(
+    base: Any,
+    a: Any,
+    b: Any,
+    method: str | Method = "average",
+    protection: Protection | None = None,
+    *,
+    fishers: Any = None,
+) -> State:
+    return Merger(base, a, b, method, protection, fishers).state()
 
 
 def expert(base: LanguageModel, seed: int, name: str, noise: float = 0.1) -> LanguageModel:

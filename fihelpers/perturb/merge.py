@@ -66,7 +66,6 @@ __all__ = [
     "find_method",
     "merge_models",
     "merged_model",
-    "merged_state",
 ]
 
 AnyModel = str | PathLike[str] | LanguageModel | ModelWeights
@@ -122,20 +121,6 @@ def merge_models(
     return out
 
 
-def merged_state(
-    base: AnyModel | None,
-    a: AnyModel,
-    b: AnyModel,
-    method: str | Method = "average",
-    protection: Protection | None = None,
-    *,
-    fishers: tuple[AnyScores, AnyScores] | None = None,
-) -> dict[str, Tensor]:
-    """The merged tensors in memory; arguments and errors as for `merge_models`, and open models will do."""
-    merger = Merger(base, a, b, method, protection, fishers)
-    return {name: merger.tensor(name) for name in merger.layouts}
-
-
 def merged_model(
     base: LanguageModel,
     a: AnyModel,
@@ -146,7 +131,7 @@ def merged_model(
     fishers: tuple[AnyScores, AnyScores] | None = None,
 ) -> LanguageModel:
     """A merged copy of the open model `base`, whose hash is of the merged tensors; the rest as above."""
-    state = merged_state(base, a, b, method, protection, fishers=fishers)
+    state = Merger(base, a, b, method, protection, fishers).state()
     network = copy.deepcopy(base.network)
     network.load_state_dict(state, strict=False)  # a tied weight has only one of its names in `state`
     total = hashlib.sha256()
@@ -209,6 +194,10 @@ class Merger:
         if not torch.isfinite(merged).all():
             raise FloatingPointError(f"The merged {name} holds NaN or infinite values; check the models.")
         return merged.view(layout.shape)
+
+    def state(self) -> dict[str, Tensor]:
+        """All merged tensors, in memory."""
+        return {name: self.tensor(name) for name in self.layouts}
 
     def stored(self) -> tuple[Mapping[str, Layout], Callable[[str], Tensor]]:
         """Layouts and values of the merged tensors in the form in which they are written.
