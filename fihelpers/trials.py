@@ -75,6 +75,21 @@ class Kept:
         """The file of set k, made of what is given; None for an empty key."""
         return self.folder / f"{self.name}.{identity(key, given)[:16]}.{k}.npz" if key else None
 
+    def frame(self, make: Callable[..., pd.DataFrame], *given: object) -> pd.DataFrame:
+        """The table `make(*given)`, with plain columns and index, made once and kept to the last digit."""
+        key = self.key(make, *given)
+        if not key:
+            return make(*given)
+        path = self.folder / f"{self.name}.{key[:16]}.json"
+        if not path.is_file():
+            made = make(*given)
+            kinds = {name: str(kind) for name, kind in made.dtypes.items()}
+            content = {"kinds": kinds, **made.to_dict("tight")}
+            write_atomically(path, json.dumps(content, default=_plain).encode())
+        content = json.loads(path.read_text(encoding="utf-8"))
+        kinds = content.pop("kinds")
+        return pd.DataFrame.from_dict(content, orient="tight").astype(kinds)
+
 
 @dataclass(frozen=True, eq=False)
 class Trials:
@@ -283,7 +298,7 @@ def _first(values: Values) -> np.ndarray:
 
 def _written(trials: Sequence[Trial]) -> bytes:
     arrays: Any = {f"{i}/{name}": v for i, trial in enumerate(trials) for name, v in trial.values.items()}
-    about = json.dumps([[trial.set, trial.labels] for trial in trials], default=lambda x: x.item())
+    about = json.dumps([[trial.set, trial.labels] for trial in trials], default=_plain)
     file = io.BytesIO()
     np.savez_compressed(file, about=np.frombuffer(about.encode(), np.uint8), **arrays)
     return file.getvalue()
@@ -298,3 +313,8 @@ def _read(path: Path) -> list[Trial]:
             if name:
                 values[int(number)][name] = file[key]
     return [Trial(k, labels, found) for (k, labels), found in zip(about, values, strict=True)]
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy's as one of Python's."""
+    return value.item()

@@ -234,3 +234,25 @@ def test_a_changed_perturbation_makes_a_new_table_and_a_changed_sentence_reruns_
     assert "Accuracy is" in json.dumps(nbformat.read(out / "01_tiny.ipynb", as_version=4))
     assert accuracy(write_chapter(LESSON.replace("[0, 1, 1, 0]", "[0, 0, 1, 0]"))) == 0.25
     assert Path("ran").read_text() == "0 1 0 1 "
+
+
+def test_a_table_is_made_once_and_comes_back_as_it_was(tmp_path: Path) -> None:
+    made: list[int] = []
+
+    def make(n: int) -> pd.DataFrame:
+        made.append(n)
+        values = np.array([1 / 3, np.nan, 1e-20 / 3])[:n]
+        table = {
+            "a": values,
+            "b": ["x", "01", ""][:n],
+            "c": [True, False, True][:n],
+            "d": np.arange(n, dtype=np.int32),
+        }
+        return pd.DataFrame(table, index=pd.Index(range(1, n + 1), name="place"))
+
+    kept = Kept(tmp_path, "table", "about")
+    make_it = _Silent(make)
+    for n in (3, 3, 2, 3):
+        pd.testing.assert_frame_equal(kept.frame(make_it, n), make(n), check_exact=True)
+        made.pop()
+    assert made == [3, 2]
