@@ -191,36 +191,20 @@ def _outcome(
 
 
 @dataclass(frozen=True, eq=False)
-class Lettered:
+class Lettered(Groups):
     """Letters as answer classes of questions with different numbers of options: the first ``counts`` (N,)."""
 
-    letters: Groups
     counts: Tensor
-
-    def __str__(self) -> str:
-        return str(self.letters)
-
-    @property
-    def size(self) -> int:
-        return self.letters.size
 
     def log_probs(self, logits: Tensor) -> Tensor:
         """Map logits (N, V) to log-probabilities (N, K), -inf for the letters that a question lacks."""
-        log_p = self.letters.log_probs(logits)
+        log_p = super().log_probs(logits)
         absent = torch.arange(self.size) >= self.counts[:, None]
         return log_p.masked_fill(absent.to(log_p.device), -torch.inf).log_softmax(-1)
 
-    def choice(self, logits: Tensor) -> Tensor:
-        """Return the likeliest letter (N,)."""
-        return self.log_probs(logits).argmax(-1)
-
-    def fix(self, logits: Tensor) -> "Lettered":
-        """Return the same classes: they never depend on the logits."""
-        return self
-
     def rows(self, index: Tensor) -> "Lettered":
         """Return the classes of some questions only."""
-        return Lettered(self.letters, self.counts[index])
+        return Lettered(self.names, self.tokens, self.counts[index])
 
 
 def _letters_of(model: VisionModel, examples: Sequence[Example]) -> Answers:
@@ -229,7 +213,8 @@ def _letters_of(model: VisionModel, examples: Sequence[Example]) -> Answers:
     fewest = option_letters(model.tokenizer, min(counts))
     if min(counts) == max(counts):
         return fewest
-    return Lettered(option_letters(model.tokenizer, max(counts)), torch.tensor(counts))
+    most = option_letters(model.tokenizer, max(counts))
+    return Lettered(most.names, most.tokens, torch.tensor(counts))
 
 
 def _check_reference(reference: Outcome | None, n: int) -> None:
@@ -242,7 +227,7 @@ def _check_reference(reference: Outcome | None, n: int) -> None:
 
 def _right_classes(examples: Sequence[Example], answers: Answers) -> Tensor:
     """Return the index of the right class (N,), -1 where the intact model's choice stands in for it."""
-    if not isinstance(answers, Groups | Lettered):
+    if not isinstance(answers, Groups):
         return torch.full((len(examples),), -1)
     for example in examples:
         fits = isinstance(answers, Lettered) or len(example.options) == answers.size
