@@ -66,17 +66,25 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list
     return ids
 
 
-def in_chat(tokenizer: PreTrainedTokenizerBase, message: str, name: str) -> Framed:
-    """A user's message in the tokenizer's chat template, up to where the model's answer begins.
+def in_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    message: str | list[dict[str, str]],
+    name: str,
+    template: str | None = None,
+) -> Framed:
+    """A user's message in a chat template, the tokenizer's by default, up to where the answer begins.
 
-    Raises ValueError, naming the model, where the template fails.
+    message: a text, or parts such as {"type": "image"}. Raises ValueError, naming the model, where the
+    template fails.
     """
-    turn = [{"role": "user", "content": message}]
+    turn: list[dict[str, Any]] = [{"role": "user", "content": message}]
     try:
-        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(
+            turn, chat_template=template, tokenize=False, add_generation_prompt=True
+        )
     except Exception as error:  # a template is a program of its own
         raise ValueError(f"the chat template of model {name!r} fails: {brief(error)}") from error
-    return Framed(text)
+    return Framed(str(text))
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,11 +28,11 @@ from fihelpers.identity import model_identity
 from fihelpers.images import check_aspect
 from fihelpers.models.language import (
     Batch,
-    brief,
     check_tokens,
     checked_logits,
     find_device,
     find_dtype,
+    in_chat,
     left_padded,
     locate,
     open_network,
@@ -382,17 +382,7 @@ class VisionModel(ABC):
         if self.template is None:
             return self.plain(prompt)
         content = [{"type": "image"}, {"type": "text", "text": prompt}]
-        chat: list[dict[str, Any]] = [{"role": "user", "content": content}]
-        try:
-            text = self.tokenizer.apply_chat_template(
-                chat,
-                chat_template=self.template,
-                tokenize=False,
-                add_generation_prompt=True,
-            )
-        except Exception as error:  # a template is a program of its own
-            raise ValueError(f"the chat template of model {self.name!r} fails: {brief(error)}") from error
-        return str(text)
+        return in_chat(self.tokenizer, content, self.name, self.template)
 
     def _text_inputs(
         self, prompts: tuple[str, ...], shapes: tuple[tuple[int, int], ...]
