@@ -50,13 +50,11 @@ class Spectrum:
     mu: Tensor
     leverage: Tensor
 
-    def gain(self, spectral: Spectral, dtype: torch.dtype) -> Tensor:
+    def filtered(self, spectral: Spectral, dtype: torch.dtype) -> Tensor:
         # what the rounding of float64 makes of a zero eigenvalue is a zero, under every filter
         top = self.mu.amax(0, keepdim=True)
-        return torch.where(self.mu > ROUNDING * top, spectral.gain(self.mu, top, dtype), 0)
-
-    def filtered(self, spectral: Spectral, dtype: torch.dtype) -> Tensor:
-        return (self.gain(spectral, dtype) * self.leverage).sum(0)
+        gain = torch.where(self.mu > ROUNDING * top, spectral.gain(self.mu, top, dtype), 0)
+        return (gain * self.leverage).sum(0)
 
 
 def group_fi(problem: Problem, chosen: Tensor, top: Tensor, spectral: Spectral, dtype: torch.dtype) -> Tensor:

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fihelpers.eigen import Problem, dot, group_fi, like, outer, spectrum_of
+from fihelpers.eigen import Problem, dot, group_fi, like, outer
 from fihelpers.filters import EXACT, LEAST_DAMPING, Damped, Spectral
 
 SATURATED_SHARE = 0.95
@@ -122,26 +122,6 @@ def fi_from_gram(
     values = group_fi(problem, chosen, top, spectral, dtype)
     warn_if_saturated(values, top)
     return values.to(_working(dtype))
-
-
-def effective_rank(
-    class_grads: Tensor,
-    probs: Tensor,
-    *,
-    over: int | Sequence[int] = (),
-    predicted: int | Tensor | None = None,
-    spectral: Spectral = EXACT,
-) -> Tensor:
-    """How many directions the filter lets pass, sum_i h(mu_i) (method 1a). Arguments as in `fi`.
-
-    For `Exact` it is the rank of the Fisher metric, at most min(p, K - 1).
-    """
-    axes = axes_of(over, class_grads.dim() - 1)
-    if not axes:
-        metric = moments(class_grads, probs, predicted).metric
-        return spectral.gain(metric, metric, class_grads.dtype) * (metric > 0)
-    turned, others, chosen = _turned(class_grads, probs, axes, predicted)
-    return spectrum_of(_small_problem(turned, others), chosen).gain(spectral, class_grads.dtype).sum(0)
 
 
 def ceiling(probs: Tensor, predicted: int | Tensor | None = None) -> Tensor:

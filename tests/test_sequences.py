@@ -1,7 +1,6 @@
 """Scores over the steps of sampled responses, against the naive computation on tiny random models."""
 
 import json
-import warnings
 from collections.abc import Sequence
 
 import pytest
@@ -11,14 +10,13 @@ from torch import Tensor
 
 from fihelpers.answers import Top, letters
 from fihelpers.filters import Damped
-from fihelpers.influence import SaturationWarning, ceiling
+from fihelpers.influence import SaturationWarning
 from fihelpers.measures import Influence, Measure, find_measure
 from fihelpers.models.generate import Response, sample
 from fihelpers.models.language import LanguageModel, open_model
 from fihelpers.scores import sequences
 from fihelpers.scores.class_gradients import class_gradients
-from fihelpers.scores.inputs import score_embeddings
-from fihelpers.scores.sequences import Sampling, score_prompt_tokens, score_sequences
+from fihelpers.scores.sequences import Sampling, score_sequences
 from fihelpers.scores.weights import score_weights
 from fihelpers.tasks import Example
 
@@ -61,19 +59,6 @@ def weights_of_step(
     weight = model.network.get_parameter(name)
     grads = class_gradients(log_p, weight)
     return {m.name: m(grads, log_p.exp().detach(), value=weight.detach()) for m in measures}
-
-
-def tokens_of_step(
-    model: LanguageModel, ids: Sequence[int], prompt: int, measures: Sequence[Measure]
-) -> dict[str, Tensor]:
-    """The measures of every token of the prompt at one step, by autograd."""
-    x = model.network.get_input_embeddings()(torch.tensor([list(ids)])).detach().requires_grad_()
-    log_p = Top(8).log_probs(model.network(inputs_embeds=x).logits[0, -1])
-    grads = class_gradients(log_p, x)[:, 0, :prompt]
-    value = x[0, :prompt].detach()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SaturationWarning)
-        return {m.name: m(grads, log_p.exp().detach(), over=1, value=value) for m in measures}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -197,88 +182,37 @@ def test_two_classes_warn_of_saturation_over_all_steps() -> None:
         score_sequences(model, examples, ["FI"], horizon=3, samples=3, answers=Top(1), only=[MATRIX["llama"]])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("discount", [None, 0.6])
-def test_prompt_tokens_equal_autograd(kind: str, discount: float | None) -> None:
-    model, examples = model_for(kind, True), tiny_examples(4)
-    with pytest.warns(SaturationWarning, match="ceiling"):
-        ours = score_prompt_tokens(
-            model, examples, MEASURES, horizon=4, samples=5, discount=discount, batch_size=5
-        )
-    for i, example in enumerate(examples):
-        length = len(model.tokenizer(example.prompt)["input_ids"])
-        truth = {m.name: torch.zeros(length, dtype=torch.float64) for m in MEASURES}
-        for ids, weight in naive_steps(model, example, 4, 5, discount, 0):
-            for measure, values in tokens_of_step(model, ids, length, MEASURES).items():
-                truth[measure] += weight * values
-        for measure, values in truth.items():
-            torch.testing.assert_close(ours[measure][i], values, rtol=1e-7, atol=1e-12, msg=measure)
-
-
-def test_exact_fi_of_prompt_tokens_is_the_ceiling() -> None:
-    model, examples = tiny_model("llama"), tiny_examples(2)
-    with pytest.warns(SaturationWarning):
-        found = score_prompt_tokens(model, examples, horizon=3, samples=4)
-    for i, example in enumerate(examples):
-        tops = [
-            weight
-            * ceiling(Top(8).log_probs(model.network(input_ids=torch.tensor([ids])).logits[0, -1]).exp())
-            for ids, weight in naive_steps(model, example, 3, 4, None, 0)
-        ]
-        torch.testing.assert_close(found["FI exact"][i], torch.stack(tops).sum().detach().expand(4 + i))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        damped = score_prompt_tokens(model, examples, ["FI"], Damped(1.0), horizon=3, samples=4)
-    assert damped["FI damped 1"][0].std() > 0
-
-
-def test_prompt_tokens_at_one_step_are_the_embeddings_scores() -> None:
-    model, examples = tiny_model("qwen2"), tiny_examples(5)
-    names = ["FI damped 0.0001", "SNIP", "magnitude", "random"]
-    ours = score_prompt_tokens(model, examples, names, horizon=1, samples=2, batch_size=2)
-    single = score_embeddings(model, examples, names, answers=Top(8), over="token", batch_size=2)
-    longer = score_prompt_tokens(model, examples, names, horizon=4, samples=3)
-    for i in range(5):
-        for name in names:
-            torch.testing.assert_close(ours[name][i], single[name][i])
-        for name in ("magnitude", "random"):  # no step changes these
-            torch.testing.assert_close(longer[name][i], single[name][i])
-        assert not torch.allclose(longer["SNIP"][i], single["SNIP"][i])
-
-
 def test_the_model_is_left_as_it_was() -> None:
     model = tiny_model("qwen2")
     before = {n: p.clone() for n, p in model.network.named_parameters()}
     score_sequences(model, tiny_examples(2), ["FI"], horizon=3, samples=2)
-    score_prompt_tokens(model, tiny_examples(2), ["SNIP"], horizon=3, samples=2)
     for name, p in model.network.named_parameters():
         assert p.equal(before[name]) and p.requires_grad and p.grad is None
 
 
-@pytest.mark.parametrize("score", [score_sequences, score_prompt_tokens])
-def test_bad_input_is_named(score, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_input_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     model, examples = tiny_model("qwen2"), tiny_examples(2)
     long = [Example("0", "tiny", "w1 " * 29, (), None, ""), *examples]
-    score(model, long[:1], ["SNIP"], horizon=4, samples=1)  # 29 + 3 tokens are as many as fit
+    score_sequences(model, long[:1], ["SNIP"], horizon=4, samples=1)  # 29 + 3 tokens are as many as fit
     with pytest.raises(ValueError, match="prompt 0 has 29 tokens and 4 more do not fit into the 32"):
-        score(model, long, ["SNIP"], horizon=5)
+        score_sequences(model, long, ["SNIP"], horizon=5)
     monkeypatch.setattr(sequences, "sample", lambda *_, **__: pytest.fail("sampled before it checked"))
     with pytest.raises(ValueError, match="calibration set is empty"):
-        score(model, [])
+        score_sequences(model, [])
     with pytest.raises(ValueError, match="prompt 2 is empty"):
-        score(model, [*examples, Example("x", "tiny", " ", (), None, "")])
+        score_sequences(model, [*examples, Example("x", "tiny", " ", (), None, "")])
     for horizon in (0, -1):
         with pytest.raises(ValueError, match=f"horizon must be at least 1, got {horizon}"):
-            score(model, examples, horizon=horizon)
+            score_sequences(model, examples, horizon=horizon)
     with pytest.raises(ValueError, match="number of samples must be at least 1, got 0"):
-        score(model, examples, samples=0)
+        score_sequences(model, examples, samples=0)
     for discount in (0.0, 1.0, -0.5, float("nan")):
         with pytest.raises(ValueError, match="discount must lie between 0 and 1"):
-            score(model, examples, discount=discount)
+            score_sequences(model, examples, discount=discount)
     with pytest.raises(ValueError, match="Unknown measure 'Fi'"):
-        score(model, examples, ["Fi"])
+        score_sequences(model, examples, ["Fi"])
     with pytest.raises(ValueError, match="batch size must be at least 1, got 0"):
-        score(model, examples, horizon=1, batch_size=0)
+        score_sequences(model, examples, horizon=1, batch_size=0)
 
 
 def test_an_unknown_parameter_is_named_before_anything_is_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,9 +221,8 @@ def test_an_unknown_parameter_is_named_before_anything_is_sampled(monkeypatch: p
         score_sequences(tiny_model("qwen2"), tiny_examples(1), ["FI"], only=["nope"])
 
 
-@pytest.mark.parametrize("score", [score_sequences, score_prompt_tokens])
 @pytest.mark.parametrize("horizon", [1, 4])
-def test_nan_logits_name_the_prompt(score, horizon: int) -> None:
+def test_nan_logits_name_the_prompt(horizon: int) -> None:
     model = tiny_model("llama")
     examples = [*tiny_examples(3), Example("x", "tiny", "C", (), None, "")]  # the shortest comes last
     token = WORDS.index("C")
@@ -297,7 +230,7 @@ def test_nan_logits_name_the_prompt(score, horizon: int) -> None:
         lambda module, inputs, out: out.masked_fill((inputs[0][:, :1] == token)[..., None], torch.nan)
     )
     with pytest.raises(FloatingPointError, match=r"tiny-llama.* prompt 3"):
-        score(model, examples, ["SNIP"], horizon=horizon, samples=2, batch_size=1)
+        score_sequences(model, examples, ["SNIP"], horizon=horizon, samples=2, batch_size=1)
 
 
 def test_sequence_scores_of_the_bundled_model() -> None:

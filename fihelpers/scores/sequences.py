@@ -12,13 +12,12 @@ L, divided by the weight 1 - gamma^L of the steps that are left. For L = 1 it is
 
 Steps of several responses with the same tokens before them are one context, scored once with the sum of
 their weights. The keys and values of a prompt are read once for its responses to be sampled; the gradients of
-weights and of the prompt's embeddings run through the whole context, so that scoring can reuse none.
+weights run through the whole context, so that scoring can reuse none.
 """
 
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -31,7 +30,6 @@ from fihelpers.measures import MEASURES, Influence, Measure, find_measure
 from fihelpers.models.generate import Response, prompt_ids, sample
 from fihelpers.models.language import Batch, LanguageModel, left_padded
 from fihelpers.scores.hooks import named_parameters
-from fihelpers.scores.inputs import FI_SUMMED, InputGrads, class_grads_of_inputs, gathered
 from fihelpers.scores.store import Scores
 from fihelpers.scores.weights import score_contexts
 from fihelpers.tasks import Example
@@ -147,65 +145,13 @@ def score_sequences(
     named_parameters(model.network, only)  # an unknown name is said before anything is sampled
     classes = answers or USUAL
     contexts, about = _sampled(model, examples, sampling)
-    batches = [
-        (batch, torch.tensor([contexts[i].share for i in places], dtype=torch.float64))
-        for places, batch in _batches(model, contexts, batch_size)
-    ]
+    batches = list(_batches(model, contexts, batch_size))
     scores = score_contexts(model, batches, examples, chosen, spectral, classes, only)
     known = {m.name: _truncation(m, about, classes) for m in chosen}
     return {
         name: Scores(found.values, found.metadata | about | known.get(name, {}))
         for name, found in scores.items()
     }
-
-
-def score_prompt_tokens(
-    model: LanguageModel,
-    examples: Sequence[Example],
-    measures: Sequence[str | Measure] = ("FI",),
-    spectral: Spectral = EXACT,
-    *,
-    horizon: int = 5,
-    samples: int = 10,
-    discount: float | None = None,
-    seed: int = 0,
-    answers: Answers | None = None,
-    batch_size: int = 16,
-) -> dict[str, list[Tensor]]:
-    """Score the tokens of each prompt over the steps of sampled responses: {measure: one (T,) an example}.
-
-    One token's embedding is one perturbation, which all the steps of a response see. Measures as in
-    `score_embeddings`, everything else as in :func:`score_sequences`. Under the usual classes a token has
-    more dimensions than there are classes, so that exact FI is its ceiling at every token of a context, which
-    warns (`SaturationWarning`, method 1b.2): take a damped filter.
-    """
-    sampling = Sampling(horizon, samples, discount, seed)
-    for measure in (m for m in measures if m != FI_SUMMED):
-        find_measure(measure)  # an unknown name is said before anything is sampled
-    contexts, _ = _sampled(model, examples, sampling)
-    batches = _token_batches(model, examples, contexts, answers or USUAL, batch_size)
-    found = gathered(batches, lambda batch: batch.scores(measures, spectral), measures, spectral)
-    return {name: _weighted(values, contexts, len(examples)) for name, values in found.items()}
-
-
-@dataclass(frozen=True, eq=False)
-class TokenBatch:
-    """Class gradients with respect to the embeddings of a batch's contexts, whose places are `index`.
-
-    `prompts` are the places of each prompt's tokens among the columns.
-    """
-
-    index: tuple[int, ...]
-    grads: InputGrads
-    prompts: tuple[slice, ...]
-
-    def scores(self, measures: Sequence[str | Measure], spectral: Spectral) -> dict[str, list[Tensor]]:
-        """The measures of every token (T,) of each context's prompt."""
-        found: dict[str, list[Tensor]] = {}
-        for row, prompt in enumerate(self.prompts):
-            for name, values in self.grads.row(row, prompt).scores(measures, 1, spectral).items():
-                found.setdefault(name, []).append(values[0])
-        return found
 
 
 def _sampled(
@@ -222,42 +168,13 @@ def _sampled(
 
 def _batches(
     model: LanguageModel, contexts: Sequence[Context], batch_size: int
-) -> Iterator[tuple[list[int], Batch]]:
-    """Contexts of similar length together: their places, and a batch that names their examples."""
+) -> Iterator[tuple[Batch, Tensor]]:
+    """Contexts of similar length together: a batch that names their examples, and their shares."""
     ids = [context.prompt + context.written for context in contexts]
     for places in model.chunks(ids, batch_size):
         index = [contexts[place].example for place in places]
-        yield places, left_padded(index, [ids[place] for place in places], model.device)
-
-
-def _token_batches(
-    model: LanguageModel,
-    examples: Sequence[Example],
-    contexts: Sequence[Context],
-    classes: Answers,
-    batch_size: int,
-) -> Iterator[TokenBatch]:
-    for places, batch in _batches(model, contexts, batch_size):
-        with torch.no_grad():
-            embeddings = model.embed(batch)
-
-        def log_probs(x: Tensor, batch: Batch = batch) -> Tensor:
-            return classes.log_probs(model.last_logits(batch, embeddings=x))
-
-        salts = tuple(zlib.crc32(examples[i].id.encode()) for i in batch.index.tolist())
-        grads = InputGrads(*class_grads_of_inputs(log_probs, embeddings), embeddings, salts)
-        ends = [embeddings.shape[1] - len(contexts[place].written) for place in places]
-        spans = [slice(end - len(contexts[p].prompt), end) for p, end in zip(places, ends, strict=True)]
-        yield TokenBatch(tuple(places), grads, tuple(spans))
-
-
-def _weighted(values: Sequence[Tensor], contexts: Sequence[Context], n: int) -> list[Tensor]:
-    """Sum of the contexts' values with their shares, example by example."""
-    totals: list[Tensor | None] = [None] * n
-    for one, context in zip(values, contexts, strict=True):
-        part, so_far = context.share * one, totals[context.example]
-        totals[context.example] = part if so_far is None else so_far + part
-    return [total for total in totals if total is not None]
+        shares = torch.tensor([contexts[place].share for place in places], dtype=torch.float64)
+        yield left_padded(index, [ids[place] for place in places], model.device), shares
 
 
 def _truncation(measure: Measure, about: dict[str, str], classes: Answers) -> dict[str, str]:
