@@ -234,3 +234,12 @@ def test_results_of_the_run_go_before_those_that_are_kept(
         path.write_text("")
     found = results_beside(run, "*.claims.csv")
     assert found == {"1.claims.csv": kept / "1.claims.csv", "2.claims.csv": run / "2.claims.csv"}
+
+
+@pytest.mark.parametrize("notebook", chapters(ROOT / "notebooks"), ids=lambda path: path.stem[:2])
+def test_a_chapter_keeps_every_table_that_a_claim_reads(notebook: Path) -> None:
+    parts = [part for claim in judges.load_claims().values() for part in claim.parts]
+    tables = {part.table for part in parts if part.chapter == notebook.stem} - {judges.RECORDS}
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    code = "".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    assert not [name for name in tables if f'"{name}"' not in code]
