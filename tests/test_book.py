@@ -274,7 +274,7 @@ def test_the_reference_is_made_from_docstrings(tiny: Path) -> None:
     assert "Write beside path and rename" in words and "spectral: Spectral" in words
     assert '<a class="reference internal" href="#fihelpers.filters.Spectral"' in text
     assert "https://github.com/Someone/a-book/blob/main/fihelpers/data.py#L" in text
-    (source,) = re.findall(r'href="(_downloads/[^"]*/files\.py)"', text)
+    (source,) = re.findall(r'href="(_downloads/[^"]*/data\.py)"', text)
     assert (tiny / source).read_bytes() == (book.BOOK.parent / "fihelpers" / "data.py").read_bytes()
 
 

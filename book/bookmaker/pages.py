@@ -15,8 +15,13 @@ LONGEST = 200  # characters of a description
 
 def setup(app: Any) -> dict[str, bool]:
     """What Sphinx calls."""
-    app.connect("config-inited", _set_base_address)
+    app.connect("config-inited", _set_up)
     app.connect("html-page-context", _extend_page, priority=502)  # after the theme has made its buttons
+    app.setup_extension("sphinx.ext.autodoc")
+    app.setup_extension("sphinx.ext.linkcode")
+    app.connect("autodoc-process-docstring", reference.convert_docstring)
+    app.connect("autodoc-process-signature", reference.resolve_fields)
+    app.connect("autodoc-skip-member", reference.choose_member)
     app.add_directive("fi-modules", reference.ModulesDirective)
     app.add_directive("fi-pictures", reference.PicturesDirective)
     app.connect("doctree-read", reference.collect_pictures)
@@ -24,9 +29,14 @@ def setup(app: Any) -> dict[str, bool]:
     return {"parallel_read_safe": False, "parallel_write_safe": True}  # one process collects the pictures
 
 
-def _set_base_address(app: Any, config: Any) -> None:
-    """Canonical links, where it is known where the pages will stand."""
+def _set_up(app: Any, config: Any) -> None:
+    """Settings of the reference, and canonical links where it is known where the pages will stand."""
+    for name, value in reference.SETTINGS.items():
+        setattr(config, name, value)
     where = address(Path(app.srcdir))
+    config.linkcode_resolve = lambda domain, info: reference.source_line(
+        where, info["module"], info["fullname"]
+    )
     if where:
         config.html_baseurl = where.pages
 
