@@ -4,9 +4,11 @@ A class is a set of token ids. Its log-probability is the logsumexp over its tok
 the K classes, so that the probabilities of the classes sum to one.
 """
 
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,13 +17,15 @@ from transformers import PreTrainedTokenizerBase
 SPACES = ("Ġ", "▁", " ")  # how byte-level BPE, SentencePiece and plain vocabularies write a leading space
 
 
-class Answers(Protocol):
-    """What every kind of answer classes offers."""
+class Answers(ABC):
+    """Answer classes of any kind; by default they depend neither on the logits nor on the row."""
 
     @property
+    @abstractmethod
     def size(self) -> int:
         """The number of classes K."""
 
+    @abstractmethod
     def log_probs(self, logits: Tensor) -> Tensor:
         """Map logits (..., V) to log-probabilities (..., K), float32 or better.
 
@@ -30,16 +34,19 @@ class Answers(Protocol):
 
     def choice(self, logits: Tensor) -> Tensor:
         """Return the class (...) that the logits (..., V) choose: the likeliest, or the likeliest token's."""
+        return self.log_probs(logits).argmax(-1)
 
-    def fix(self, logits: Tensor) -> "Answers":
+    def fix(self, logits: Tensor) -> Answers:
         """Return classes that no longer depend on the logits: those of these rows (..., V)."""
+        return self
 
-    def rows(self, index: Tensor) -> "Answers":
+    def rows(self, index: Tensor) -> Answers:
         """Return the classes of some rows (of the first axis) only."""
+        return self
 
 
 @dataclass(frozen=True)
-class Groups:
+class Groups(Answers):
     """Fixed classes: ``names[k]`` is the class of the token ids ``tokens[k]``."""
 
     names: tuple[str, ...]
@@ -71,7 +78,6 @@ class Groups:
         return len(self.names)
 
     def log_probs(self, logits: Tensor) -> Tensor:
-        """Map logits (..., V) to log-probabilities (..., K); see :class:`Answers`."""
         logits = _finite(logits)
         largest = max(max(ids) for ids in self.tokens)
         if largest >= logits.shape[-1]:
@@ -82,21 +88,9 @@ class Groups:
         scores = [logits[..., list(ids)].logsumexp(-1) for ids in self.tokens]
         return torch.stack(scores, -1).log_softmax(-1)
 
-    def choice(self, logits: Tensor) -> Tensor:
-        """Return the likeliest class (...)."""
-        return self.log_probs(logits).argmax(-1)
-
-    def fix(self, logits: Tensor) -> "Groups":
-        """Return the same classes: they never depend on the logits."""
-        return self
-
-    def rows(self, index: Tensor) -> "Groups":
-        """Return the same classes: they hold for every row."""
-        return self
-
 
 @dataclass(frozen=True)
-class Top:
+class Top(Answers):
     """The ``m`` likeliest tokens of each row, one class each, and one class for all the rest."""
 
     m: int
@@ -112,7 +106,7 @@ class Top:
     def size(self) -> int:
         return self.m + 1
 
-    def fix(self, logits: Tensor) -> "FixedTop":
+    def fix(self, logits: Tensor) -> FixedTop:
         """Keep the likeliest tokens of these logits (..., V) as the classes of their rows."""
         logits = _finite(logits)
         if self.m >= logits.shape[-1]:
@@ -127,13 +121,9 @@ class Top:
         """Return 0: the likeliest token is the first class."""
         return self.fix(logits).choice(logits)
 
-    def rows(self, index: Tensor) -> "Top":
-        """Return the same rule: it holds for every row."""
-        return self
-
 
 @dataclass(frozen=True, eq=False)
-class FixedTop:
+class FixedTop(Answers):
     """The classes that :class:`Top` chose once, so that a perturbed model is judged on the same ones.
 
     ``ids`` (..., m) are the chosen tokens of each row; the last class is the rest.
@@ -157,12 +147,7 @@ class FixedTop:
         classes = torch.cat([chosen, torch.ones_like(chosen[..., :1])], -1)  # the rest, if no other
         return classes.long().argmax(-1)
 
-    def fix(self, logits: Tensor) -> "FixedTop":
-        """Return the same classes: they are fixed already."""
-        return self
-
-    def rows(self, index: Tensor) -> "FixedTop":
-        """Return the classes of some rows (of the first axis) only."""
+    def rows(self, index: Tensor) -> FixedTop:
         return FixedTop(self.ids[index])
 
     def log_probs(self, logits: Tensor) -> Tensor:
