@@ -20,7 +20,8 @@ from fihelpers.evaluate.questions import answer_all
 from fihelpers.models.generate import end_tokens, greedy
 from fihelpers.models.language import LanguageModel, open_model, weights_sha256
 from fihelpers.models.linear import linear_names
-from fihelpers.perturb.merge import Protection, merge_models
+from fihelpers.perturb.merge import merge_models
+from fihelpers.perturb.merge_methods import Protection
 from fihelpers.perturb.quantize import (
     Scheme,
     pack_model,

@@ -25,14 +25,8 @@ from transformers import (
 
 from fihelpers.models.files import open_weights
 from fihelpers.models.language import LanguageModel, open_model
-from fihelpers.perturb.merge import (
-    Average,
-    Merger,
-    Protection,
-    TaskArithmetic,
-    Ties,
-    merge_models,
-)
+from fihelpers.perturb.merge import Merger, merge_models
+from fihelpers.perturb.merge_methods import Average, Protection, TaskArithmetic, Ties
 from fihelpers.scores.store import Scores
 from fihelpers.scores.weights import score_weights
 

@@ -15,7 +15,7 @@ from tiny import tiny_model
 from fichapters import dials
 from fichapters.ch09 import draw, lab
 from fichapters.claims import ENDINGS
-from fihelpers.perturb.merge import Average, FisherAverage, TaskArithmetic, Ties
+from fihelpers.perturb.merge_methods import Average, FisherAverage, TaskArithmetic, Ties
 from fihelpers.tasks import Example, load_task
 
 Trio = tuple[str, str, str]

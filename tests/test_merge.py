@@ -22,20 +22,18 @@ from transformers.core_model_loading import revert_weight_conversion
 from fihelpers.models.files import open_weights, write_weights
 from fihelpers.models.language import LanguageModel, open_model
 from fihelpers.models.tensors import Layout
-from fihelpers.perturb.merge import (
+from fihelpers.perturb.merge import Merger, merge_models, merged_model
+from fihelpers.perturb.merge_methods import (
     METHODS,
     Average,
     Dare,
     DareTies,
     FisherAverage,
-    Merger,
     Method,
     Protection,
     TaskArithmetic,
     Ties,
     find_method,
-    merge_models,
-    merged_model,
 )
 from fihelpers.perturb.topshare import seed_of
 from fihelpers.scores.store import Scores
@@ -530,7 +528,8 @@ MEMORY = """
 import shutil
 import sys
 from pathlib import Path
-from fihelpers.perturb.merge import Average, Protection, Ties, merge_models
+from fihelpers.perturb.merge import merge_models
+from fihelpers.perturb.merge_methods import Average, Protection, Ties
 
 def status(key):
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -35,9 +35,7 @@ from fihelpers.models.files import SHARD_BYTES, ModelWeights, new_folder, open_w
 from fihelpers.models.language import WEIGHTS_INDEX, LanguageModel
 from fihelpers.models.tensors import Layout, TensorDict, TensorFile
 from fihelpers.perturb.merge_methods import (
-    METHODS,
     AnyScores,
-    Average,
     Dare,
     DareTies,
     FisherAverage,
@@ -45,28 +43,11 @@ from fihelpers.perturb.merge_methods import (
     Pair,
     Piece,
     Protection,
-    TaskArithmetic,
     Ties,
     find_method,
 )
 from fihelpers.perturb.topshare import CHUNK, TopShare, seed_of
 from fihelpers.scores.store import Scores
-
-__all__ = [
-    "METHODS",
-    "Average",
-    "Dare",
-    "DareTies",
-    "FisherAverage",
-    "Merger",
-    "Method",
-    "Protection",
-    "TaskArithmetic",
-    "Ties",
-    "find_method",
-    "merge_models",
-    "merged_model",
-]
 
 AnyModel = str | PathLike[str] | LanguageModel | ModelWeights
 

@@ -33,19 +33,23 @@ from fihelpers.measures import FISHER, SQUARED_SCORE, Influence, Random, find_me
 from fihelpers.models.files import ModelWeights, open_weights
 from fihelpers.models.language import LanguageModel, open_model
 from fihelpers.models.tensors import TensorDict
-from fihelpers.perturb.merge import (
+from fihelpers.perturb.merge import Merger, merge_models
+from fihelpers.perturb.merge_methods import (
+    AnyScores,
     Average,
     Dare,
     DareTies,
+    Elect,
     FisherAverage,
-    Merger,
     Method,
     Protection,
+    Scope,
+    Stages,
     TaskArithmetic,
     Ties,
-    merge_models,
+    check_choice,
+    check_share,
 )
-from fihelpers.perturb.merge_methods import AnyScores, Elect, Scope, Stages, check_choice, check_share
 from fihelpers.perturb.sparsify import linear_names
 from fihelpers.perturb.topshare import TopShare
 from fihelpers.scores.store import Scores, provenance
