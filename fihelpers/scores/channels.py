@@ -21,11 +21,11 @@ from fihelpers.answers import Answers, usual_answers
 from fihelpers.filters import EXACT, Spectral
 from fihelpers.influence import SATURATED_RTOL, SATURATED_SHARE, SaturationWarning, fi_from_gram, gram
 from fihelpers.measures import FISHER, INFORMATION_LENGTH, SQUARED_SCORE
-from fihelpers.models.language import Batch, LanguageModel
+from fihelpers.models.language import LanguageModel
 from fihelpers.models.linear import as_rows, from_rows, turned_names
 from fihelpers.scores.hooks import Block, class_grad_blocks, frozen, missed_by_hooks, named_parameters
 from fihelpers.scores.store import Scores, provenance
-from fihelpers.scores.watched import Layers, Watched, batch_size_for, linear_layers, of_tokens, watching
+from fihelpers.scores.watched import Watched, batch_size_for, layer_sums, linear_layers
 from fihelpers.tasks import Example
 
 Axis = Literal["rows", "columns"]
@@ -160,17 +160,9 @@ def score_activations(
     if len(examples) == 0:
         raise ValueError("The calibration set is empty; choose n of at least 1.")
     layers = linear_layers(model.network, only)
-    size = batch_size_for(layers, batch_size)
-    sums, tokens = _activation_sums(model, model.batches([e.prompt for e in examples], size), layers)
-    means = {}
-    for name, one in layers.items():
-        if name not in sums and not one.modules:  # experts to which nothing was sent
-            sums[name] = _zeros(one)
-        if name not in sums:
-            raise ValueError(f"The layer of {name} is never called; leave its weight out.")
-        if not all(torch.isfinite(s).all() for s in sums[name]):
-            raise FloatingPointError(f"The layer of {name} reads or writes NaN or infinite values.")
-        means[name] = _activation_means(one, sums[name], tokens[name])
+    batches = model.batches([e.prompt for e in examples], batch_size_for(layers, batch_size))
+    sums, tokens = layer_sums(model, batches, layers, _read_and_written)
+    means = {name: _activation_means(one, sums[name], tokens[name]) for name, one in layers.items()}
     about = provenance(model, examples)
     kinds: tuple[tuple[str, dict[str, str]], ...] = (
         (MEAN_INPUT, {"axis": "columns"}),
@@ -270,29 +262,8 @@ def _warn_if_saturated(means: Mapping[str, Tensor], top: float) -> None:
         )
 
 
-def _activation_sums(
-    model: LanguageModel, batches: Sequence[Batch], layers: Layers
-) -> tuple[dict[str, list[Tensor]], dict[str, Tensor]]:
-    """Sums over all tokens of |x| (experts, in), |y| (experts, out) and x^2 (experts, in) of each weight.
-
-    Also the numbers of tokens (experts,).
-    """
-    sums: dict[str, list[Tensor]] = {}
-    tokens = {name: torch.zeros(one.experts, dtype=torch.long) for name, one in layers.items()}
-    for batch in tqdm(batches, desc="reading activations", leave=False, disable=len(batches) < 8):
-
-        def see(name: str, expert: int, x: Tensor, out: Tensor, batch: Batch = batch) -> None:
-            read, written = (of_tokens(t, batch, name) for t in (x, out))
-            read, written = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (read, written))
-            found = [read.abs().sum(0), written.abs().sum(0), read.square().sum(0)]
-            sums.setdefault(name, _zeros(layers[name]))
-            for total, one in zip(sums[name], found, strict=True):
-                total[expert] += one
-            tokens[name][expert] += len(read)
-
-        with torch.no_grad(), watching(model.network, layers, see):
-            model.last_logits(batch)
-    return sums, tokens
+def _read_and_written(x: Tensor, out: Tensor) -> list[Tensor]:
+    return [x.abs().sum(0), out.abs().sum(0), x.square().sum(0)]
 
 
 def _activation_means(one: Watched, sums: Sequence[Tensor], tokens: Tensor) -> list[Tensor]:
@@ -301,10 +272,3 @@ def _activation_means(one: Watched, sums: Sequence[Tensor], tokens: Tensor) -> l
     squares = (sums[2] / count)[:, None].expand(-1, len(one.rows) // one.experts, -1).flatten(0, 1)
     hessian = from_rows(squares, one.weight.shape, one.turned)
     return [sums[0].sum(0) / count.sum(), (sums[1] / count).flatten(), hessian]
-
-
-def _zeros(one: Watched) -> list[Tensor]:
-    """Sums to begin with: of inputs, outputs and squared inputs, each (experts, ...)."""
-    working = one.rows.to(torch.promote_types(one.weight.dtype, torch.float32))
-    outputs = len(working) // one.experts
-    return [working.new_zeros(one.experts, size) for size in (one.inputs, outputs, one.inputs)]

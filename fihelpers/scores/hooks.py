@@ -13,8 +13,8 @@ start from any combination of the classes' log-probabilities (`Directions`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,7 +127,7 @@ def class_grad_blocks(
             for rows, samples, grads in _row_blocks(name, of_name, hooked[name]):
                 yield ask.block(name, rows, grads, samples)
     if missed:
-        with _requiring([parameters[name] for name in missed]):
+        with requiring([parameters[name] for name in missed]):
             along = ask.along()
             for name in missed:
                 for b in range(len(along)):
@@ -190,27 +190,22 @@ def named_parameters(network: nn.Module, only: Collection[str] | None) -> dict[s
     return {name: p for name, p in named.items() if name in set(only)}
 
 
-@contextmanager
-def frozen(network: nn.Module) -> Iterator[None]:
+def frozen(network: nn.Module) -> AbstractContextManager[None]:
     """No weight asks for a gradient, so backward passes reach the layers' outputs only."""
-    before = {p: p.requires_grad for p in network.parameters()}
-    network.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p, flag in before.items():
-            p.requires_grad_(flag)
+    return requiring(network.parameters(), False)
 
 
 @contextmanager
-def _requiring(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    for p in parameters:
-        p.requires_grad_(True)
+def requiring(parameters: Iterable[nn.Parameter], wanted: bool = True) -> Iterator[None]:
+    """Whether these parameters ask for a gradient, for as long as the context lasts."""
+    before = [(p, p.requires_grad) for p in parameters]
+    for p, _ in before:
+        p.requires_grad_(wanted)
     try:
         yield
     finally:
-        for p in parameters:
-            p.requires_grad_(False)
+        for p, flag in before:
+            p.requires_grad_(flag)
 
 
 @contextmanager
@@ -572,7 +567,7 @@ def missed_by_hooks(
         if not apart.sqrt() <= rtol * truth.norm():
             missed.add(name)
 
-    with _requiring(list(parameters.values())):
+    with requiring(list(parameters.values())):
         handles = [
             p.register_post_accumulate_grad_hook(lambda p, name=name: compare(name, p))
             for name, p in parameters.items()

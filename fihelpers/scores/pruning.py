@@ -7,18 +7,18 @@ batch; positions of padding never count. Only the criteria are here: they rank w
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from fihelpers.answers import Answers, Groups, usual_answers
 from fihelpers.models.language import Batch, LanguageModel
 from fihelpers.models.linear import as_rows, from_rows
+from fihelpers.scores.hooks import not_finite, requiring
 from fihelpers.scores.store import Scores, provenance
-from fihelpers.scores.watched import Layers, batch_size_for, linear_layers, of_tokens, watching
+from fihelpers.scores.watched import Layers, batch_size_for, layer_sums, linear_layers, watching
 from fihelpers.tasks import Example
 
 METHODS = ("Wanda", "SparseGPT", "Taylor")
@@ -78,8 +78,12 @@ def _by_inputs(
     """Wanda's and SparseGPT's scores: one pass over the inputs, or several where X X^T is large."""
     values: dict[str, dict[str, Tensor]] = {m: {} for m in methods}
     products = "SparseGPT" in methods
+
+    def summed(x: Tensor, _: Tensor) -> list[Tensor]:
+        return [x.T @ x if products else x.square().sum(0)]
+
     for part in _portions(layers) if products else [layers] * bool(methods):
-        for name, total in _inputs(model, batches, part, products).items():
+        for name, (total,) in layer_sums(model, batches, part, summed)[0].items():
             one = part[name]
             weight = one.rows.to(total.dtype).view(one.experts, -1, one.inputs)
             found = {}
@@ -107,32 +111,6 @@ def _portions(layers: Layers) -> Iterator[Layers]:
     yield part
 
 
-def _inputs(
-    model: LanguageModel, batches: Sequence[Batch], layers: Layers, products: bool
-) -> dict[str, Tensor]:
-    """Sums over the tokens of all batches: x x^T (experts, in, in) of each weight, or x^2 (experts, in)."""
-    totals: dict[str, Tensor] = {}
-    for batch in tqdm(batches, desc="reading inputs", leave=False, disable=len(batches) < 8):
-
-        def see(name: str, expert: int, x: Tensor, out: Tensor, batch: Batch = batch) -> None:
-            rows = of_tokens(x, batch, name).to(_working(x))
-            found = rows.T @ rows if products else rows.square().sum(0)
-            if name not in totals:
-                totals[name] = found.new_zeros(layers[name].experts, *found.shape)
-            totals[name][expert] += found
-
-        with torch.no_grad(), watching(model.network, layers, see):
-            model.last_logits(batch)
-    for name, one in layers.items():
-        if name not in totals and not one.modules:  # experts to which nothing was sent
-            totals[name] = one.rows.new_zeros(one.experts, *[one.inputs] * (1 + products))
-        if name not in totals:
-            raise ValueError(f"The layer of {name} is never called; leave its weight out.")
-        if not torch.isfinite(totals[name]).all():
-            raise FloatingPointError(f"The input of the layer of {name} holds NaN or infinite values.")
-    return totals
-
-
 def _obs_factor(products: Tensor) -> Tensor:
     """1 / [(X X^T + lambda I)^-1]_jj for every input j (in,), 0 for an input that is always zero."""
     diagonal = products.diagonal().double()
@@ -158,7 +136,7 @@ def _taylor(
         for name, rows, grads in _sample_grads(model, batch, classes, layers, right[batch.index]):
             squares = (grads * weights[name][rows].to(grads.dtype)).square().sum(0)
             if not torch.isfinite(squares).all():
-                raise FloatingPointError(f"The gradient of {name} holds NaN or infinite values.")
+                raise not_finite(name)
             totals[name][rows] += squares
     means = {name: total / len(examples) for name, total in totals.items()}
     return {n: from_rows(mean, layers[n].weight.shape, layers[n].turned) for n, mean in means.items()}
@@ -185,7 +163,7 @@ def _sample_grads(
         calls.append((name, x.detach(), out))
 
     hooked = {name: one for name, one in layers.items() if one.modules}
-    with torch.enable_grad(), watching(model.network, hooked, see), _requiring(within.values()):
+    with torch.enable_grad(), watching(model.network, hooked, see), requiring(within.values()):
         logits = model.last_logits(batch)
         chosen = torch.where(right >= 0, right, classes.choice(logits.detach()).cpu()).to(logits.device)
         loss = -classes.log_probs(logits).gather(-1, chosen[:, None]).sum()
@@ -201,18 +179,6 @@ def _sample_grads(
         for start in range(0, len(one.rows), step):
             rows = slice(start, start + step)
             yield name, rows, torch.stack([_of_rows(x, g[..., rows]) for x, g in uses]).sum(0)
-
-
-@contextmanager
-def _requiring(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    before = [(p, p.requires_grad) for p in parameters]
-    for p, _ in before:
-        p.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for p, flag in before:
-            p.requires_grad_(flag)
 
 
 def _of_rows(x: Tensor, g: Tensor) -> Tensor:

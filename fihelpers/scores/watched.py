@@ -11,16 +11,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from fihelpers.models.language import Batch
+from fihelpers.models.language import Batch, LanguageModel
 from fihelpers.models.linear import as_rows, linear_names, turned_names
 
 # name of the weight, number of the expert (0 where there is one matrix), input (..., in), output (..., out)
 See = Callable[[str, int, Tensor, Tensor], None]
+# what is summed of the tokens' inputs (tokens, in) and outputs (tokens, out) of a layer
+Summed = Callable[[Tensor, Tensor], Sequence[Tensor]]
 
 SECOND = ("linear", "matmul", "__matmul__", "bmm", "mm")  # products (x, W); those with something added first
 THIRD = ("addmm", "baddbmm")
@@ -168,3 +172,40 @@ def of_tokens(x: Tensor, batch: Batch, name: str) -> Tensor:
         f"The input of the layer of {name} has the shape {tuple(x.shape)}, in which padding cannot be told "
         "apart; use batch_size=1."
     )
+
+
+def layer_sums(
+    model: LanguageModel, batches: Sequence[Batch], layers: Layers, summed: Summed
+) -> tuple[dict[str, list[Tensor]], dict[str, Tensor]]:
+    """Sums over the tokens of all batches of what `summed` makes of each layer's inputs and outputs.
+
+    Both come in float32 or better. Returns {name of the weight: each sum, (experts, ...)}, zeros for an
+    expert to which nothing was sent, and the numbers of tokens (experts,). Raises ValueError for a layer that
+    is never called and FloatingPointError for NaN or infinite sums.
+    """
+    sums: dict[str, list[Tensor]] = {}
+    tokens = {name: torch.zeros(one.experts, dtype=torch.long) for name, one in layers.items()}
+
+    def add(name: str, expert: int, x: Tensor, out: Tensor) -> None:
+        found = summed(*(t.to(torch.promote_types(t.dtype, torch.float32)) for t in (x, out)))
+        if name not in sums:
+            sums[name] = [one.new_zeros(layers[name].experts, *one.shape) for one in found]
+        for total, one in zip(sums[name], found, strict=True):
+            total[expert] += one
+        tokens[name][expert] += len(x)
+
+    for batch in tqdm(batches, desc="reading activations", leave=False, disable=len(batches) < 8):
+
+        def see(name: str, expert: int, x: Tensor, out: Tensor, batch: Batch = batch) -> None:
+            add(name, expert, of_tokens(x, batch, name), of_tokens(out, batch, name))
+
+        with torch.no_grad(), watching(model.network, layers, see):
+            model.last_logits(batch)
+    for name, one in layers.items():
+        if name not in sums and not one.modules:  # experts to which nothing was sent
+            add(name, 0, *(one.rows.new_zeros(0, n) for n in (one.inputs, len(one.rows) // one.experts)))
+        if name not in sums:
+            raise ValueError(f"The layer of {name} is never called; leave its weight out.")
+        if not all(total.isfinite().all() for total in sums[name]):
+            raise FloatingPointError(f"The layer of {name} reads or writes NaN or infinite values.")
+    return sums, tokens
