@@ -231,10 +231,10 @@ def test_all_tokens_hold_all_the_probability(model: LanguageModel) -> None:
     assert 0 < limits.mass_of(model, EXAMPLES, letters(model.tokenizer)) < 1
 
 
-def test_a_verdict_says_no_more_than_its_interval() -> None:
-    assert "is lower than" in limits.verdict("a", "b", (-0.2, -0.3, -0.1), "x")
-    assert "is higher than" in limits.verdict("a", "b", (0.2, 0.1, 0.3), "x")
-    assert "not distinguishable" in limits.verdict("a", "b", (0.2, -0.1, 0.3), "x")
+def test_a_sentence_says_no_more_than_its_interval() -> None:
+    assert "is lower than" in limits.sentence("a", "b", (-0.2, -0.3, -0.1), "x")
+    assert "is higher than" in limits.sentence("a", "b", (0.2, 0.1, 0.3), "x")
+    assert "not distinguishable" in limits.sentence("a", "b", (0.2, -0.1, 0.3), "x")
 
 
 def test_rank_correlation_with_ties_and_a_constant() -> None:

@@ -949,7 +949,7 @@ def differences(found: Mapping[str, Mapping[str, Scores]], dtype: str, shown: in
 # --- words for results that may turn out either way ----------------------------------------------------
 
 
-def verdict(a: str, b: str, difference: tuple[float, float, float], what: str) -> str:
+def sentence(a: str, b: str, difference: tuple[float, float, float], what: str) -> str:
     """A sentence on a minus b (mean, low, high) that says no more than the interval does."""
     mean, low, high = difference
     words = "lower than" if high < 0 else "higher than" if low > 0 else "not distinguishable from that"
