@@ -157,7 +157,7 @@ def _lines(claim: str, part: Part, read: Read) -> Iterator[tuple[Any, ...]]:
         words = _told(part.words, names, part.words)
         setting = _told(part.setting, names, ", ".join(map(str, part.where.values())))
         numbers = _numbers(row, part)
-        verdict = _verdict(*numbers[1:], part, read)
+        verdict = _verdict(*numbers[1:], part, [_bound(b, part, row, read) for b in (part.above, part.below)])
         yield claim, part.chapter, words, setting, _filter(names["measure"]), *numbers, verdict
 
 
@@ -190,22 +190,25 @@ def _numbers(row: Mapping[str, Any], part: Part) -> tuple[float, float, float, f
     return n, value, *(value if pd.isna(end) else end for end in (low, high))
 
 
-def _verdict(value: float, low: float, high: float, part: Part, read: Read) -> str:
-    bounds = [_bound(bound, part, read) for bound in (part.above, part.below)]
+def _verdict(value: float, low: float, high: float, part: Part, bounds: Sequence[float | None]) -> str:
     if math.isnan(value) or any(bound is not None and math.isnan(bound) for bound in bounds):
         return NOT_MEASURED
-    if bounds == [None, None]:
-        return ANSWERED
     above, below = bounds
+    if above is None and below is None:
+        return ANSWERED
     return judge(
         low, high, -math.inf if above is None else above, math.inf if below is None else below, part.margin
     )
 
 
-def _bound(bound: float | Mapping[str, Any] | None, part: Part, read: Read) -> float | None:
-    """A bound as a number; NaN where it is a cell of the chapter that was not measured."""
+def _bound(
+    bound: float | Mapping[str, Any] | None, part: Part, row: Mapping[str, Any], read: Read
+) -> float | None:
+    """A bound as a number; NaN where it is a cell of the row, or a record, that was not measured."""
     if not isinstance(bound, Mapping):
         return bound
+    if "record" not in bound:
+        return float(row.get(bound["column"], math.nan))
     found = _rows(read(part.chapter, RECORDS), {"name": bound["record"]}, part)
     return float(found[bound.get("column", "value")].iloc[0]) if len(found) else math.nan
 
