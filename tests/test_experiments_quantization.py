@@ -1,7 +1,10 @@
 """The protection sweep on a tiny model: what it keeps, counts and refuses."""
 
-from dataclasses import replace
-from pathlib import Path
+import copy
+from functools import partial
+from itertools import product
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,35 +14,44 @@ from tiny import tiny_model
 
 from fichapters.ch08 import draw, lab
 from fichapters.stored import size_report
+from fihelpers.evaluate.questions import Evaluator
 from fihelpers.models.language import LanguageModel
 from fihelpers.models.linear import as_rows, linear_names, turned_names
 from fihelpers.perturb.quantize import Scheme, pack, pack_model, select_channels
+from fihelpers.trials import Kept, Trials, collect
 
-SHARES = (0.1, 0.5)
+SHARES = [0.1, 0.5]
 
 
 @pytest.fixture(scope="module")
-def plan(tmp_path_factory: pytest.TempPathFactory) -> lab.Plan:
+def p(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("task")
     for split in ("dev", "val", "test"):
         (folder / split).mkdir()
         for subject in ("one", "two"):
             lines = [f"w{i} w{i + 1} of {subject},w1,w2,w3,w{i + 4},{'ABCD'[i % 4]}\n" for i in range(8)]
             (folder / split / f"{subject}_{split}.csv").write_text("".join(lines))
-    return lab.Plan(
-        task=str(folder),
-        subjects=("one", "two"),
-        seeds=2,
-        n_calibration=3,
-        n_test=4,
-        matrices=("o_proj", "all"),
-        bits=(1, 2),
-        full=(1, 2),
-        shares=SHARES,
-        column_share=0.5,
-        swept_bits=(1, 2),
-        swept_groups=(None, 4),
+    return SimpleNamespace(
+        TASK=str(folder),
+        SUBJECTS=["one", "two"],
+        SEEDS=2,
+        SEED=0,
+        N_CALIBRATION=3,
+        N_TEST=4,
+        MATRICES=["o_proj", "all"],
+        BITS={"tried": [1, 2], "full": [1, 2]},
+        KEPT={"rows": SHARES, "columns": 0.5},
+        ROUNDING={"mapping": "symmetric", "group": None, "bits": [1, 2], "groups": [None, 4]},
     )
+
+
+def changed(p: SimpleNamespace, **settings: Any) -> SimpleNamespace:
+    """The settings with others; those of a group by the group's name and theirs, as in ROUNDING__group."""
+    found = copy.deepcopy(vars(p))
+    for name, value in settings.items():
+        group, _, key = name.partition("__")
+        found[group] = {**found[group], key: value} if key else value
+    return SimpleNamespace(**found)
 
 
 def with_long_context(kind: str, dtype: torch.dtype = torch.float32) -> LanguageModel:
@@ -56,37 +68,50 @@ def model() -> LanguageModel:
 
 
 @pytest.fixture(scope="module")
-def rows(model: LanguageModel, plan: lab.Plan, tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
-    cache = tmp_path_factory.mktemp("cache")
-    ask = lab.evaluator(model, plan)
-    before = {n: p.clone() for n, p in model.network.named_parameters()}
-    rows = lab.run_protection(model, plan, ask, cache)
-    assert all(p.equal(before[n]) for n, p in model.network.named_parameters())
+def ask(model: LanguageModel, p: SimpleNamespace) -> Evaluator:
+    return Evaluator(model, lab.tested_set(p))
+
+
+@pytest.fixture(scope="module")
+def trials(
+    model: LanguageModel, p: SimpleNamespace, ask: Evaluator, tmp_path_factory: pytest.TempPathFactory
+) -> Trials:
+    kept = Kept(tmp_path_factory.mktemp("kept"), "protection", p)
+    before = {n: w.clone() for n, w in model.network.named_parameters()}
+    trials = lab.protect(model, p, ask, kept)
+    assert all(w.equal(before[n]) for n, w in model.network.named_parameters())
+    assert len(list(kept.folder.iterdir())) == p.SEEDS
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lab, "Ranking", lambda *a: pytest.fail("finished work was done again"))
-        pd.testing.assert_frame_equal(lab.run_protection(model, plan, ask, cache), rows)
-    return rows
+        patch.setattr(lab.Ranking, "of", lambda *a: pytest.fail("finished work was done again"))
+        again = lab.protect(model, p, ask, kept)
+    pd.testing.assert_frame_equal(lab.answer_table(again), lab.answer_table(trials))
+    return trials
 
 
-def test_everything_is_run_once_for_each_calibration_set(plan: lab.Plan, rows: pd.DataFrame) -> None:
+@pytest.fixture(scope="module")
+def swept(model: LanguageModel, p: SimpleNamespace, ask: Evaluator) -> Trials:
+    return collect(ask, partial(lab.unprotected, model, p, ask))
+
+
+def test_everything_is_run_once_for_each_calibration_set(p: SimpleNamespace, trials: Trials) -> None:
+    rows, cases, main = lab.answer_table(trials), lab.cases(p), lab.main_cases(p)
     full = len(lab.KEEP_BY["rows"]) * len(SHARES) + len(lab.KEEP_BY["columns"])
-    others = len(plan.cases) - len(plan.main)
-    assert len(rows) == 1 + len(plan.cases) + plan.seeds * (2 * full + others * len(lab.EARLIER) * 2)
+    others = len(cases) - len(main)
+    assert len(rows) == 1 + len(cases) + p.SEEDS * (2 * full + others * len(lab.EARLIER) * 2)
     assert set(rows.n) == {8}  # four questions of each of the two subjects
     assert np.allclose(rows.accuracy, [c.count("1") / 8 for c in rows.correct])
-    assert np.allclose(
-        rows.log_prob, [np.mean([float(v) for v in t.split()]) for t in rows.log_probs], atol=1e-4
-    )
     for keep in lab.DATA_FREE:  # look at no question
         found = rows[rows.keep == keep]
         assert found[found.seed == 0].correct.tolist() == found[found.seed == 1].correct.tolist()
-    random = rows[rows.keep == "random"]
-    assert random[random.seed == 0].log_probs.tolist() != random[random.seed == 1].log_probs.tolist()
+    first, second = trials.where(keep="random", matrices="all", axis="rows", bits=2, share=0.5).answers(
+        "log_prob"
+    )
+    assert not np.array_equal(first, second)
 
 
-def test_what_is_kept_is_what_scores_highest(model: LanguageModel, plan: lab.Plan) -> None:
-    ranking = lab.Ranking(model, plan, 0)
-    case = plan.main[1]
+def test_what_is_kept_is_what_scores_highest(model: LanguageModel, p: SimpleNamespace) -> None:
+    ranking = lab.Ranking(model, p, 0)
+    case = lab.main_cases(p)[1]
     for axis in ("rows", "columns"):
         width = {n: model.network.get_parameter(n).shape[axis == "columns"] for n in ranking.names["all"]}
         for keep in lab.KEEP_BY[axis]:
@@ -101,17 +126,17 @@ def test_what_is_kept_is_what_scores_highest(model: LanguageModel, plan: lab.Pla
     assert torch.allclose(ranking.of(lab.LENGTH, case, "rows")[0][name], (metric * error.square()).sum(1))
 
 
-def test_answers_pair_and_recover(plan: lab.Plan, rows: pd.DataFrame) -> None:
-    for case in plan.main:
-        for score in ("accuracy", "log_prob"):
-            found = lab.Answers(rows, case, score, 0)
-            assert found.kept("SNIP").shape == (2, 8) and found.plain.shape == (8,)
-            assert found.minus("SNIP", "SNIP") == (0, 0, 0)
-            mean = found.kept("SNIP", 0.1).mean() / 2 + found.kept("SNIP", 0.5).mean() / 2
-            assert found.kept("SNIP").mean() == pytest.approx(mean)
-            assert np.isnan(found.recovered("SNIP")[0]) != found.lost
-    with pytest.raises(ValueError, match="o_proj, 1 bit, rows kept by 'mean input'"):
-        lab.Answers(rows, plan.main[0], "accuracy", 0).kept("mean input")
+def test_answers_pair_and_recover(p: SimpleNamespace, trials: Trials) -> None:
+    for case, value in product(lab.main_cases(p), lab.VALUES.values()):
+        whole = lab.kept_by(trials, case, "SNIP", value)
+        assert whole.shape == (2, 8) and lab.kept_by(trials, case, lab.NOTHING, value).shape == (1, 8)
+        assert lab.minus(trials, case, ("SNIP", "SNIP"), value, 0) == (0, 0, 0)
+        parts = [lab.kept_by(trials, case, "SNIP", value, share) for share in SHARES]
+        assert np.allclose(whole, np.mean(parts, 0))
+        won, lost = lab.recovered(trials, case, "SNIP", value, 0)[0], lab.is_lost(trials, case, value, 0)
+        assert np.isnan(won) != lost
+    with pytest.raises(ValueError, match=r"no trial has matrices = 'o_proj', bits = 1.*'mean input'"):
+        lab.kept_by(trials, lab.main_cases(p)[0], "mean input", "accuracy")
 
 
 def test_the_recovered_share() -> None:
@@ -123,62 +148,64 @@ def test_the_recovered_share() -> None:
     assert low < value < high
 
 
-def test_tables_of_the_chapter(model: LanguageModel, plan: lab.Plan, rows: pd.DataFrame) -> None:
-    table = lab.summary(rows)
+def test_tables_of_the_chapter(p: SimpleNamespace, trials: Trials, ask: Evaluator) -> None:
+    table, rows, main = lab.summary(trials), lab.answer_table(trials), lab.main_cases(p)
     start = table[table.share == 0]
-    for case in plan.main:
+    for case in main:
         plain = rows[(rows.keep == "nothing") & (rows.matrices == case.matrices) & (rows.bits == case.bits)]
         same = (start.matrices == case.matrices) & (start.bits == case.bits)
         assert (start[same].accuracy == plain.accuracy.iloc[0]).all()
         assert lab.wide(table, case).shape == (14, 2) and lab.wide(table, case, "columns").shape == (15, 1)
-    ask = lab.evaluator(model, plan)
-    subjects = lab.by_subject(rows, plan, ask.examples)
+    subjects = lab.by_subject(trials, ask.examples)
     whole = subjects.groupby(["matrices", "bits", "keep", "share"]).accuracy.mean()
-    mean = (
-        rows[(rows.keep == "FI exact") & (rows.axis == "rows")]
-        .groupby(["matrices", "bits", "share"])
-        .accuracy.mean()
-    )
-    for (matrices, bits, share), value in mean.items():
+    exact = rows[(rows.keep == "FI exact") & (rows.axis == "rows")]
+    for (matrices, bits, share), value in (
+        exact.groupby(["matrices", "bits", "share"]).accuracy.mean().items()
+    ):
         assert whole[matrices, bits, "FI exact", share] == pytest.approx(value)
-    one = lab.of_subject(subjects, plan.main[0], "one")
+    one = lab.of_subject(subjects, main[0], "one")
     assert set(one) == {"exact", "low_exact", "damped", "low_damped", "random", "nothing"}
-    won = lab.recovered_as_claimed(rows, plan)
-    assert len(won) == 2 * len(plan.cases) and (won.recovered.notna() == won.lost).all()
-    high_low = lab.high_against_low(rows, plan, "log_prob")
-    assert len(high_low) == 2 * len(plan.cases) and (high_low.low <= high_low.high).all()
-    duels = lab.duels(rows, plan, "accuracy")
+    draw.protection_curves(table, main, 0.5, 0.25)
+    draw.subject_curves(subjects, main, None)
+
+
+def test_comparisons_of_the_chapter(p: SimpleNamespace, trials: Trials) -> None:
+    cases, main = lab.cases(p), lab.main_cases(p)
+    won = lab.recovered_as_claimed(trials, p)
+    assert len(won) == 2 * len(cases) and (won.recovered.notna() == won.lost).all()
+    high_low = lab.high_against_low(trials, p, "log_prob")
+    assert len(high_low) == 2 * len(cases) and (high_low.low <= high_low.high).all()
+    duels = lab.duels(trials, p, "accuracy")
     assert len(duels) == 2 * len(lab.DUELS)
     assert lab.grid({"accuracy": duels}, ["axis", "first", "second"], "matrices").shape == (len(lab.DUELS), 2)
     both = lab.grid({"accuracy": high_low, "log P": high_low}, ["matrices", "bits", "filter"])
     assert both.shape == (len(high_low), 2) and (lab.NOTHING_LOST not in both.iloc[0, 0]) == high_low.lost[0]
-    draw.protection_curves(table, plan.main, 0.5, 0.25)
-    draw.subject_curves(subjects, plan.main, None)
     won = {
-        str(c): {s: lab.recovery(rows, c, "columns", s, 0) for s in ("accuracy", "log_prob")}
-        for c in plan.main
+        str(c): {v: lab.recovery(trials, c, "columns", v, 0) for v in ("accuracy", "log_prob")} for c in main
     }
     draw.recovered_dots(won, "columns")
 
 
-def test_sizes_are_those_of_packed_matrices(model: LanguageModel, plan: lab.Plan, rows: pd.DataFrame) -> None:
-    sized = lab.sizes(model, plan)
+def test_sizes_are_those_of_packed_matrices(
+    model: LanguageModel, p: SimpleNamespace, trials: Trials, swept: Trials
+) -> None:
+    sized = lab.sizes(model, p)
     assert (sized[sized.share == 0].extra == 0).all() and (sized[sized.share > 0].extra > 0).all()
-    sweep = lab.where_loss_begins(model, plan, lab.evaluator(model, plan))
+    sweep = lab.where_loss_begins(swept, 0)
     assert set(sweep.group) == {0, 4} and {3, 2} <= set(sweep.bits)  # one bit more than 2 is there, too
     assert 0 <= lab.loss_begins(sweep, "all") <= 2
-    for case in plan.main:
-        cost = lab.per_megabyte(rows, sized, case, lab.LENGTH, 0)
-        assert cost.share.tolist() == list(SHARES) and cost.extra.is_monotonic_increasing
-        more = lab.one_step_more(rows, sweep, sized, plan, case, lab.LENGTH)
-        kept = lab.Answers(rows, case, "accuracy", 0).kept(lab.LENGTH, 0.5).mean()
+    for case in lab.main_cases(p):
+        cost = lab.per_megabyte(trials, sized, case, lab.LENGTH, 0)
+        assert cost.share.tolist() == SHARES and cost.extra.is_monotonic_increasing
+        more = lab.one_step_more(trials, swept, sized, p, case, lab.LENGTH)
+        kept = lab.kept_by(trials, case, lab.LENGTH, "accuracy", 0.5).mean()
         finer = sweep[(sweep.matrices == case.matrices) & (sweep.bits == case.bits + 1) & (sweep.group == 0)]
         finer = finer[finer.mapping == "symmetric"].iloc[0]
         assert more.difference.iloc[-1] == pytest.approx(finer.accuracy - kept)
         assert (more.unprotected == finer.bits_per_weight).all()
     assert lab.sweep_grid(sweep).shape == (8, 3) and (lab.sweep_grid(sweep) == "").any().any()
     draw.loss_sweep(sweep, 0.5, 0.25)
-    draw.size_curves(lab.summary(rows), sized, sweep, plan.main, 0.5, None)
+    draw.size_curves(lab.summary(trials), sized, sweep, lab.main_cases(p), 0.5, None)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
@@ -198,9 +225,9 @@ def test_published_sizes() -> None:
     assert sizes.share["o_proj"] * sizes.megabytes_4["o_proj"] / 0.05 == pytest.approx(100)
 
 
-def test_joint_influence_saturates_and_sums_do_not(plan: lab.Plan) -> None:
+def test_joint_influence_saturates_and_sums_do_not(p: SimpleNamespace) -> None:
     exact = with_long_context("qwen2", torch.float64)  # where rounding does not blur the ceiling
-    ranking = lab.Ranking(exact, plan, 0)
+    ranking = lab.Ranking(exact, p, 0)
     joint, said = lab.joint_influence(ranking)
     assert lab.saturated_matrices(joint, "joint, exact") == (1, 2)  # not the last block's
     assert lab.saturated_matrices(joint, "sum, exact")[0] == 0
@@ -209,89 +236,87 @@ def test_joint_influence_saturates_and_sums_do_not(plan: lab.Plan) -> None:
     draw.joint_strips(joint)
 
 
-def test_what_sums_means_and_channels_have_in_common(model: LanguageModel, plan: lab.Plan) -> None:
-    ranking = lab.Ranking(model, plan, 0)
-    common = lab.sum_against_mean(ranking, plan.main[1], 0.25)
+def test_what_sums_means_and_channels_have_in_common(model: LanguageModel, p: SimpleNamespace) -> None:
+    ranking = lab.Ranking(model, p, 0)
+    common = lab.sum_against_mean(ranking, lab.main_cases(p)[1], 0.25)
     assert common["layer"] == 1 and 0 <= common["global"] <= 1
-    unequal = lab.spreads(ranking, plan.main[1])
+    unequal = lab.spreads(ranking, lab.main_cases(p)[1])
     assert unequal.shape == (3, 2) and (unequal >= 1).all().all()
 
 
-def test_a_protected_model_is_saved_and_opened_again(model: LanguageModel, plan: lab.Plan) -> None:
-    before = {n: p.clone() for n, p in model.network.named_parameters()}
-    found = lab.save_and_reopen(lab.Ranking(model, plan, 0))
+def test_a_protected_model_is_saved_and_opened_again(model: LanguageModel, p: SimpleNamespace) -> None:
+    before = {n: w.clone() for n, w in model.network.named_parameters()}
+    found = lab.save_and_reopen(lab.Ranking(model, p, 0))
     assert found["difference"] == 0
     assert found["packed"] < found["sixteen_bit"] and found["memory"] < found["memory_before"]
     assert found["packed"] < found["file"] < found["folder"]
-    assert all(p.equal(before[n]) for n, p in model.network.named_parameters())
+    assert all(w.equal(before[n]) for n, w in model.network.named_parameters())
 
 
 @pytest.mark.parametrize(("kind", "layer"), [("gpt2", "c_proj"), ("mixtral", "experts")])
-def test_the_chapter_runs_on_weights_of_other_kinds(
-    kind: str, layer: str, plan: lab.Plan, tmp_path: Path
-) -> None:
+def test_the_chapter_runs_on_weights_of_other_kinds(kind: str, layer: str, p: SimpleNamespace) -> None:
     """Stored turned, or fused: GPT-2's layers and a mixture's experts."""
     model = with_long_context(kind)
-    plan = replace(plan, seeds=1, matrices=(layer, "all"), shares=(0.25,), swept_groups=(None, 2))
-    lab.check(model, plan)
-    before = {n: p.clone() for n, p in model.network.named_parameters()}
-    ask = lab.evaluator(model, plan)
-    sweep = lab.where_loss_begins(model, plan, ask)
-    rows = lab.run_protection(model, plan, ask, tmp_path)
-    assert all(p.equal(before[n]) for n, p in model.network.named_parameters())
-    ranking = lab.Ranking(model, plan, 0)
+    p = changed(p, SEEDS=1, MATRICES=[layer, "all"], KEPT__rows=[0.25], ROUNDING__groups=[None, 2])
+    lab.check_model(model, p)
+    before = {n: w.clone() for n, w in model.network.named_parameters()}
+    ask = Evaluator(model, lab.tested_set(p))
+    swept = collect(ask, partial(lab.unprotected, model, p, ask))
+    trials = lab.protect(model, p, ask)
+    assert all(w.equal(before[n]) for n, w in model.network.named_parameters())
+    ranking = lab.Ranking(model, p, 0)
     names, turned = ranking.names["all"], turned_names(model.network)
     assert set(names) == set(linear_names(model.network)) > set(ranking.names[layer])
-    packed = pack_model(model, names, plan.scheme(plan.main[1]))
+    packed = pack_model(model, names, lab.scheme_of(p, lab.main_cases(p)[1]))
     for axis in ("rows", "columns"):
         for keep in lab.KEEP_BY[axis]:
-            values = ranking.of(keep, plan.main[1], axis)[0].values
+            values = ranking.of(keep, lab.main_cases(p)[1], axis)[0].values
             assert {n: len(v) for n, v in values.items()} == {
-                n: p.shape[axis == "columns"] for n, p in packed.items()
+                n: w.shape[axis == "columns"] for n, w in packed.items()
             }
     matrix = as_rows(model.network.get_parameter(names[-1]).detach(), names[-1] in turned)
     error = pack(matrix, Scheme(2)).unpack() - matrix
-    found = ranking.of(lab.ERROR, plan.main[1], "rows")[0][names[-1]]
+    found = ranking.of(lab.ERROR, lab.main_cases(p)[1], "rows")[0][names[-1]]
     assert torch.allclose(found, error.square().sum(1))
-    sized = lab.sizes(model, plan)
+    sized = lab.sizes(model, p)
     plain = sized[(sized.share == 0) & (sized.bits == 2) & (sized.matrices == "all")].iloc[0]
     assert plain.kilobytes * 1000 == size_report(packed).packed
-    kept = select_channels(ranking.of(lab.ERROR, plan.main[1], "rows")[0], 0.25)
-    kept = size_report(pack_model(model, names, plan.scheme(plan.main[1]), kept))
+    kept = select_channels(ranking.of(lab.ERROR, lab.main_cases(p)[1], "rows")[0], 0.25)
+    kept = size_report(pack_model(model, names, lab.scheme_of(p, lab.main_cases(p)[1]), kept))
     more = sized[(sized.share > 0) & (sized.bits == 2) & (sized.matrices == "all")].iloc[0]
     assert more.kilobytes * 1000 == kept.packed
-    lab.one_step_more(rows, sweep, sized, plan, plan.main[1], lab.LENGTH)
+    lab.one_step_more(trials, swept, sized, p, lab.main_cases(p)[1], lab.LENGTH)
     lab.joint_influence(ranking)
-    lab.sum_against_mean(ranking, plan.main[1], 0.25)
-    assert (lab.spreads(ranking, plan.main[1]) >= 1).all().all()
+    lab.sum_against_mean(ranking, lab.main_cases(p)[1], 0.25)
+    assert (lab.spreads(ranking, lab.main_cases(p)[1]) >= 1).all().all()
     assert lab.save_and_reopen(ranking)["difference"] == 0
     with pytest.raises(ValueError, match=f"no matrices 'q_lin'; known: all, .*{layer}"):
-        lab.check(model, replace(plan, matrices=("q_lin", "all")))
+        lab.check_model(model, changed(p, MATRICES=["q_lin", "all"]))
     with pytest.raises(ValueError, match="no group of 9 divides"):
-        lab.check(model, replace(plan, group=9))
+        lab.check_model(model, changed(p, ROUNDING__group=9))
 
 
-def test_bad_plans_are_named_before_anything_runs(model: LanguageModel, plan: lab.Plan) -> None:
-    lab.check(model, plan)
+def test_bad_settings_are_named_before_anything_runs(model: LanguageModel, p: SimpleNamespace) -> None:
+    lab.check(p)
+    lab.check_model(model, p)
     for change, text in [
-        ({"bits": (1, 2, 5)}, "bits must be one of .* not 5"),
-        ({"swept_bits": (16,)}, "bits must be one of .* not 16"),
-        ({"full": (1, 4)}, r"compared at 4 bits; add them to \(1, 2\)"),
-        ({"full": (1,)}, "two sets of matrices"),
-        ({"matrices": ("o_proj",)}, "two sets of matrices"),
-        ({"matrices": ("o_proj", "p_proj")}, "no matrices 'p_proj'; known: all, q_proj"),
-        ({"shares": (0.1, 0.6)}, r"\(0, 0.5\].*not 0.6"),
-        ({"shares": ()}, "not nothing"),
-        ({"column_share": 0.0}, r"\(0, 0.5\].*not 0.0"),
-        ({"seeds": 0}, "at least 1"),
-        ({"mapping": "odd"}, "not 'odd'"),
-        ({"group": 5}, "no group of 5 divides"),
-        ({"swept_groups": (None, 8)}, "no group of 8 divides"),
+        ({"BITS__tried": [1, 2, 5]}, "bits must be one of .* not 5"),
+        ({"ROUNDING__bits": [16]}, "bits must be one of .* not 16"),
+        ({"BITS__full": [1, 4]}, r"compared at 4 bits; add them to \[1, 2\]"),
+        ({"BITS__full": [1]}, "two sets of matrices"),
+        ({"MATRICES": ["o_proj"]}, "two sets of matrices"),
+        ({"KEPT__rows": [0.1, 0.6]}, r"\(0, 0.5\].*not 0.6"),
+        ({"KEPT__rows": []}, "not nothing"),
+        ({"KEPT__columns": 0.0}, r"\(0, 0.5\].*not 0.0"),
+        ({"SEEDS": 0}, "at least 1"),
+        ({"ROUNDING__mapping": "odd"}, "not 'odd'"),
     ]:
         with pytest.raises(ValueError, match=text):
-            lab.check(model, replace(plan, **change))  # type: ignore[arg-type]
-    settings = {"mapping": "symmetric", "group": None, "bits": [1], "groups": [None]}
-    assert lab.rounding(settings)["swept_groups"] == (None,)
-    for wrong in ({**settings, "grouping": 1}, {"mapping": "symmetric"}):
-        with pytest.raises(ValueError, match="missing or unknown"):
-            lab.rounding(wrong)
+            lab.check(changed(p, **change))
+    for change, text in [
+        ({"MATRICES": ["o_proj", "p_proj"]}, "no matrices 'p_proj'; known: all, q_proj"),
+        ({"ROUNDING__group": 5}, "no group of 5 divides"),
+        ({"ROUNDING__groups": [None, 8]}, "no group of 8 divides"),
+    ]:
+        with pytest.raises(ValueError, match=text):
+            lab.check_model(model, changed(p, **change))

@@ -65,7 +65,7 @@ def crossed_difference(
     _check_level(level)
     left, right = _crossed(a, b)
     difference = left - right
-    set_weights, question_weights = _resampled(*difference.shape, seed, resamples)
+    set_weights, question_weights = resampled(*difference.shape, seed, resamples)
     means = ((set_weights @ difference) * question_weights).sum(1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(difference.mean()), float(low), float(high)
@@ -83,7 +83,7 @@ def crossed_ratio(
     _check_level(level)
     left, right = _crossed(a, b)
     least = 0.5 / left.size
-    weights = _resampled(*left.shape, seed, resamples)
+    weights = resampled(*left.shape, seed, resamples)
     above, below = (((weights[0] @ values) * weights[1]).sum(1) for values in (left, right))
     gains = above / np.maximum(below, least) - 1
     low, high = np.quantile(gains, [(1 - level) / 2, (1 + level) / 2])
@@ -100,8 +100,8 @@ def _crossed(a: ArrayLike, b: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
 
 
 @lru_cache(maxsize=2)
-def _resampled(sets: int, n: int, seed: int, resamples: int) -> tuple[np.ndarray, np.ndarray]:
-    """Weights (resamples, sets) and (resamples, n) of a bootstrap; the differences of a table share them."""
+def resampled(sets: int, n: int, seed: int, resamples: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return a bootstrap's weights (resamples, sets) and (resamples, n); a table's differences share them."""
     rng = np.random.default_rng(seed)
     set_weights = rng.multinomial(sets, np.full(sets, 1 / sets), size=resamples) / sets
     question_weights = rng.multinomial(n, np.full(n, 1 / n), size=resamples) / n

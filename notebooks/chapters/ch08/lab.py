@@ -7,31 +7,25 @@ its weights' scores, or what the layer's inputs and outputs say of it.
 from __future__ import annotations
 
 import copy
-import hashlib
-import io
-import json
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from fichapters.ch07.lab import draw_of
 from fichapters.papers import published
 from fichapters.stored import open_quantized, save_quantized, size_report
 from fichapters.tables import RESAMPLES, with_verdict
-from fihelpers.answers import usual_answers
-from fihelpers.data import write_atomically
 from fihelpers.evaluate.questions import Evaluator, Outcome
-from fihelpers.evaluate.stats import crossed_difference, mean_interval
+from fihelpers.evaluate.stats import crossed_difference, resampled
 from fihelpers.filters import EXACT as EXACT_FILTER
 from fihelpers.filters import Damped
 from fihelpers.influence import SATURATED_RTOL, SATURATED_SHARE, SaturationWarning
@@ -63,6 +57,7 @@ from fihelpers.scores.channels import (
 from fihelpers.scores.store import Scores
 from fihelpers.scores.weights import score_weights
 from fihelpers.tasks import Example
+from fihelpers.trials import Kept, Labels, Trial, Trials, collect
 
 INTACT = "intact"
 RANDOM = "random"
@@ -100,10 +95,15 @@ KEEP_BY: dict[Axis, tuple[str, ...]] = {  # mean input ranks columns only, and s
 }
 OF_WEIGHTS = (EXACT, DAMPED, "Jacobian norm", "SNIP", "Fisher diagonal", MAGNITUDE)
 DATA_FREE = (MAGNITUDE, ERROR)  # look at no question: the same for all calibration sets
+KEYS = ("matrices", "bits", "axis", "keep", "share")  # the labels of a trial
+VALUES = {"accuracy": "accuracy", "log P": "log_prob"}  # what is compared, as titles name it
 
 # Qwen2-7B, the model of the paper's earlier version, from the config.json that its makers publish
 QWEN2_7B_LAYERS, QWEN2_7B_HIDDEN = 28, 3584
 QWEN2_7B_KEY_VALUE, QWEN2_7B_INTERMEDIATE = 512, 18944
+
+
+Interval = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -117,99 +117,66 @@ class Case:
         return f"{self.matrices}, {self.bits} bit"
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is run: `seeds` calibration sets drawn from all subjects together, tested on all together.
+def cases(p: SimpleNamespace) -> list[Case]:
+    """All that is quantized: every set of matrices to every number of bits."""
+    return list(dict.fromkeys(Case(m, b) for m in p.MATRICES for b in p.BITS["tried"]))
 
-    n_calibration and n_test: questions of each subject. matrices: two sets of matrices, which may be the
-    same; full: for each of them the bits at which every score is compared, by rows at all shares and by
-    columns at `column_share`. The other bits get the comparison of the earlier version, at the smallest and
-    the largest share. mapping, group: see `Scheme` (1 bit is always symmetric); scales go by rows.
-    swept_bits, swept_groups: what is tried without protection.
+
+def main_cases(p: SimpleNamespace) -> list[Case]:
+    """The cases in which every score is compared, one for each set of matrices."""
+    return [Case(m, b) for m, b in zip(p.MATRICES, p.BITS["full"], strict=True)]
+
+
+def scheme_of(p: SimpleNamespace, case: Case) -> Scheme:
+    """How the weights of a case are rounded; one bit is always symmetric."""
+    given = p.ROUNDING
+    return Scheme(case.bits, "symmetric" if case.bits == 1 else given["mapping"], given["group"])
+
+
+def tried_in(p: SimpleNamespace, case: Case) -> Iterator[tuple[Axis, str, Sequence[float]]]:
+    """What is tried in a case: which channels, kept by what, in which shares.
+
+    Every score in the main cases, by rows at all shares and by columns at one; in the others the comparison
+    of the paper's earlier version, at the smallest and the largest share.
     """
-
-    task: str
-    subjects: tuple[str, ...]
-    seeds: int
-    n_calibration: int
-    n_test: int | None
-    matrices: tuple[str, ...]
-    bits: tuple[int, ...]
-    full: tuple[int, ...]
-    shares: tuple[float, ...]
-    column_share: float
-    swept_bits: tuple[int, ...]
-    swept_groups: tuple[int | None, ...]
-    mapping: str = "symmetric"
-    group: int | None = None
-    seed: int = 0
-
-    @property
-    def cases(self) -> tuple[Case, ...]:
-        return tuple(dict.fromkeys(Case(m, b) for m in self.matrices for b in self.bits))
-
-    @property
-    def main(self) -> tuple[Case, ...]:
-        """The cases in which every score is compared, one for each set of matrices."""
-        return tuple(Case(m, b) for m, b in zip(self.matrices, self.full, strict=True))
-
-    def scheme(self, case: Case) -> Scheme:
-        mapping = "symmetric" if case.bits == 1 else self.mapping
-        return Scheme(case.bits, mapping, self.group)  # type: ignore[arg-type]
-
-    def tests(self, case: Case) -> Iterator[tuple[Axis, str, tuple[float, ...]]]:
-        """What is tried in a case: which channels, kept by what, in which shares."""
-        if case not in self.main:
-            ends = tuple(dict.fromkeys((min(self.shares), max(self.shares))))
-            yield from (("rows", keep, ends) for keep in EARLIER)
-            return
-        yield from (("rows", keep, self.shares) for keep in KEEP_BY["rows"])
-        yield from (("columns", keep, (self.column_share,)) for keep in KEEP_BY["columns"])
+    shares = p.KEPT["rows"]
+    if case not in main_cases(p):
+        ends = list(dict.fromkeys((min(shares), max(shares))))
+        yield from (("rows", keep, ends) for keep in EARLIER)
+        return
+    yield from (("rows", keep, shares) for keep in KEEP_BY["rows"])
+    yield from (("columns", keep, [p.KEPT["columns"]]) for keep in KEEP_BY["columns"])
 
 
-def rounding(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a `Plan` from a chapter's settings `mapping`, `group`, `bits` and `groups`.
-
-    Raises ValueError for a setting that is missing or unknown.
-    """
-    known = {"mapping": "mapping", "group": "group", "bits": "swept_bits", "groups": "swept_groups"}
-    wrong = set(settings) ^ set(known)
-    if wrong:
-        raise ValueError(f"Rounding is set by {', '.join(known)}; {min(wrong)!r} is missing or unknown.")
-    values = {known[k]: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
-    return values
-
-
-def check_plan(plan: Plan) -> None:
+def check(p: SimpleNamespace) -> None:
     """Raise ValueError for settings that cannot be run; a chapter calls it before it opens a model.
 
     And what `load_task` raises.
     """
-    if len(plan.matrices) != 2 or len(plan.full) != 2:
+    tried, full = p.BITS["tried"], p.BITS["full"]
+    if len(p.MATRICES) != 2 or len(full) != 2:
         raise ValueError("Name two sets of matrices (they may be the same) and for each its bits in full.")
-    for bits in (*plan.bits, *plan.full, *plan.swept_bits):
-        Scheme(bits, "symmetric" if bits == 1 else plan.mapping, plan.group)  # type: ignore[arg-type]
-    missing = [b for b in plan.full if b not in plan.bits]
+    for bits in (*tried, *full, *p.ROUNDING["bits"]):
+        scheme_of(p, Case(ALL, bits))
+    missing = [b for b in full if b not in tried]
     if missing:
-        raise ValueError(f"Every score is to be compared at {missing[0]} bits; add them to {plan.bits}.")
-    bad = [s for s in (*plan.shares, plan.column_share) if not 0 < s <= 0.5]
-    if bad or not plan.shares:
+        raise ValueError(f"Every score is to be compared at {missing[0]} bits; add them to {tried}.")
+    bad = [s for s in (*p.KEPT["rows"], p.KEPT["columns"]) if not 0 < s <= 0.5]
+    if bad or not p.KEPT["rows"]:
         raise ValueError(
             f"The share of channels to keep must lie in (0, 0.5], since FI-low draws from half of them, "
             f"not {bad[0] if bad else 'nothing'}."
         )
-    if plan.seeds < 1:
-        raise ValueError(f"The number of calibration sets must be at least 1, not {plan.seeds}.")
-    for subject in plan.subjects:
-        calibration_set(plan, subject, plan.seed)
-        tested_set(plan, subject)
+    if p.SEEDS < 1:
+        raise ValueError(f"The number of calibration sets must be at least 1, not {p.SEEDS}.")
+    calibration_set(p, 0)
+    tested_set(p)
 
 
-def check(model: LanguageModel, plan: Plan) -> None:
-    """Raise what `check_plan` raises, and ValueError for matrices or groups that the model does not have."""
-    check_plan(plan)
-    for matrices in plan.matrices:
-        for group in (plan.group, *plan.swept_groups):
+def check_model(model: LanguageModel, p: SimpleNamespace) -> None:
+    """Raise ValueError for matrices or groups of weights that the model does not have."""
+    for matrices in p.MATRICES:
+        for group in (p.ROUNDING["group"], *p.ROUNDING["groups"]):
             _check_group(model, names_of(model, matrices), group)
 
 
@@ -223,54 +190,69 @@ def names_of(model: LanguageModel, matrices: str) -> list[str]:
     return names
 
 
-def evaluator(model: LanguageModel, plan: Plan) -> Evaluator:
-    """The test questions of all subjects, asked of the intact model once."""
-    tested = [e for s in plan.subjects for e in tested_set(plan, s)]
-    ask = Evaluator(model, tested, usual_answers(model.tokenizer, lettered=bool(tested[0].options)))
-    ask()
-    return ask
+def calibration_set(p: SimpleNamespace, k: int) -> list[Example]:
+    """Set number k: questions of the validation split (of a text file contexts of its first half), pooled."""
+    return [e for s in p.SUBJECTS for e in draw_of(p.TASK, s, "val", p.N_CALIBRATION, p.SEED + k)]
 
 
-def calibration_set(plan: Plan, subject: str, seed: int) -> Sequence[Example]:
-    """Questions of the validation split, or contexts of the first half of a text file."""
-    return draw_of(plan.task, subject, "val", plan.n_calibration, seed)
+def tested_set(p: SimpleNamespace) -> list[Example]:
+    """Questions of the test split, or contexts of the second half of a text file, of all subjects."""
+    return [e for s in p.SUBJECTS for e in draw_of(p.TASK, s, "test", p.N_TEST, p.SEED)]
 
 
-def tested_set(plan: Plan, subject: str) -> Sequence[Example]:
-    """Questions of the test split, or contexts of the second half of a text file."""
-    return draw_of(plan.task, subject, "test", plan.n_test, plan.seed)
+def chance(p: SimpleNamespace) -> float | None:
+    """The share of right answers that guessing gets, 1/K; None where nothing is right."""
+    options = tested_set(p)[0].options
+    return 1 / len(options) if options else None
 
 
-def run_protection(model: LanguageModel, plan: Plan, ask: Evaluator, cache: Path) -> pd.DataFrame:
+def protect(model: LanguageModel, p: SimpleNamespace, ask: Evaluator, kept: Kept | None = None) -> Trials:
     """Quantize in every case, keep channels by every score in every share, for each calibration set.
 
-    Returns a row for each (seed, matrices, bits, axis, keep, share), with n, accuracy, log_prob (mean log P
-    of the right answer, or of the intact model's choice), `correct`, a 0 or 1 for each test question, and
-    `log_probs`, of each question; the intact model and the cases without protection come first. Finished
-    sets lie in `cache` and are not run again after an interruption. Raises what `check` raises.
-
-    ask: from `evaluator`.
+    Labels: KEYS. What keeps NOTHING (share 0) looks at no calibration set and stands in the first; what
+    DATA_FREE scores keep is the same in all sets.
     """
-    check(model, plan)
-    parts = [pd.DataFrame(_unprotected(model, plan, ask))]
-    key = _key(model, plan, ask.examples)
-    for k in tqdm(range(plan.seeds), desc="protecting", unit="calibration set"):
-        path = cache / f"{key}.{k}.csv"
-        if not path.is_file():
-            found = pd.DataFrame(_one_set(model, plan, ask, k))
-            write_atomically(path, found.to_csv(index=False).encode())
-        parts.append(pd.read_csv(io.BytesIO(path.read_bytes()), dtype={"correct": str, "log_probs": str}))
-    same = parts[1][parts[1].keep.isin(DATA_FREE)]
-    return pd.concat([*parts, *(same.assign(seed=k) for k in range(1, plan.seeds))], ignore_index=True)
+    trials = collect(ask, partial(protections, model, p, ask), sets=p.SEEDS, kept=kept)
+    same = [trial for trial in trials.tried if trial.labels["keep"] in DATA_FREE]
+    again = [replace(trial, set=k) for k in range(1, p.SEEDS) for trial in same]
+    return Trials(trials.intact, [*trials.tried, *again])
+
+
+def protections(
+    model: LanguageModel, p: SimpleNamespace, ask: Evaluator, k: int
+) -> Iterator[tuple[Labels, Outcome]]:
+    """What calibration set k is needed for: (labels, outcome) of every case, score and share."""
+    if k == 0:
+        yield from _nothing_kept(model, p, ask)
+    ranking = Ranking(model, p, k)
+    for case in cases(p):
+        for axis, keep, shares in tried_in(p, case):
+            if k and keep in DATA_FREE:
+                continue
+            scores, which = ranking.of(keep, case, axis)
+            for share in shares:
+                kept = select_channels(scores, share, which, seed=p.SEED + k)
+                packed = pack_model(model, ranking.names[case.matrices], scheme_of(p, case), kept)
+                with quantized(model.network, packed):
+                    yield {**asdict(case), "axis": axis, "keep": keep, "share": share}, ask()
+
+
+def _nothing_kept(
+    model: LanguageModel, p: SimpleNamespace, ask: Evaluator
+) -> Iterator[tuple[Labels, Outcome]]:
+    for case in cases(p):
+        packed = pack_model(model, names_of(model, case.matrices), scheme_of(p, case))
+        with quantized(model.network, packed):
+            yield {**asdict(case), "axis": "rows", "keep": NOTHING, "share": 0.0}, ask()
 
 
 class Ranking:
     """Scores of channels on one calibration set."""
 
-    def __init__(self, model: LanguageModel, plan: Plan, k: int) -> None:
-        self.model, self.plan = model, plan
-        self.examples = [e for s in plan.subjects for e in calibration_set(plan, s, plan.seed + k)]
-        self.names = {m: names_of(model, m) for m in plan.matrices}
+    def __init__(self, model: LanguageModel, p: SimpleNamespace, k: int) -> None:
+        self.model, self.p = model, p
+        self.examples = calibration_set(p, k)
+        self.names = {m: names_of(model, m) for m in p.MATRICES}
         self._deltas: dict[Case, dict[str, Tensor]] = {}
 
     @cached_property
@@ -302,7 +284,7 @@ class Ranking:
     def delta(self, case: Case) -> dict[str, Tensor]:
         """The quantization error of each matrix when nothing is kept."""
         if case not in self._deltas:
-            scheme, turned = self.plan.scheme(case), turned_names(self.model.network)
+            scheme, turned = scheme_of(self.p, case), turned_names(self.model.network)
             weights = {n: self.model.network.get_parameter(n) for n in self.names[case.matrices]}
             errors = {n: quantization_error(w, scheme, turned=n in turned) for n, w in weights.items()}
             self._deltas = {case: errors}
@@ -323,38 +305,42 @@ class Ranking:
         return self.weights[SQUARED_SCORE.name if keep == CHANGE else FISHER.name]
 
 
-def where_loss_begins(model: LanguageModel, plan: Plan, ask: Evaluator) -> pd.DataFrame:
-    """Quantize without protection, in the finer and coarser ways of the plan.
-
-    Returns a row for each (matrices, bits, mapping, group; 0 is a whole row), with n, accuracy, log_prob,
-    bits_per_weight, `correct` as in `run_protection`, and loss with low and high: intact minus quantized
-    accuracy, a 95 % bootstrap over the questions.
-    """
-    intact = ask().correct.double().numpy()
-    lines = []
-    for matrices in dict.fromkeys(plan.matrices):
+def unprotected(
+    model: LanguageModel, p: SimpleNamespace, ask: Evaluator, _: int
+) -> Iterator[tuple[Labels, Outcome]]:
+    """Quantize with nothing kept, in finer and coarser ways; group 0 is a whole row."""
+    for matrices in dict.fromkeys(p.MATRICES):
         names = names_of(model, matrices)
-        for scheme in schemes(plan):
+        for scheme in schemes(p):
             packed = pack_model(model, names, scheme)
-            with quantized(model.network, packed):
-                found = _row(0, Case(matrices, scheme.bits), "rows", NOTHING, 0.0, ask())
-            correct = np.array([float(c) for c in str(found["correct"])])
-            loss, low, high = crossed_difference(
-                intact[None], correct[None], seed=plan.seed, resamples=RESAMPLES
-            )
             about = {"matrices": matrices, "bits": scheme.bits, "mapping": scheme.mapping}
             about |= {"group": scheme.group or 0, "bits_per_weight": size_report(packed).bits_per_weight}
-            about |= {k: found[k] for k in ("n", "accuracy", "log_prob")}
-            lines.append(about | {"loss": loss, "low": low, "high": high, "correct": found["correct"]})
-    return pd.DataFrame(lines)
+            with quantized(model.network, packed):
+                yield about, ask()
 
 
-def schemes(plan: Plan) -> list[Scheme]:
-    """The ways to round that are tried without protection, one step more than each full case among them."""
-    groups = dict.fromkeys((*plan.swept_groups, plan.group))
-    found = [Scheme(b, "symmetric", g) for b in plan.swept_bits for g in groups]
-    found += [Scheme(b, "asymmetric", g) for b in plan.swept_bits for g in groups if b > 1]
-    return list(dict.fromkeys([*found, *(_next(plan, case) for case in plan.main)]))
+def where_loss_begins(swept: Trials, seed: int) -> pd.DataFrame:
+    """What was tried without protection (`unprotected`), a row for each way.
+
+    Columns: its labels, n, accuracy, log_prob, `correct` as in `answer_table`, and loss with low and high:
+    intact minus quantized accuracy, a 95 % bootstrap over the questions.
+    """
+    lines = []
+    for trial in swept.tried:
+        right = trial.values["correct"].astype(float)[None]
+        ends = crossed_difference(swept.start()[None], right, seed=seed, resamples=RESAMPLES)
+        found = _line(trial)
+        correct = {"correct": found.pop("correct")}
+        lines.append(found | dict(zip(("loss", "low", "high"), ends, strict=True)) | correct)
+    return pd.DataFrame(lines).drop(columns="seed")
+
+
+def schemes(p: SimpleNamespace) -> list[Scheme]:
+    """The ways to round that are tried without protection, one step more than each main case among them."""
+    groups = dict.fromkeys((*p.ROUNDING["groups"], p.ROUNDING["group"]))
+    found = [Scheme(b, "symmetric", g) for b in p.ROUNDING["bits"] for g in groups]
+    found += [Scheme(b, "asymmetric", g) for b in p.ROUNDING["bits"] for g in groups if b > 1]
+    return list(dict.fromkeys([*found, *(_next(p, case) for case in main_cases(p))]))
 
 
 def loss_begins(sweep: pd.DataFrame, matrices: str) -> int:
@@ -373,141 +359,137 @@ def sweep_grid(sweep: pd.DataFrame) -> pd.DataFrame:
     return laid.fillna("").sort_index(ascending=[False, False, False])
 
 
-def summary(rows: pd.DataFrame) -> pd.DataFrame:
-    """Mean accuracy and log P of what is kept by each score, with t intervals over the calibration sets.
+def answer_table(trials: Trials) -> pd.DataFrame:
+    """A row for every time that the questions were asked, of the intact model first.
 
-    Columns: matrices, bits, axis, keep, share, accuracy, low, high, log_prob, log_low, log_high, seeds, n.
-    Share 0 keeps nothing, the same for all scores.
+    Columns: seed (of the calibration set), KEYS, n, accuracy, log_prob (mean log P of the right answer, or of
+    the intact model's choice) and `correct`, a 0 or 1 for each question.
     """
-    keys = ["matrices", "bits", "axis", "keep", "share"]
-    lines = []
-    for key, part in rows[~rows.keep.isin((INTACT, NOTHING))].groupby(keys, sort=False):
-        ends = [v for c in ("accuracy", "log_prob") for v in _interval(part[c].to_numpy())]
-        lines.append((*key, *ends, len(part), part.n.iloc[0]))
-    columns = [*keys, "accuracy", "low", "high", "log_prob", "log_low", "log_high", "seeds", "n"]
-    table = pd.DataFrame(lines, columns=columns)
-    start = rows[rows.keep == NOTHING].set_index(["matrices", "bits"])
-    plain = table.drop_duplicates(keys[:4]).assign(share=0.0, low=np.nan, high=np.nan)
-    plain = plain.assign(log_low=np.nan, log_high=np.nan)
+    intact = dict(zip(KEYS, ("", 16, "rows", INTACT, 0.0), strict=True))
+    start = [replace(trial, labels=intact) for trial in trials.intact]
+    return pd.DataFrame([_line(trial) for trial in (*start, *trials.tried)])
+
+
+def summary(trials: Trials) -> pd.DataFrame:
+    """Mean accuracy and log P of what is kept by each score, with intervals over the calibration sets.
+
+    Columns: KEYS, accuracy, low, high, log_prob, log_low, log_high, seeds, n. Share 0 keeps nothing, the same
+    for all scores.
+    """
+    table, likely = (trials.table(*KEYS, value=value) for value in ("accuracy", "log_prob"))
+    table = table.assign(log_low=likely.low, log_high=likely.high).rename(columns={"sets": "seeds"})
+    ends = ["accuracy", "low", "high", "log_prob", "log_low", "log_high"]
+    table = table[[*KEYS, *ends, "seeds", "n"]]
+    start = table[table.keep == NOTHING].set_index(["matrices", "bits"])
+    table = table[table.keep != NOTHING]
+    plain = table.drop_duplicates(list(KEYS[:4])).assign(share=0.0, **dict.fromkeys(ends, np.nan))
     for name in ("accuracy", "log_prob"):
         plain[name] = [start.loc[(m, b), name] for m, b in zip(plain.matrices, plain.bits, strict=True)]
     return pd.concat([plain, table], ignore_index=True)
 
 
-@dataclass(eq=False)
-class Answers:
-    """What came out for each question, by accuracy (0 or 1) or by log P.
+# --- what came out for each question in a case
 
-    intact and plain (N,): the model as it was, and quantized with nothing kept.
+
+def kept_by(
+    trials: Trials, case: Case, keep: str, value: str, share: float | None = None, axis: Axis = "rows"
+) -> np.ndarray:
+    """The values (sets, questions) with channels kept by a score; the mean over all shares for None.
+
+    Raises ValueError where the run has no such thing.
     """
-
-    rows: pd.DataFrame
-    case: Case
-    score: str
-    seed: int
-
-    @cached_property
-    def intact(self) -> np.ndarray:
-        return self._values(self.rows[self.rows.keep == INTACT])[0]
-
-    @cached_property
-    def plain(self) -> np.ndarray:
-        return self._values(self._of(NOTHING, "rows"))[0]
-
-    def kept(self, keep: str, share: float | None = None, axis: Axis = "rows") -> np.ndarray:
-        """A row for each calibration set, a column for each question; the mean over all shares for None.
-
-        Raises ValueError where the run has no such thing.
-        """
-        part = self._of(keep, axis)
-        if share is not None:
-            part = part[np.isclose(part.share, share)]
-        if part.empty:
-            raise ValueError(f"Nothing was run with {self.case}, {axis} kept by {keep!r}, share {share}.")
-        return np.array([self._values(found).mean(0) for _, found in part.groupby("seed")])
-
-    @cached_property
-    def loss(self) -> tuple[float, float, float]:
-        """What quantization costs, intact minus quantized, and its interval."""
-        return crossed_difference(self.intact[None], self.plain[None], seed=self.seed, resamples=RESAMPLES)
-
-    @property
-    def lost(self) -> bool:
-        """Whether quantization costs anything that can be told from nothing."""
-        return self.loss[1] > 0
-
-    def minus(
-        self, a: str, b: str, share: float | None = None, axis: Axis = "rows"
-    ) -> tuple[float, float, float]:
-        """Kept by a minus kept by b, paired, with a 95 % bootstrap over calibration sets and questions."""
-        return crossed_difference(
-            self.kept(a, share, axis), self.kept(b, share, axis), seed=self.seed, resamples=RESAMPLES
-        )
-
-    def recovered(
-        self, keep: str, share: float | None = None, axis: Axis = "rows"
-    ) -> tuple[float, float, float]:
-        """The share of the loss that is won back, with a 95 % bootstrap over sets and questions.
-
-        The loss is drawn anew with the questions. NaN where nothing is lost.
-        """
-        if not self.lost:
-            return np.nan, np.nan, np.nan
-        return recovered_share(self.intact, self.plain, self.kept(keep, share, axis), self.seed)
-
-    def _of(self, keep: str, axis: Axis) -> pd.DataFrame:
-        rows = self.rows
-        case = (rows.matrices == self.case.matrices) & (rows.bits == self.case.bits)
-        return rows[case & (rows.keep == keep) & (rows.axis == axis)].sort_values("seed")
-
-    def _values(self, part: pd.DataFrame) -> np.ndarray:
-        if self.score == "accuracy":
-            return np.array([[float(c) for c in line] for line in part.correct])
-        return np.array([[float(v) for v in line.split()] for line in part.log_probs])
+    found = trials.where(**asdict(case), axis=axis, keep=keep)
+    if share is not None:
+        return _values(found.where(share=share), value)
+    shares = dict.fromkeys(trial.labels["share"] for trial in found.tried)
+    return np.mean([_values(found.where(share=s), value) for s in shares], 0)
 
 
-def recovered_share(
-    intact: np.ndarray, plain: np.ndarray, kept: np.ndarray, seed: int, resamples: int = RESAMPLES
-) -> tuple[float, float, float]:
+def loss(trials: Trials, case: Case, value: str, seed: int) -> Interval:
+    """What quantization costs, intact minus quantized, with a 95 % bootstrap over the questions."""
+    start = _start(trials, value)[None]
+    return crossed_difference(start, kept_by(trials, case, NOTHING, value), seed=seed, resamples=RESAMPLES)
+
+
+def is_lost(trials: Trials, case: Case, value: str, seed: int) -> bool:
+    """Whether quantization costs anything that can be told from nothing."""
+    return loss(trials, case, value, seed)[1] > 0
+
+
+def minus(
+    trials: Trials, case: Case, pair: tuple[str, str], value: str, seed: int, axis: Axis = "rows"
+) -> Interval:
+    """Kept by the first of a pair minus kept by the second, over all shares.
+
+    Paired, with a 95 % bootstrap over calibration sets and questions.
+    """
+    first, second = (kept_by(trials, case, keep, value, axis=axis) for keep in pair)
+    return crossed_difference(first, second, seed=seed, resamples=RESAMPLES)
+
+
+def recovered(
+    trials: Trials, case: Case, keep: str, value: str, seed: int, share: float | None = None,
+    axis: Axis = "rows",
+) -> Interval:  # fmt: skip
+    """The share of the loss that is won back, with a 95 % bootstrap over sets and questions.
+
+    The loss is drawn anew with the questions. NaN where nothing is lost.
+    """
+    if not is_lost(trials, case, value, seed):
+        return np.nan, np.nan, np.nan
+    plain = kept_by(trials, case, NOTHING, value)[0]
+    return recovered_share(
+        _start(trials, value), plain, kept_by(trials, case, keep, value, share, axis), seed
+    )
+
+
+def recovered_share(intact: np.ndarray, plain: np.ndarray, kept: np.ndarray, seed: int) -> Interval:
     """(kept - plain) / (intact - plain), of the means, and its bootstrap interval.
 
     intact, plain (N,) by question, kept (S, N) by calibration set and question; both are drawn anew.
     """
-    sets, n = kept.shape
-    rng = np.random.default_rng(seed)
-    of_sets = rng.multinomial(sets, np.full(sets, 1 / sets), size=resamples) / sets
-    of_questions = rng.multinomial(n, np.full(n, 1 / n), size=resamples) / n
+    of_sets, of_questions = resampled(*kept.shape, seed, RESAMPLES)
     gain = ((of_sets @ (kept - plain)) * of_questions).sum(1)
-    loss = of_questions @ (intact - plain)
-    low, high = np.nanquantile(gain / np.where(loss == 0, np.nan, loss), [0.025, 0.975])
+    lost = of_questions @ (intact - plain)
+    low, high = np.nanquantile(gain / np.where(lost == 0, np.nan, lost), [0.025, 0.975])
     return float((kept - plain).mean() / (intact - plain).mean()), float(low), float(high)
 
 
-def recovery(rows: pd.DataFrame, case: Case, axis: Axis, score: str, seed: int) -> pd.DataFrame:
+def _values(trials: Trials, value: str) -> np.ndarray:
+    """The values (sets, questions) of trials: right (1) or wrong (0), or log P to four digits."""
+    return trials.answers(value).round(4)
+
+
+def _start(trials: Trials, value: str) -> np.ndarray:
+    return trials.start(value).round(4)
+
+
+def recovery(trials: Trials, case: Case, axis: Axis, value: str, seed: int) -> pd.DataFrame:
     """The share of the loss that each score wins back, the mean over all shares of channels.
 
     Columns: keep, recovered, low, high, sets, n.
     """
-    found = Answers(rows, case, score, seed)
-    keeps = [k for k in KEEP_BY[axis] if k in set(rows.keep)]
-    lines = [(k, *found.recovered(k, None, axis), *found.kept(k, None, axis).shape) for k in keeps]
+    lines = []
+    for keep in KEEP_BY[axis]:
+        ends = recovered(trials, case, keep, value, seed, axis=axis)
+        lines.append((keep, *ends, *kept_by(trials, case, keep, value, axis=axis).shape))
     return pd.DataFrame(lines, columns=["keep", "recovered", "low", "high", "sets", "n"])
 
 
-def sizes(model: LanguageModel, plan: Plan) -> pd.DataFrame:
+def sizes(model: LanguageModel, p: SimpleNamespace) -> pd.DataFrame:
     """Bytes of the quantized matrices in every case when a share of their rows is kept, whichever these are.
 
     Columns: matrices, bits, share, kilobytes, extra (kilobytes more than without protection),
     bits_per_weight, sixteen_bit (kilobytes in 16 bits).
     """
     turned, lines = turned_names(model.network), []
-    for case in plan.cases:
+    for case in cases(p):
         names = names_of(model, case.matrices)
         sizes = {n: model.network.get_parameter(n).detach().abs() for n in names}
         rows = {n: as_rows(size, n in turned).sum(1) for n, size in sizes.items()}
-        for share in (0.0, *plan.shares):
+        for share in (0.0, *p.KEPT["rows"]):
             kept = select_channels(Scores(rows, {"axis": "rows"}), share)
-            report = size_report(pack_model(model, names, plan.scheme(case), kept))
+            report = size_report(pack_model(model, names, scheme_of(p, case), kept))
             bytes_ = (
                 report.packed / 1e3,
                 report.extra / 1e3,
@@ -519,39 +501,40 @@ def sizes(model: LanguageModel, plan: Plan) -> pd.DataFrame:
     return pd.DataFrame(lines, columns=columns)
 
 
-def per_megabyte(rows: pd.DataFrame, sized: pd.DataFrame, case: Case, keep: str, seed: int) -> pd.DataFrame:
+def per_megabyte(trials: Trials, sized: pd.DataFrame, case: Case, keep: str, seed: int) -> pd.DataFrame:
     """What a share of rows wins back and what it costs.
 
     Columns: share, extra (kilobytes), recovered with low and high (share of the lost accuracy),
     per_megabyte (recovered for each megabyte more).
     """
-    found = Answers(rows, case, "accuracy", seed)
     part = sized[(sized.matrices == case.matrices) & (sized.bits == case.bits) & (sized.share > 0)]
-    lines = [(r.share, r.extra, *found.recovered(keep, r.share)) for r in part.itertuples()]
+    lines = [
+        (r.share, r.extra, *recovered(trials, case, keep, "accuracy", seed, r.share))
+        for r in part.itertuples()
+    ]
     table = pd.DataFrame(lines, columns=["share", "extra", "recovered", "low", "high"])
     return table.assign(per_megabyte=1000 * table.recovered / table.extra)
 
 
 def one_step_more(
-    rows: pd.DataFrame, sweep: pd.DataFrame, sized: pd.DataFrame, plan: Plan, case: Case, keep: str
+    trials: Trials, swept: Trials, sized: pd.DataFrame, p: SimpleNamespace, case: Case, keep: str
 ) -> pd.DataFrame:
     """More bits for every weight instead of protected rows: is memory better spent so?
 
-    Columns: share, protected (bits a weight with that share of rows kept), unprotected (with the next larger
-    number of bits and nothing kept), difference with low and high (the accuracy of the second minus that of
-    the first; 95 % bootstrap over sets and questions).
+    swept: the trials of `unprotected`. Columns: share, protected (bits a weight with that share of rows
+    kept), unprotected (with the next larger number of bits and nothing kept), difference with low and high
+    (the accuracy of the second minus that of the first; 95 % bootstrap over sets and questions).
     """
-    scheme = _next(plan, case)
-    same = (sweep.matrices == case.matrices) & (sweep.bits == scheme.bits) & (sweep.mapping == scheme.mapping)
-    other = sweep[same & (sweep.group == (scheme.group or 0))].iloc[0]
-    found = Answers(rows, case, "accuracy", plan.seed)
+    scheme = _next(p, case)
+    at = {"bits": scheme.bits, "mapping": scheme.mapping, "group": scheme.group or 0}
+    (other,) = swept.where(matrices=case.matrices, **at).tried
     part = sized[(sized.matrices == case.matrices) & (sized.bits == case.bits)].set_index("share")
     lines = []
-    for share in plan.shares:
-        kept = found.kept(keep, share)
-        finer = np.tile([float(c) for c in other.correct], (len(kept), 1))
-        ends = crossed_difference(finer, kept, seed=plan.seed, resamples=RESAMPLES)
-        lines.append((share, part.bits_per_weight[share], other.bits_per_weight, *ends))
+    for share in p.KEPT["rows"]:
+        kept = kept_by(trials, case, keep, "accuracy", share)
+        finer = np.tile(other.values["correct"].astype(float), (len(kept), 1))
+        ends = crossed_difference(finer, kept, seed=p.SEED, resamples=RESAMPLES)
+        lines.append((share, part.bits_per_weight[share], other.labels["bits_per_weight"], *ends))
     columns = ["share", "protected", "unprotected", "difference", "low", "high"]
     return pd.DataFrame(lines, columns=columns)
 
@@ -597,12 +580,12 @@ def save_and_reopen(ranking: Ranking) -> dict[str, float]:
     matrices, and `sixteen_bit`, of the same ones in 16 bits; `memory`, of all tensors of the model, and
     `memory_before`, with its matrices in 16 bits; `file`, of the weights on disk; `folder`, of all files.
     """
-    model, plan = ranking.model, ranking.plan
-    case = plan.main[1]
+    model, p = ranking.model, ranking.p
+    case = main_cases(p)[1]
     scores, which = ranking.of(LENGTH, case, "rows")
-    kept = select_channels(scores, min(plan.shares), which, seed=plan.seed)
+    kept = select_channels(scores, min(p.KEPT["rows"]), which, seed=p.SEED)
     stored = replace(model, network=copy.deepcopy(model.network))
-    quantize_model(stored.network, pack_model(model, ranking.names[case.matrices], plan.scheme(case), kept))
+    quantize_model(stored.network, pack_model(model, ranking.names[case.matrices], scheme_of(p, case), kept))
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "protected"
         save_quantized(stored, folder)
@@ -631,7 +614,7 @@ def joint_influence(ranking: Ranking) -> tuple[pd.DataFrame, list[str]]:
     0.0001", "sum, exact") and value, relative to the ceiling (joint) or the matrix's largest (sum); and the
     warnings that came up, word by word.
     """
-    names = ranking.names[ranking.plan.matrices[0]]
+    names = ranking.names[ranking.p.MATRICES[0]]
     found, said = {}, []
     for spectral in (EXACT_FILTER, Damped(1e-4)):
         with warnings.catch_warnings(record=True) as caught:
@@ -677,20 +660,19 @@ def sum_against_mean(ranking: Ranking, case: Case, share: float) -> dict[str, fl
     }
 
 
-def high_against_low(rows: pd.DataFrame, plan: Plan, score: str) -> pd.DataFrame:
+def high_against_low(trials: Trials, p: SimpleNamespace, value: str) -> pd.DataFrame:
     """Claim 19 in every case, for both filters: rows of high FI kept minus rows of low FI kept.
 
     Columns: matrices, bits, filter, n (questions), loss (intact minus unprotected), lost (whether it can be
     told from zero), difference, low, high (over all shares run there).
     """
     lines = []
-    n = int(rows.n.max())
-    for case in plan.cases:
-        found = Answers(rows, case, score, plan.seed)
-        for high, low in ((EXACT, LOW_EXACT), (DAMPED, LOW_DAMPED)):
-            ends = found.minus(high, low)
-            about = (case.matrices, case.bits, high.removeprefix("FI "), n, found.loss[0], found.lost)
-            lines.append((*about, *ends))
+    n = len(trials.start())
+    for case in cases(p):
+        cost, lost = loss(trials, case, value, p.SEED)[0], is_lost(trials, case, value, p.SEED)
+        for pair in ((EXACT, LOW_EXACT), (DAMPED, LOW_DAMPED)):
+            about = (case.matrices, case.bits, pair[0].removeprefix("FI "), n, cost, lost)
+            lines.append((*about, *minus(trials, case, pair, value, p.SEED)))
     columns = ["matrices", "bits", "filter", "n", "loss", "lost", "difference", "low", "high"]
     return pd.DataFrame(lines, columns=columns)
 
@@ -714,17 +696,17 @@ DUELS = (  # what chapter 08 asks: which channels, the first minus the second
 )
 
 
-def duels(rows: pd.DataFrame, plan: Plan, score: str) -> pd.DataFrame:
+def duels(trials: Trials, p: SimpleNamespace, value: str) -> pd.DataFrame:
     """Paired differences in both main cases, over all shares: is the first of a pair better to keep by?
 
     Columns: matrices, bits, axis, first, second, lost, difference, low, high.
     """
     lines = []
-    for case in plan.main:
-        found = Answers(rows, case, score, plan.seed)
-        for axis, a, b in DUELS:
-            ends = found.minus(a, b, None, axis)  # type: ignore[arg-type]
-            lines.append((case.matrices, case.bits, axis, a, b, found.lost, *ends))
+    for case in main_cases(p):
+        lost = is_lost(trials, case, value, p.SEED)
+        for axis, *pair in DUELS:
+            ends = minus(trials, case, tuple(pair), value, p.SEED, axis)  # type: ignore[arg-type]
+            lines.append((case.matrices, case.bits, axis, *pair, lost, *ends))
     columns = ["matrices", "bits", "axis", "first", "second", "lost", "difference", "low", "high"]
     return pd.DataFrame(lines, columns=columns)
 
@@ -761,26 +743,25 @@ def spreads(ranking: Ranking, case: Case) -> pd.DataFrame:
     return pd.DataFrame(found).T
 
 
-def recovered_as_claimed(rows: pd.DataFrame, plan: Plan) -> pd.DataFrame:
+def recovered_as_claimed(trials: Trials, p: SimpleNamespace) -> pd.DataFrame:
     """The share of the loss of accuracy that the share of rows nearest to the claimed one wins back.
 
     Columns: matrices, bits, keep, share, n (questions), lost (whether the loss can be told from zero),
     recovered, low, high; these are NaN where nothing is lost.
     """
-    share = min(plan.shares, key=lambda s: abs(s - claimed("share")))
-    n = int(rows.n.max())
+    share = min(p.KEPT["rows"], key=lambda s: abs(s - claimed("share")))
+    n = len(trials.start())
     lines = []
-    for case in plan.cases:
-        found = Answers(rows, case, "accuracy", plan.seed)
+    for case in cases(p):
+        lost = is_lost(trials, case, "accuracy", p.SEED)
         for keep in (EXACT, DAMPED):
-            lines.append(
-                (case.matrices, case.bits, keep, share, n, found.lost, *found.recovered(keep, share))
-            )
+            ends = recovered(trials, case, keep, "accuracy", p.SEED, share)
+            lines.append((case.matrices, case.bits, keep, share, n, lost, *ends))
     columns = ["matrices", "bits", "keep", "share", "n", "lost", "recovered", "low", "high"]
     return pd.DataFrame(lines, columns=columns)
 
 
-def by_subject(rows: pd.DataFrame, plan: Plan, examples: Sequence[Example]) -> pd.DataFrame:
+def by_subject(trials: Trials, examples: Sequence[Example]) -> pd.DataFrame:
     """The rows of the earlier version's comparison, subject by subject.
 
     Columns: matrices, bits, subject, keep, share, accuracy (mean over the calibration sets) and n.
@@ -789,14 +770,15 @@ def by_subject(rows: pd.DataFrame, plan: Plan, examples: Sequence[Example]) -> p
     for i, e in enumerate(examples):
         places.setdefault(e.subject, []).append(i)
     lines = []
-    part = rows[(rows.axis == "rows") & rows.keep.isin((*EARLIER, NOTHING))]
-    keys = ["matrices", "bits", "keep", "share"]
-    for (matrices, bits, keep, share), found in part.groupby(keys, sort=False):
-        correct = np.array([[float(c) for c in line] for line in found.correct])
-        for subject, index in places.items():
-            lines.append((matrices, bits, subject, keep, share, correct[:, index].mean(), len(index)))
-    columns = ["matrices", "bits", "subject", "keep", "share", "accuracy", "n"]
-    return pd.DataFrame(lines, columns=columns)
+    rows = trials.where(axis="rows")
+    tried = rows.table("matrices", "bits", "keep", "share")
+    for row in tried[tried.keep.isin((*EARLIER, NOTHING))].itertuples():
+        case, about = {"matrices": row.matrices, "bits": row.bits}, {"keep": row.keep, "share": row.share}
+        right = rows.answers(**case, **about)
+        for subject, at in places.items():
+            line = {**case, "subject": subject, **about}
+            lines.append({**line, "accuracy": right[:, at].mean(), "n": len(at)})
+    return pd.DataFrame(lines)
 
 
 def of_subject(table: pd.DataFrame, case: Case, subject: str) -> dict[str, pd.Series]:
@@ -818,9 +800,9 @@ def wide(table: pd.DataFrame, case: Case, axis: Axis = "rows") -> pd.DataFrame:
     return laid.loc[list(dict.fromkeys(part.keep))]
 
 
-def _next(plan: Plan, case: Case) -> Scheme:
+def _next(p: SimpleNamespace, case: Case) -> Scheme:
     """The scheme of a case with the next larger number of bits."""
-    return plan.scheme(Case(case.matrices, min((b for b in BITS if b > case.bits), default=case.bits)))
+    return scheme_of(p, Case(case.matrices, min((b for b in BITS if b > case.bits), default=case.bits)))
 
 
 def _check_group(model: LanguageModel, names: Sequence[str], group: int | None) -> None:
@@ -831,50 +813,14 @@ def _check_group(model: LanguageModel, names: Sequence[str], group: int | None) 
             raise ValueError(f"The rows of {name} have {width} weights, which no group of {group} divides.")
 
 
-def _interval(values: np.ndarray) -> tuple[float, float, float]:
-    return mean_interval(values) if len(values) > 1 else (float(values.mean()), np.nan, np.nan)
-
-
-def _key(model: LanguageModel, plan: Plan, tested: Sequence[Example]) -> str:
-    questions = [(e.prompt, e.answer) for e in tested]
-    text = json.dumps([model.sha256, str(model.network.dtype), asdict(plan), questions], sort_keys=True)
-    return "quantization." + hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _unprotected(model: LanguageModel, plan: Plan, ask: Evaluator) -> Iterator[dict[str, object]]:
-    assert ask.reference is not None
-    yield _row(0, Case("", 16), "rows", INTACT, 0.0, ask.reference)
-    for case in plan.cases:
-        packed = pack_model(model, names_of(model, case.matrices), plan.scheme(case))
-        with quantized(model.network, packed):
-            yield _row(0, case, "rows", NOTHING, 0.0, ask())
-
-
-def _one_set(model: LanguageModel, plan: Plan, ask: Evaluator, k: int) -> Iterator[dict[str, object]]:
-    ranking = Ranking(model, plan, k)
-    for case in plan.cases:
-        for axis, keep, shares in plan.tests(case):
-            if k and keep in DATA_FREE:
-                continue
-            scores, which = ranking.of(keep, case, axis)
-            for share in shares:
-                kept = select_channels(scores, share, which, seed=plan.seed + k)
-                packed = pack_model(model, ranking.names[case.matrices], plan.scheme(case), kept)
-                with quantized(model.network, packed):
-                    yield _row(k, case, axis, keep, share, ask())
-
-
-def _row(seed: int, case: Case, axis: Axis, keep: str, share: float, outcome: Outcome) -> dict[str, object]:
-    correct, log_probs = outcome.correct, outcome.log_prob.double()
+def _line(trial: Trial) -> dict[str, object]:
+    """A trial as a line of a table: its set and labels, how many were right, and which (0 or 1 for each)."""
+    correct, log_prob = trial.values["correct"], trial.values["log_prob"]
     return {
-        "seed": seed,
-        **asdict(case),
-        "axis": axis,
-        "keep": keep,
-        "share": share,
+        "seed": trial.set,
+        **trial.labels,
         "n": len(correct),
-        "accuracy": float(correct.double().mean()),
-        "log_prob": float(log_probs.mean()),
+        "accuracy": float(correct.mean()),
+        "log_prob": float(log_prob.astype(float).mean()),
         "correct": "".join("01"[int(c)] for c in correct),
-        "log_probs": " ".join(f"{v:.4f}" for v in log_probs),
     }
