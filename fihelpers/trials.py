@@ -40,6 +40,8 @@ Ask = Callable[..., Outcome | Mapping[str, Any]]
 Tries = Callable[[Any], Iterable[tuple[Labels, Outcome | Mapping[str, Any]]]]
 
 RIGHT = {"accuracy": "correct"}  # what the mean of an answer's values is called -> the values
+RESAMPLES = 10_000  # of a bootstrap
+ID = "id"  # a value that names its question, if there is one
 BELOW, ABOVE, UNDECIDED = "below", "above", "undecided"
 
 
@@ -95,7 +97,8 @@ class Kept:
 class Trials:
     """What was answered: intact, and under every perturbation of every calibration set.
 
-    Questions that are asked under the same labels, such as those of several subjects, are pooled.
+    Questions that are asked under the same labels, such as those of several subjects, are pooled; where they
+    have a value "id", they stand in its order, however they were put into batches.
     """
 
     intact: Sequence[Trial]
@@ -103,6 +106,16 @@ class Trials:
 
     def __len__(self) -> int:
         return len(self.tried)
+
+    def __add__(self, others: Trials) -> Trials:
+        """The trials of both; what both have under the same labels is taken from the first."""
+        known = [trial.labels for trial in self.tried]
+        return Trials(self.intact, [*self.tried, *(t for t in others.tried if t.labels not in known)])
+
+    def rows(self) -> pd.DataFrame:
+        """A row for every answer under a perturbation: set, its labels and all its values."""
+        made = [pd.DataFrame({"set": t.set, **t.labels, **t.values}) for t in self.tried]
+        return pd.concat(made, ignore_index=True)
 
     def where(self, **labels: Any) -> Trials:
         """Those under these labels. Raises ValueError where there are none."""
@@ -142,12 +155,13 @@ class Trials:
 
     def compare(
         self,
-        pairs: Iterable[tuple[str, str]],
+        pairs: Iterable[tuple[object, object]],
         *at: str,
         label: str = "measure",
         value: str = "accuracy",
         seed: int = 0,
         over_sets: bool = False,
+        resamples: int = RESAMPLES,
     ) -> pd.DataFrame:
         """The first of each pair minus the second, question by question, for every combination of `at`.
 
@@ -160,8 +174,8 @@ class Trials:
         for first, minus in pairs:
             mine, others = (self.where(**{label: name})._groups(at) for name in (first, minus))
             for key in (key for key in mine if key in others):
-                a, b = (_stacked(group[key], value) for group in (mine, others))
-                mean, low, high = _paired(a, b, seed, over_sets)
+                a, b = _shared(mine[key], others[key], value)
+                mean, low, high = _paired(a, b, seed, over_sets, resamples)
                 names = dict(zip(at, key, strict=True))
                 line = {"first": first, "minus": minus, **names, "difference": mean, "low": low, "high": high}
                 lines.append({**line, "n": a.shape[1], "verdict": side(low, high)})
@@ -188,11 +202,16 @@ class Trials:
 
 
 def collect(
-    ask: Ask | Mapping[str, Ask], tries: Tries, *, sets: int | Sequence[Any] = 1, kept: Kept | None = None
+    ask: Ask | Mapping[str, Ask] | None,
+    tries: Tries,
+    *,
+    sets: int | Sequence[Any] = 1,
+    kept: Kept | None = None,
 ) -> Trials:
     """Ask the intact model, then run all tries for every calibration set.
 
-    ask: returns what the model answers as it is now; a mapping from subjects has one for each.
+    ask: returns what the model answers as it is now; a mapping from subjects has one for each. None where
+        the tries hold all answers, such as those under each of several prompts.
     tries: a generator of (labels, outcome) for a set, by its number (or for one of `sets`, where these are
         batches of questions or of pictures: then ask takes the batch, too, and all are pooled).
     kept: where finished sets lie; an interrupted run goes on after the last one.
@@ -223,8 +242,10 @@ def side(low: float, high: float) -> str:
 
 
 def _asked(
-    ask: Ask | Mapping[str, Ask], batches: Sequence[Any] | None
+    ask: Ask | Mapping[str, Ask] | None, batches: Sequence[Any] | None
 ) -> Iterator[tuple[Labels, Outcome | Mapping[str, Any]]]:
+    if ask is None:
+        return
     if isinstance(ask, Mapping):
         for subject, one in ask.items():
             yield {"subject": subject}, one()
@@ -262,13 +283,32 @@ def _stacked(trials: Sequence[Trial], value: str) -> np.ndarray:
     name = RIGHT.get(value, value)
     if name not in trials[0].values:
         raise ValueError(f"no answer has {value!r}; it has {', '.join(trials[0].values)}.")
-    by_set: dict[int, list[np.ndarray]] = {}
+    by_set: dict[int, list[Values]] = {}
     for trial in trials:
-        by_set.setdefault(trial.set, []).append(trial.values[name])
-    lines = [np.concatenate(parts) for parts in by_set.values()]
+        by_set.setdefault(trial.set, []).append(trial.values)
+    lines = [_in_order(parts, name) for parts in by_set.values()]
     if len({len(line) for line in lines}) > 1:
         raise ValueError("the calibration sets were not asked the same questions; compare fewer labels.")
-    return np.stack(lines).astype(float)
+    stacked = np.stack(lines)
+    return stacked if stacked.dtype.kind == "U" else stacked.astype(float)
+
+
+def _shared(first: Sequence[Trial], minus: Sequence[Trial], value: str) -> tuple[np.ndarray, np.ndarray]:
+    """The values (sets, questions) of the questions of both, as their ids tell where there are any."""
+    a, b = (_stacked(trials, value) for trials in (first, minus))
+    if ID not in first[0].values or ID not in minus[0].values:
+        return a, b
+    ids = [_stacked(trials, ID)[0] for trials in (first, minus)]
+    _, left, right = np.intersect1d(*ids, return_indices=True)
+    return a[:, left], b[:, right]
+
+
+def _in_order(parts: Sequence[Values], name: str) -> np.ndarray:
+    """The values of the questions of a set, one part after the other, or in the order of their ids."""
+    whole = np.concatenate([part[name] for part in parts])
+    if any(ID not in part for part in parts):
+        return whole
+    return whole[np.concatenate([part[ID] for part in parts]).argsort(kind="stable")]
 
 
 def _mean(values: np.ndarray, name: str) -> dict[str, float]:
@@ -284,12 +324,14 @@ def _mean(values: np.ndarray, name: str) -> dict[str, float]:
     return {name: float(means.mean()), "low": low, "high": high}
 
 
-def _paired(a: np.ndarray, b: np.ndarray, seed: int, over_sets: bool) -> tuple[float, float, float]:
+def _paired(
+    a: np.ndarray, b: np.ndarray, seed: int, over_sets: bool, resamples: int
+) -> tuple[float, float, float]:
     if over_sets and len(a) > 1:
         return mean_interval((a - b).mean(1))
     if len(a) == 1:
-        return paired_difference(a[0], b[0], seed=seed)
-    return crossed_difference(a, b, seed=seed)
+        return paired_difference(a[0], b[0], seed=seed, resamples=resamples)
+    return crossed_difference(a, b, seed=seed, resamples=resamples)
 
 
 def _first(values: Values) -> np.ndarray:

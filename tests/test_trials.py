@@ -107,6 +107,31 @@ def test_batches_are_pooled_and_asked_one_by_one() -> None:
     assert found.answers().tolist() == [[1, 0, 1, 1, 0]] and len(found.start()) == 5
 
 
+def test_batched_questions_stand_in_the_order_of_their_ids() -> None:
+    def batch(ids: tuple[str, ...]) -> Any:
+        yield {"measure": "a"}, {"id": list(ids), "correct": [float(name == "q1") for name in ids]}
+
+    def asked(ids: tuple[str, ...]) -> dict[str, list[float]]:
+        return {"correct": [1.0] * len(ids)}
+
+    found = [collect(asked, batch, sets=sets) for sets in ([("q3", "q1"), ("q2",)], [("q2", "q1", "q3")])]
+    for trials in found:
+        assert trials.answers().tolist() == [[1, 0, 0]]
+        assert trials.answers("id").tolist() == [["q1", "q2", "q3"]]
+    assert found[0].rows().id.tolist() == ["q3", "q1", "q2"]
+
+
+def test_trials_are_put_together_and_none_counts_twice(trials: Trials) -> None:
+    light, both = trials.where(rate=0.1), trials.where(rate=0.1) + trials
+    assert len(light) < len(both) == len(trials)
+    a, b = (
+        found.table("measure", "rate").set_index(["measure", "rate"]).sort_index() for found in (both, trials)
+    )
+    pd.testing.assert_frame_equal(a, b)
+    rows = trials.rows()
+    assert len(rows) == ANSWERS.size * 2 and set(rows) >= {"set", "measure", "rate", "subject", "log_prob"}
+
+
 def test_a_finished_set_is_not_run_again_and_an_interrupted_run_goes_on(tmp_path: Path) -> None:
     run: list[int] = []
 

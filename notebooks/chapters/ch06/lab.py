@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from pathlib import Path
+from functools import cached_property, reduce
+from itertools import product
+from operator import add
 from typing import Literal
 
 import numpy as np
@@ -19,16 +19,16 @@ from tqdm import tqdm
 from fichapters import tables
 from fichapters.ch06.regions import question_region
 from fihelpers.answers import Top
-from fihelpers.data import write_atomically
-from fihelpers.evaluate.stats import wilson
+from fihelpers.evaluate.stats import paired_difference, wilson
 from fihelpers.filters import Damped
 from fihelpers.influence import SaturationWarning, ceiling, saturated
 from fihelpers.measures import MEASURES as REGISTERED
-from fihelpers.measures import Influence, Measure, Random, find_measure
+from fihelpers.measures import Influence, Measure, Random
 from fihelpers.models.language import Batch, LanguageModel
 from fihelpers.perturb.embeddings import Direction, Norm, attack, top_dimensions
 from fihelpers.scores.inputs import EmbeddingBatch, embedding_batches
 from fihelpers.tasks import Example, load_task
+from fihelpers.trials import Kept, Labels, Trials, Tries, Values, collect
 
 CLASSES = 8  # likeliest tokens that are classes of their own beside the rest
 RANDOM = "random"
@@ -100,10 +100,10 @@ TOKEN_SETTINGS = {  # how tokens are scored: a measure, and how it is called in 
 }
 KINDS = tuple(KIND_KEYS)
 SOURCES = tuple(SOURCE_KEYS)
+PLACES = ("places", "hidden")  # what is carried
 ROWS = 256  # prompts that are asked at once
 
-MOVED = ("share", "budget", "norm", "steps", "direction", "region")  # the fields of a move
-VALUES = ("dims", "tokens", "correct", "log_prob", "predicted", "attacked", "promised")  # what came of it
+VALUES = ("dims", "tokens", "correct", "log_prob", "predicted", "attacked", "promised")  # of each question
 
 Region = Literal["prompt", "question"]
 
@@ -125,23 +125,15 @@ class Move:
     region: Region = "prompt"
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is done to every question: each of the moves with the dimensions chosen by each measure.
-
-    `draws`: of the random measure."""
-
-    measures: tuple[str | Measure, ...]
-    moves: tuple[Move, ...]
-    draws: int = 1
-    seed: int = 0
-
-
 @dataclass(frozen=True, eq=False)
 class Scored:
     """Questions of similar length whose class gradients are made once for all measures and filters."""
 
     letters: EmbeddingBatch
+
+    def identity(self) -> list[object]:
+        """What its answers depend on; see :mod:`fihelpers.identity`."""
+        return [self.letters.model, self.examples]
 
     @property
     def examples(self) -> tuple[Example, ...]:
@@ -234,6 +226,35 @@ class Scored:
         }
         return {name: v.double().reshape(len(embeddings), size).cpu().numpy() for name, v in found.items()}
 
+    def untouched(self) -> Values:
+        """The answers to the embeddings as they are: see `outcomes`."""
+        nothing = [torch.empty(0, dtype=torch.long)] * len(self.examples)
+        return self._told([nothing], [self.letters.embeddings])[0]
+
+    def outcomes(self, chosen: Sequence[Sequence[Tensor]], moves: Sequence[Move], seed: int) -> list[Values]:
+        """What comes of each move of the positions chosen for it: id, subject, and `VALUES` of each question.
+
+        dims: dimensions moved, tokens: that they lie in, log_prob: of the right answer, attacked: log P of
+        the intact answer, which is attacked, promised: its change to first order; all in nats.
+        """
+        moved = [self.moved(positions, move, seed) for positions, move in zip(chosen, moves, strict=True)]
+        return self._told(chosen, moved)
+
+    def _told(self, chosen: Sequence[Sequence[Tensor]], moved: Sequence[Tensor]) -> list[Values]:
+        names = {"id": [e.id for e in self.examples], "subject": [e.subject for e in self.examples]}
+        hidden, found = self.letters.embeddings.shape[2], self.ask(moved)
+        lines: list[Values] = []
+        for i, (positions, changed) in enumerate(zip(chosen, moved, strict=True)):
+            change = self.gradient * (changed - self.letters.embeddings)
+            made = {
+                "dims": [len(of) for of in positions],
+                "tokens": [len((of // hidden).unique()) for of in positions],
+                "promised": change.flatten(1).sum(1).tolist(),
+                **{name: values[i] for name, values in found.items()},
+            }
+            lines.append({name: np.array(values) for name, values in {**names, **made}.items()})
+        return lines
+
     def _log_probs(self, embeddings: Tensor) -> Tensor:
         """Log-probabilities of the letters for embeddings (n * B, T, hidden) of these questions, n times."""
         batch, times = self.letters.batch, len(embeddings) // len(self.examples)
@@ -265,168 +286,158 @@ def scored(model: LanguageModel, examples: Sequence[Example], batch_size: int) -
     return [Scored(batch) for batch in embedding_batches(model, examples, None, batch_size)]
 
 
-def run_sweep(batches: Iterable[Scored], plan: Plan, cache: Path) -> pd.DataFrame:
-    """Attack every question as the plan says and ask again.
+def attacked(
+    batches: Sequence[Scored],
+    measures: Sequence[str | Measure],
+    moves: Sequence[Move],
+    seed: int,
+    kept: Kept,
+    draws: int = 1,
+) -> Trials:
+    """Make every move with the dimensions that each measure chooses, and ask again.
 
-    One row for each question, measure and move: id, subject, measure, draw, the fields of the move, dims
-    (dimensions moved) and tokens (that they lie in), correct, log_prob (of the right answer), predicted,
-    attacked (log P of the intact answer, the one attacked; all in nats), promised (its change to first
-    order). The untouched question is the measure "intact", with a budget of 0. Finished batches lie in
-    `cache`. Raises ValueError for an unknown measure or no questions.
+    Labels: measure ("intact" for the untouched question) and the fields of the move; values as in
+    `Scored.outcomes`, the mean over `draws` of the random measure. Raises ValueError for an unknown measure
+    or no questions.
     """
-    for measure in plan.measures:
-        find_measure(measure.removesuffix(ON_TOP) if isinstance(measure, str) else measure)
-    made = [
-        _kept(cache, "sweep", b, plan, partial(_sweep, b, plan))
-        for b in tqdm(batches, desc="attacking", unit="batch")
-    ]
-    if not made:
+
+    def tries(batch: Scored) -> Iterator[tuple[Labels, Values]]:
+        for measure in (INTACT, *measures):
+            name = measure if isinstance(measure, str) else measure.name
+            for move, values in zip(moves, _outcomes(batch, measure, moves, seed, draws), strict=True):
+                yield {"measure": name, **vars(move)}, values
+
+    if not batches:
         raise ValueError("there are no questions to attack; give at least one.")
-    return pd.concat(made, ignore_index=True)
+    moves = list(dict.fromkeys(moves))
+    return collect(Scored.untouched, tries, sets=batches, kept=kept)
 
 
-# --- tables of a sweep
+def _outcomes(
+    batch: Scored, measure: str | Measure, moves: Sequence[Move], seed: int, draws: int
+) -> list[Values]:
+    if measure == INTACT:
+        return [batch.untouched()] * len(moves)
+    made = []
+    for draw in range(draws if measure == RANDOM else 1):
+        chosen = [batch.positions(measure, move, draw, seed) for move in moves]
+        made.append(batch.outcomes(chosen, moves, seed + draw))
+    return [
+        {name: np.mean([of[name] for of in each], 0) if name in VALUES else each[0][name] for name in each[0]}
+        for each in zip(*made, strict=True)
+    ]
 
 
-def per_question(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows of a sweep with the draws of the random measure averaged."""
-    by = [c for c in rows.columns if c not in {"draw", *VALUES}]
-    return rows.groupby(by, sort=False)[list(VALUES)].mean().reset_index()
+# --- tables of the attacks
 
 
-def only(rows: pd.DataFrame, move: Move) -> pd.DataFrame:
-    """The rows of one move, and those of the untouched questions.
+def measures_of(trials: Trials) -> list[str]:
+    """The measures in the order in which they were run, "intact" among them."""
+    return list(dict.fromkeys(trial.labels["measure"] for trial in trials.tried))
 
-    Raises ValueError where the sweep does not hold that move.
+
+def compare(
+    trials: Trials,
+    pairs: Iterable[tuple[object, object]],
+    *at: str,
+    seed: int,
+    value: str = "log_prob",
+    label: str = "measure",
+) -> pd.DataFrame:
+    """`Trials.compare` with the resamples of the book's tables, of log P of the right answer by default."""
+    return trials.compare(pairs, *at, label=label, value=value, seed=seed, resamples=tables.RESAMPLES)
+
+
+def wide(trials: Trials, move: Move, value: str) -> pd.DataFrame:
+    """One value for each question (row) and measure (column) after one move; the first column is "intact".
+
+    The index has levels id and subject. Raises ValueError where that move was not made.
     """
-    here = np.ones(len(rows), dtype=bool)
-    for name in MOVED:
-        value = getattr(move, name)
-        here &= np.isclose(rows[name], value) if isinstance(value, float) else rows[name] == value
-    if not here.any():
-        raise ValueError(f"the sweep holds no {move}; add it to the plan.")
-    return rows[here | (rows.measure == INTACT)]
+    here = trials.where(**vars(move)).rows()
+    table = here.pivot(index=["id", "subject"], columns="measure", values=value)
+    return table[list(dict.fromkeys(here.measure))]
 
 
-def wide(rows: pd.DataFrame, move: Move, value: str) -> pd.DataFrame:
-    """One value for each question (row) and measure (column) after one move; the first column is "intact"."""
-    per = only(rows, move).groupby(["id", "measure"], sort=False)[value].mean().reset_index()
-    table = per.pivot(index="id", columns="measure", values=value)
-    names = [name for name in dict.fromkeys(per.measure) if name != INTACT]
-    return table[[INTACT, *names]]
-
-
-def by_subject(rows: pd.DataFrame, move: Move, value: str = "correct") -> pd.DataFrame:
+def by_subject(trials: Trials, move: Move, value: str = "correct") -> pd.DataFrame:
     """Mean over the questions of each subject: a row a measure, a column a subject, and all together."""
-    table = wide(rows, move, value)
-    subjects = rows.drop_duplicates("id").set_index("id").subject.reindex(table.index)
-    means = table.groupby(subjects, sort=False).mean().T
-    means = means[list(dict.fromkeys(rows.subject))]
-    means["all"] = table.mean()
-    return means.rename_axis("measure")
+    table = wide(trials, move, value)
+    means = table.groupby(level="subject").mean().T
+    return means.assign(all=table.mean()).rename_axis("measure")
 
 
-def against(rows: pd.DataFrame, move: Move, reference: str, seed: int) -> pd.DataFrame:
-    """Every measure minus `reference`, question by question: accuracy and log_prob as in `tables.against`."""
-    values = {"accuracy": "correct", "log_prob": "log_prob"}
-    return tables.against({name: wide(rows, move, value) for name, value in values.items()}, reference, seed)
+def against(trials: Trials, move: Move, reference: str, seed: int) -> pd.DataFrame:
+    """Every measure minus `reference`, question by question, after one move.
+
+    Index: measure. Columns: n, and for accuracy and log_prob the difference with its _low and _high.
+    """
+    here = trials.where(**vars(move))
+    pairs = [(name, reference) for name in measures_of(here) if name != reference]
+    found = {value: compare(here, pairs, seed=seed, value=value) for value in ("accuracy", "log_prob")}
+    made = {"measure": found["log_prob"]["first"], "n": found["log_prob"].n}
+    for value, table in found.items():
+        made |= {value: table.difference, f"{value}_low": table.low, f"{value}_high": table.high}
+    return pd.DataFrame(made).set_index("measure")
 
 
-def duels(rows: pd.DataFrame, moves: Iterable[Move], others: Sequence[str], seed: int) -> pd.DataFrame:
-    """Every setting of FI in the sweep minus each other measure after each move.
+def duels(trials: Trials, moves: Iterable[Move], others: Sequence[str], seed: int) -> pd.DataFrame:
+    """Every setting of FI that was run minus each other measure after each move.
 
     The difference is of the mean log P of the right answer: below zero FI does more damage. accuracy: the
     same difference of the accuracy. Columns: fi, other, norm, steps, budget, n, difference, low, high,
     accuracy.
     """
     lines = []
-    for move in moves:
-        for other in others:
-            table = against(rows, move, other, seed)
-            for name in FI_SETTINGS:
-                if name in table.index:
-                    row = table.loc[name]
-                    ends = (row.log_prob, row.log_prob_low, row.log_prob_high)
-                    told = (name, other, move.norm, move.steps, move.budget, int(row.n))
-                    lines.append((*told, *ends, row.accuracy))
-    columns = ["fi", "other", "norm", "steps", "budget", "n", "difference", "low", "high", "accuracy"]
-    return pd.DataFrame(lines, columns=columns)
+    for move, other in product(moves, others):
+        found = against(trials, move, other, seed)
+        found = found.loc[[name for name in FI_SETTINGS if name in found.index]].reset_index(names="fi")
+        lines.append(found.assign(other=other, norm=move.norm, steps=move.steps, budget=move.budget))
+    names = {"log_prob": "difference", "log_prob_low": "low", "log_prob_high": "high"}
+    columns = ["fi", "other", "norm", "steps", "budget", "n", *names.values(), "accuracy"]
+    return pd.concat(lines, ignore_index=True).rename(columns=names)[columns]
 
 
-def between(
-    rows: pd.DataFrame, first: tuple[str, Move], second: tuple[str, Move], seed: int, value: str = "log_prob"
-) -> tuple[float, float, float]:
-    """Mean of a value after one measure's move minus after another's, with its bootstrap interval.
-
-    Paired over the questions. Raises ValueError where the sweep does not hold one of the moves.
-    """
-    values = [wide(rows, move, value)[measure] for measure, move in (first, second)]
-    return tables.difference(values[0], values[1].reindex(values[0].index), seed)
-
-
-def outcomes(rows: pd.DataFrame, moves: Mapping[str, Move], guided: Sequence[str], seed: int) -> pd.DataFrame:
+def outcomes(trials: Trials, moves: Mapping[str, Move], guided: Sequence[str], seed: int) -> pd.DataFrame:
     """Claim 10: random dimensions against the untouched question, and guided ones against random ones.
 
     Columns: attack (the name of the move), first, second, n, difference of the accuracy, low, high.
     """
-    lines = []
-    for name, move in moves.items():
-        table = wide(rows, move, "correct")
-        for first, second in ({RANDOM: INTACT} | dict.fromkeys(guided, RANDOM)).items():
-            found = tables.difference(table[first], table[second], seed)
-            lines.append((name, first, second, len(table), *found))
-    return pd.DataFrame(lines, columns=["attack", "first", "second", "n", "difference", "low", "high"])
+    pairs = [(RANDOM, INTACT), *((name, RANDOM) for name in guided)]
+    found = {
+        name: compare(trials.where(**vars(move)), pairs, seed=seed, value="accuracy")
+        for name, move in moves.items()
+    }
+    made = pd.concat(found, names=["attack"]).reset_index("attack").rename(columns={"minus": "second"})
+    return made[["attack", "first", "second", "n", "difference", "low", "high"]].reset_index(drop=True)
 
 
-def dampings(rows: pd.DataFrame, moves: Iterable[Move], seed: int) -> pd.DataFrame:
-    """log P after the dimensions of every damping of FI swept minus after the Jacobian norm's, for each move.
+def dampings(trials: Trials, seed: int) -> pd.DataFrame:
+    """log P after the dimensions of every damping of FI that was run minus after the Jacobian norm's.
 
     Columns: budget, damping, n, difference, low, high (bootstrap over the questions).
     """
-    lines = []
-    for move in moves:
-        table = against(rows, move, JACOBIAN, seed)
-        for name, row in table[table.index.str.startswith(WITH_DAMPING)].iterrows():
-            if not str(name).endswith(ON_TOP):
-                lam = float(str(name).removeprefix(WITH_DAMPING))
-                lines.append((move.budget, lam, row.n, row.log_prob, row.log_prob_low, row.log_prob_high))
-    made = pd.DataFrame(lines, columns=["budget", "damping", "n", "difference", "low", "high"])
-    return made.sort_values(["budget", "damping"], ignore_index=True)
+    names = [m for m in measures_of(trials) if m.startswith(WITH_DAMPING) and not m.endswith(ON_TOP)]
+    found = compare(trials, [(name, JACOBIAN) for name in names], "budget", seed=seed)
+    found["damping"] = found["first"].str.removeprefix(WITH_DAMPING).astype(float)
+    columns = ["budget", "damping", "n", "difference", "low", "high"]
+    return found.sort_values(["budget", "damping"], ignore_index=True)[columns]
 
 
-def few_against_all(rows: pd.DataFrame, measures: Sequence[str], move: Move, seed: int) -> pd.DataFrame:
-    """log P after moving the top share of the dimensions minus after moving all, with the same budget.
-
-    A row a measure, of the value with its bootstrap interval: n, value, low, high.
-    """
-    whole = replace(move, share=1.0)
-    lines = {m: between(rows, (m, move), (m, whole), seed) for m in measures}
-    table = pd.DataFrame.from_dict(lines, orient="index", columns=["value", "low", "high"])
-    table.insert(0, "n", rows.id.nunique())
-    return table.rename_axis("measure")
-
-
-def curves(rows: pd.DataFrame, along: str, **fixed: object) -> pd.DataFrame:
-    """Mean accuracy and log P for every measure along "budget" or "share", the other fields fixed.
+def curves(trials: Trials, along: str) -> pd.DataFrame:
+    """Mean accuracy and log P for every measure along "budget" or "share".
 
     Columns: measure, the name of `along`, accuracy, log_prob, attacked, promised, tokens, n.
     """
-    part = per_question(rows)
-    intact = part[part.measure == INTACT]
-    part = part[part.measure != INTACT]
-    for name, value in fixed.items():
-        part = part[np.isclose(part[name], value) if isinstance(value, float) else part[name] == value]
-    means = part.groupby(["measure", along], sort=False).agg(
-        accuracy=("correct", "mean"), log_prob=("log_prob", "mean"), attacked=("attacked", "mean"),
-        promised=("promised", "mean"), tokens=("tokens", "mean"), n=("id", "size"),
-    ).reset_index()  # fmt: skip
+    values = ("accuracy", "log_prob", "attacked", "promised", "tokens")
+    found = {value: trials.table("measure", along, value=value) for value in values}
+    made = found["accuracy"][["measure", along]]
+    made = made.assign(**{value: table[value] for value, table in found.items()}, n=found["accuracy"].n)
+    made = made[made.measure != INTACT]
     if along != "budget":
-        return means
-    start = pd.DataFrame({"measure": part.measure.unique()}).assign(
-        budget=0.0, accuracy=intact.correct.mean(), log_prob=intact.log_prob.mean(),
-        attacked=intact.attacked.mean(), promised=0.0, tokens=0.0, n=len(intact),
-    )  # fmt: skip
-    return pd.concat([start, means], ignore_index=True)
+        return made.reset_index(drop=True)
+    start = pd.DataFrame({"measure": made.measure.unique()}).assign(
+        budget=0.0, **{value: trials.start(value).mean() for value in values}, n=len(trials.start())
+    )
+    return pd.concat([start, made], ignore_index=True)
 
 
 def promises(curve: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
@@ -441,15 +452,15 @@ def promises(curve: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
     return made.assign(kept=made.came / made.promised)
 
 
-def accuracies(rows: pd.DataFrame) -> pd.DataFrame:
+def accuracies(trials: Trials) -> pd.DataFrame:
     """Accuracy on the untouched questions of each subject and of all, with Wilson intervals.
 
     Columns: subject, n, accuracy, low, high, log_prob (of the right answer), confidence (median P(ŷ)).
     """
-    each = rows[rows.measure == INTACT]
-    parts = [(s, each[each.subject == s]) for s in dict.fromkeys(each.subject)]
+    names = ("subject", "correct", "log_prob", "attacked")
+    each = pd.DataFrame({name: trials.start(name) for name in names})
     lines = []
-    for subject, part in [*parts, ("all", each)]:
+    for subject, part in [*each.groupby("subject"), ("all", each)]:
         ends = wilson(round(part.correct.sum()), len(part))
         sure = float(np.exp(part.attacked).median())
         lines.append((subject, len(part), part.correct.mean(), *ends, part.log_prob.mean(), sure))
@@ -459,46 +470,42 @@ def accuracies(rows: pd.DataFrame) -> pd.DataFrame:
 # --- dimensions that are carried from one question to another
 
 
-def carried(
-    batches: Sequence[Scored], measures: Sequence[str], move: Move, seed: int, cache: Path
-) -> pd.DataFrame:
+def carried(batches: Sequence[Scored], measures: Sequence[str], move: Move, seed: int, kept: Kept) -> Trials:
     """Attack each question with dimensions that were chosen on others.
 
-    Rows as in :func:`run_sweep`, with the column source: "own" (chosen on the question itself), one question
-    of the "same subject" or of the "other subject" (the next one in the order of the examples), or "all
-    others" (the sum over all other questions of their scores, each over its own total); and the column place:
-    "places" carries (position counted from the end, hidden dimension) and moves the share of `move`; "hidden"
-    carries the hidden dimension with the largest sum of scores over the tokens, and moves it at every token.
+    Labels: measure, source: "own" (chosen on the question itself), one question of the "same subject" or of
+    the "other subject" (the next one in the order of the examples), or "all others" (the sum over all other
+    questions of their scores, each over its own total); and place: "places" carries (position counted from
+    the end, hidden dimension) and moves the share of `move`; "hidden" carries the hidden dimension with the
+    largest sum of scores over the tokens, and moves it at every token. Values as in `Scored.outcomes`, but
+    for the ids: the questions stay in the order in which they are asked.
     Raises ValueError for a subject with a single question.
     """
     examples = [e for b in batches for e in b.examples]
     for subject in {e.subject for e in examples}:
         if sum(e.subject == subject for e in examples) < 2:
             raise ValueError(f"transfer needs two questions of {subject!r} or more; raise the number.")
-    told = (tuple(measures), move, seed, [e.id for e in examples])
-    made = []
-    for measure in tqdm(measures, desc="transfer", unit="measure"):
-        maps = _Maps.of(batches, measure, seed)
-        for batch in batches:
-            one = partial(_carried_rows, batch, measure, maps, move, seed)
-            made.append(_kept(cache, "carried", batch, (measure, told), one))
-    return pd.concat(made, ignore_index=True)
+    found = []
+    for measure in measures:  # one after the other, since the maps of one fill enough memory
+        maps = Maps(tuple(batches), measure, seed)
+        found.append(collect(Scored.untouched, maps.attacks(move), sets=batches, kept=kept))
+    return reduce(add, found)
 
 
-def carried_table(rows: pd.DataFrame, seed: int) -> pd.DataFrame:
+def carried_table(trials: Trials, seed: int) -> pd.DataFrame:
     """Mean log P of the right answer by measure, place and source, less that of random dimensions.
 
     Index: place, measure, source. Columns: n, accuracy, log_prob, less_random, low, high (bootstrap over
     questions). The random dimensions are drawn for each question by itself.
     """
+    chance = {place: trials.where(place=place, measure=RANDOM).answers("log_prob")[0] for place in PLACES}
     lines = {}
-    for place, part in rows.groupby("place", sort=False):
-        drawn = part[(part.measure == RANDOM) & (part.source == "own")].set_index("id").log_prob
-        for (measure, source), own in part.groupby(["measure", "source"], sort=False):
-            if measure != RANDOM or source == "own":
-                values = own.set_index("id").log_prob
-                found = tables.difference(values, drawn.reindex(values.index), seed)
-                lines[place, measure, source] = (len(own), own.correct.mean(), values.mean(), *found)
+    table = trials.table("place", "measure", "source")
+    order = table.place.map(PLACES.index).sort_values(kind="stable").index
+    for row in table.loc[order].itertuples():
+        own = trials.where(place=row.place, measure=row.measure, source=row.source).answers("log_prob")[0]
+        found = paired_difference(own, chance[row.place], seed=seed, resamples=tables.RESAMPLES)
+        lines[row.place, row.measure, row.source] = (row.n, row.accuracy, row.log_prob, *found)
     columns = ["n", "accuracy", "log_prob", "less_random", "low", "high"]
     made = pd.DataFrame.from_dict(lines, orient="index", columns=columns)
     made.index = pd.MultiIndex.from_tuples(made.index, names=["place", "measure", "source"])
@@ -506,28 +513,54 @@ def carried_table(rows: pd.DataFrame, seed: int) -> pd.DataFrame:
 
 
 @dataclass(frozen=True, eq=False)
-class _Maps:
+class Maps:
     """The scores of every question by one measure, aligned at their last tokens, and their sum.
 
     Each map is divided by its total, so that no question outweighs the others.
     """
 
-    order: tuple[Example, ...]
-    maps: dict[str, Tensor]
-    total: Tensor
+    batches: tuple[Scored, ...]
+    measure: str
+    seed: int
 
-    @classmethod
-    def of(cls, batches: Sequence[Scored], measure: str, seed: int) -> _Maps:
-        used = Random(seed) if measure == RANDOM else measure
-        index: dict[int, Example] = {}
-        maps: dict[str, Tensor] = {}
-        for batch in batches:
-            index |= dict(zip(batch.letters.index, batch.examples, strict=True))
-            for example, values in zip(batch.examples, batch.scores(used), strict=True):
-                maps[example.id] = values.double() / values.double().sum().clamp(min=torch.finfo().tiny)
-        longest = max(len(values) for values in maps.values())
-        total = torch.stack([_from_the_end(values, longest) for values in maps.values()]).sum(0)
-        return cls(tuple(index[i] for i in sorted(index)), maps, total)
+    @cached_property
+    def order(self) -> list[Example]:
+        """The questions in the order in which they were given."""
+        index = {i: e for b in self.batches for i, e in zip(b.letters.index, b.examples, strict=True)}
+        return [index[i] for i in sorted(index)]
+
+    @cached_property
+    def maps(self) -> dict[str, Tensor]:
+        """The map (T, hidden) of each question, by its id."""
+        used = Random(self.seed) if self.measure == RANDOM else self.measure
+        return {
+            example.id: values.double() / values.double().sum().clamp(min=torch.finfo().tiny)
+            for batch in self.batches
+            for example, values in zip(batch.examples, batch.scores(used), strict=True)
+        }
+
+    @cached_property
+    def total(self) -> Tensor:
+        longest = max(len(values) for values in self.maps.values())
+        return torch.stack([_from_the_end(values, longest) for values in self.maps.values()]).sum(0)
+
+    def attacks(self, move: Move) -> Tries:
+        """The tries of `carried` with this measure, for a batch of questions."""
+
+        def tries(batch: Scored) -> Iterator[tuple[Labels, Values]]:
+            labels, chosen, moves = [], [], []
+            for place, source in product(PLACES, SOURCES[:1] if self.measure == RANDOM else self.sources):
+                scores, used = [self.seen_from(e, source) for e in batch.examples], move
+                if place == "hidden":
+                    scores = [s.sum(0, keepdim=True).expand_as(s) for s in scores]
+                    used = replace(move, share=1 / scores[0].shape[1])
+                chosen.append([top_dimensions(s, used.share, seed=self.seed) for s in scores])
+                labels.append({"measure": self.measure, "place": place, "source": source})
+                moves.append(used)
+            for label, values in zip(labels, batch.outcomes(chosen, moves, self.seed), strict=True):
+                yield label, {name: value for name, value in values.items() if name != "id"}
+
+        return tries
 
     def seen_from(self, example: Example, source: str) -> Tensor:
         """The scores (T, hidden) of a source, laid over the question from its end; zero where it has none."""
@@ -562,23 +595,6 @@ def _from_the_end(values: Tensor, length: int) -> Tensor:
     """Cut (T, hidden) at the front, or fill it up with zeros, to `length` tokens."""
     kept = values[-length:]
     return torch.cat([kept.new_zeros(length - len(kept), kept.shape[1]), kept])
-
-
-def _carried_rows(batch: Scored, measure: str, maps: _Maps, move: Move, seed: int) -> pd.DataFrame:
-    labels: list[dict[str, object]] = []
-    chosen: list[list[Tensor]] = []
-    moves: list[Move] = []
-    for place in ("places", "hidden"):
-        for source in SOURCES[:1] if measure == RANDOM else maps.sources:
-            scores = [maps.seen_from(e, source) for e in batch.examples]
-            used = move
-            if place == "hidden":
-                scores = [s.sum(0, keepdim=True).expand_as(s) for s in scores]
-                used = replace(move, share=1 / scores[0].shape[1])
-            chosen.append([top_dimensions(s, used.share, seed=seed) for s in scores])
-            labels.append({"measure": measure, "draw": 0, "source": source, "place": place})
-            moves.append(used)
-    return pd.DataFrame(_rows(batch, labels, chosen, moves, seed))
 
 
 # --- tokens
@@ -678,8 +694,7 @@ def token_saturation(tokens: pd.DataFrame, seed: int) -> pd.DataFrame:
             "held": (each.value.max() / each.value.sum()).mean(),
         }
         if part.at_ceiling.notna().all():
-            share = each.at_ceiling.mean()
-            found = tables.difference(share, share * 0, seed)
+            found = tables.average(each.at_ceiling.mean(), seed)
             line |= dict(zip(("at_ceiling", "low", "high"), found, strict=True))
         lines[str(name)] = line
     return pd.DataFrame.from_dict(lines, orient="index").rename_axis("setting")
@@ -697,27 +712,22 @@ def token_levels(tokens: pd.DataFrame) -> pd.DataFrame:
     return made
 
 
-def token_sweep(batches: Iterable[Scored], budgets: Sequence[float], seed: int, cache: Path) -> pd.DataFrame:
-    """Move the highest token of every question, all its dimensions; rows as in :func:`run_sweep`."""
-    settings = (tuple(TOKEN_SETTINGS), tuple(budgets), seed)
-    made = [
-        _kept(cache, "tokens", b, settings, partial(_token_attacks, b, budgets, seed))
-        for b in tqdm(batches, desc="tokens attacked", unit="batch")
-    ]
-    return pd.concat(made, ignore_index=True)
+def token_attacks(batches: Sequence[Scored], budgets: Sequence[float], seed: int, kept: Kept) -> Trials:
+    """Move the highest token of every question, all its dimensions: labels and values as in `attacked`."""
+    moves = [Move(budget, share=0.0) for budget in budgets]
 
+    def tries(batch: Scored) -> Iterator[tuple[Labels, Values]]:
+        hidden = batch.letters.embeddings.shape[2]
+        untouched = batch.untouched()
+        yield from (({"measure": INTACT, **vars(move)}, untouched) for move in moves)
+        for name in TOKEN_SETTINGS:
+            values = batch.scores(Random(seed) if name == RANDOM else name, "token")
+            places = [top_dimensions(v[:, None], 1e-9, seed=seed) for v in values]  # at least one is taken
+            chosen = [place * hidden + torch.arange(hidden) for place in places]
+            for move, made in zip(moves, batch.outcomes([chosen] * len(moves), moves, seed), strict=True):
+                yield {"measure": name, **vars(move)}, made
 
-def _token_attacks(batch: Scored, budgets: Sequence[float], seed: int) -> pd.DataFrame:
-    hidden = batch.letters.embeddings.shape[2]
-    rows = _intact_rows(batch)
-    for name in TOKEN_SETTINGS:
-        values = batch.scores(Random(seed) if name == RANDOM else name, "token")
-        places = [top_dimensions(v[:, None], 1e-9, seed=seed) for v in values]  # at least one is taken
-        chosen = [place * hidden + torch.arange(hidden) for place in places]
-        moves = [Move(budget, share=0.0) for budget in budgets]
-        labels: list[dict[str, object]] = [{"measure": name, "draw": 0}] * len(moves)
-        rows += _rows(batch, labels, [chosen] * len(moves), moves, seed)
-    return pd.DataFrame(rows)
+    return collect(Scored.untouched, tries, sets=batches, kept=kept)
 
 
 # --- one question
@@ -736,16 +746,16 @@ class Case:
     probs: dict[str, Tensor]
 
 
-def typical(rows: pd.DataFrame, measure: str, move: Move) -> str:
+def typical(trials: Trials, measure: str, move: Move) -> str:
     """The id of the question of median confidence among those answered right until `measure` moves them.
 
     Where there are none, among all that are answered right; where there are none of these, among all.
     """
-    table = wide(rows, move, "correct")
+    table = wide(trials, move, "correct").droplevel("subject")
     right = table[INTACT] == 1
     flipped = right & (table[measure] == 0)
     chosen = next(index for index in (flipped, right, right | True) if index.any())
-    sure = wide(rows, move, "attacked")[INTACT][chosen]
+    sure = wide(trials, move, "attacked").droplevel("subject")[INTACT][chosen]
     return str(sure.sort_index().sort_values(kind="stable").index[len(sure) // 2])
 
 
@@ -768,58 +778,6 @@ def look_at(batches: Sequence[Scored], id: str, measures: Sequence[str], move: M
     )
 
 
-# --- one batch
-
-
-def _sweep(batch: Scored, plan: Plan) -> pd.DataFrame:
-    rows = _intact_rows(batch)
-    for measure in plan.measures:
-        for draw in range(plan.draws if measure == RANDOM else 1):
-            chosen = [batch.positions(measure, move, draw, plan.seed) for move in plan.moves]
-            name = measure if isinstance(measure, str) else measure.name
-            labels: list[dict[str, object]] = [{"measure": name, "draw": draw}] * len(plan.moves)
-            rows += _rows(batch, labels, chosen, plan.moves, plan.seed + draw)
-    return pd.DataFrame(rows)
-
-
-def _intact_rows(batch: Scored) -> list[dict[str, object]]:
-    label: dict[str, object] = {"measure": INTACT, "draw": 0}
-    nothing = [torch.empty(0, dtype=torch.long)] * len(batch.examples)
-    return _asked(batch, [label], [nothing], [Move(0.0, share=0.0)], [batch.letters.embeddings])
-
-
-def _rows(
-    batch: Scored,
-    labels: Sequence[Mapping[str, object]],
-    chosen: Sequence[Sequence[Tensor]],
-    moves: Sequence[Move],
-    seed: int,
-) -> list[dict[str, object]]:
-    moved = [batch.moved(positions, move, seed) for positions, move in zip(chosen, moves, strict=True)]
-    return _asked(batch, labels, chosen, moves, moved)
-
-
-def _asked(
-    batch: Scored,
-    labels: Sequence[Mapping[str, object]],
-    chosen: Sequence[Sequence[Tensor]],
-    moves: Sequence[Move],
-    moved: Sequence[Tensor],
-) -> list[dict[str, object]]:
-    found = batch.ask(moved)
-    intact, hidden = batch.letters.embeddings, batch.letters.embeddings.shape[2]
-    rows = []
-    for i, (label, positions, move, changed) in enumerate(zip(labels, chosen, moves, moved, strict=True)):
-        promised = (batch.gradient * (changed - intact)).flatten(1).sum(1).double().cpu()
-        for j, example in enumerate(batch.examples):
-            row: dict[str, object] = {"id": example.id, "subject": example.subject, **label}
-            row |= {name: getattr(move, name) for name in MOVED}
-            row |= {"dims": len(positions[j]), "tokens": len((positions[j] // hidden).unique())}
-            row |= {name: values[i, j] for name, values in found.items()}
-            rows.append(row | {"promised": float(promised[j])})
-    return rows
-
-
 def _spans(example: Example) -> list[tuple[str, int]]:
     """The pieces of an MMLU prompt in order: their kind and where they end, in characters."""
     options = [f"\n{letter}. {text}" for letter, text in zip("ABCDEFGHIJ", example.options, strict=False)]
@@ -835,16 +793,3 @@ def _spans(example: Example) -> list[tuple[str, int]]:
     pieces += [("line breaks", 1), ("Answer:", len("Answer:"))]
     stops = np.cumsum([length for _, length in pieces])
     return [(kind, int(stop)) for (kind, _), stop in zip(pieces, stops, strict=True)]
-
-
-def _kept(
-    cache: Path, what: str, batch: Scored, settings: object, make: Callable[[], pd.DataFrame]
-) -> pd.DataFrame:
-    """What `make` gives, from the cache where it was made before."""
-    model = batch.letters.model
-    told = [(e.id, e.prompt, e.answer) for e in batch.examples]
-    text = repr((what, model.sha256, model.network.dtype, settings, told))
-    path = cache / f"embeddings.{what}.{hashlib.sha256(text.encode()).hexdigest()[:16]}.parquet"
-    if not path.is_file():
-        write_atomically(path, make().to_parquet(index=False))
-    return pd.read_parquet(path)
