@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache, lru_cache
 from html import escape
@@ -16,7 +16,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import yaml
 
@@ -50,14 +49,13 @@ class Part:
     names: Mapping[str, Any]
     where: Mapping[str, Any]
     table: str = RECORDS
-    given: Mapping[str, Any] | None = None
     measure: str = "{measure}"
     value: str = "value"
     low: str = "low"
     high: str = "high"
     n: str = "n"
-    above: float | Mapping[str, Any] | None = None
-    below: float | Mapping[str, Any] | None = None
+    above: float | Mapping[str, Any] = -math.inf
+    below: float | Mapping[str, Any] = math.inf
     margin: float = 0.0
 
 
@@ -150,67 +148,46 @@ def judged(claims: Mapping[str, Claim], read: Read) -> pd.DataFrame:
 
 
 def _lines(claim: str, part: Part, read: Read) -> Iterator[tuple[Any, ...]]:
-    found = _rows(read(part.chapter, part.table), part.where, part)
+    columns = (part.n, part.value, part.low, part.high)
+    found = _rows(read(part.chapter, part.table), part.where, columns, part)
     for row in found.to_dict("records") or [{}]:
         names = {**{k: v for k, v in row.items() if not pd.isna(v)}, **part.names}
         names["measure"] = _told(part.measure, names, "")
         words = _told(part.words, names, part.words)
         setting = _told(part.setting, names, ", ".join(map(str, part.where.values())))
-        numbers = _numbers(row, part)
-        verdict = _verdict(*numbers[1:], part, [_bound(b, part, row, read) for b in (part.above, part.below)])
-        yield claim, part.chapter, words, setting, _filter(names["measure"]), *numbers, verdict
+        n, value, *ends = (row[name] for name in columns) if row else (0, *[math.nan] * 3)
+        low, high = (value if pd.isna(end) else end for end in ends)  # a number may have no interval
+        above, below = (_bound(bound, part, row, read) for bound in (part.above, part.below))
+        if any(math.isnan(number) for number in (value, above, below)):
+            verdict = NOT_MEASURED
+        elif math.isinf(above) and math.isinf(below):
+            verdict = ANSWERED
+        else:
+            verdict = judge(low, high, above, below, part.margin)
+        about = (claim, part.chapter, words, setting, _filter(names["measure"]))
+        yield *about, n, value, low, high, verdict
 
 
-def _rows(table: pd.DataFrame, where: Mapping[str, Any], part: Part) -> pd.DataFrame:
+def _rows(table: pd.DataFrame, where: Mapping[str, Any], columns: Iterable[str], part: Part) -> pd.DataFrame:
     """The rows of a table in which all columns have these values. Raises ValueError for a missing column."""
-    if table.empty:
-        return table
-    missing = [name for name in where if name not in table]
-    if missing:
+    missing = [name for name in (*where, *columns) if name not in table]
+    if missing and not table.empty:
         place = f"the table {part.table!r} of {part.chapter}"
         raise ValueError(
-            f"{place} has no column {missing[0]!r}, which {FILE} reads; name another, or keep it."
+            f"{place} has no column {missing[0]!r}, which {FILE} reads; keep it, or name another."
         )
-    chosen = np.ones(len(table), dtype=bool)
-    for name, value in where.items():
-        chosen &= (table[name] == value).to_numpy()
-    return table[chosen]
+    return table if table.empty else table[(table[list(where)] == pd.Series(where)).all(axis=1)]
 
 
-def _numbers(row: Mapping[str, Any], part: Part) -> tuple[float, float, float, float]:
-    """n, value, low and high of a row; a number without interval is its own. NaN where not measured."""
-    if not row or any(row[k] != v for k, v in (part.given or {}).items()):
-        return 0, math.nan, math.nan, math.nan
-    columns = (part.n, part.value, part.low, part.high)
-    if any(name not in row for name in columns):
-        raise ValueError(
-            f"{FILE} reads {', '.join(columns)} in {part.chapter}, {part.table}: one is missing."
-        )
-    n, value, low, high = (row[name] for name in columns)
-    return n, value, *(value if pd.isna(end) else end for end in (low, high))
-
-
-def _verdict(value: float, low: float, high: float, part: Part, bounds: Sequence[float | None]) -> str:
-    if math.isnan(value) or any(bound is not None and math.isnan(bound) for bound in bounds):
-        return NOT_MEASURED
-    above, below = bounds
-    if above is None and below is None:
-        return ANSWERED
-    return judge(
-        low, high, -math.inf if above is None else above, math.inf if below is None else below, part.margin
-    )
-
-
-def _bound(
-    bound: float | Mapping[str, Any] | None, part: Part, row: Mapping[str, Any], read: Read
-) -> float | None:
+def _bound(bound: float | Mapping[str, Any], part: Part, row: Mapping[str, Any], read: Read) -> float:
     """A bound as a number; NaN where it is a cell of the row, or a record, that was not measured."""
     if not isinstance(bound, Mapping):
         return bound
+    column = bound.get("column", "value")
     if "record" not in bound:
-        return float(row.get(bound["column"], math.nan))
-    found = _rows(read(part.chapter, RECORDS), {"name": bound["record"]}, part)
-    return float(found[bound.get("column", "value")].iloc[0]) if len(found) else math.nan
+        return float(row.get(column, math.nan))
+    found = _rows(read(part.chapter, RECORDS), {"name": bound["record"]}, [column], part)
+    return float(found[column].iloc[0]) if len(found) else math.nan
 
 
 def _told(template: str, names: Mapping[str, Any], otherwise: str) -> str:
@@ -328,17 +305,15 @@ def _entry(claim: Claim, rows: pd.DataFrame, line: pd.Series) -> str:
     pieces = [
         f"<p><strong>{claim.id}.</strong> {escape(claim.words)} <em>({escape(claim.source)})</em></p>",
         f"<p><strong>{escape(line.verdict)}</strong>.{where}{needs}</p>",
-        _parts(rows),
+        _parts(rows) if claim.parts else "",
         _published(claim),
-        _settings(claim, rows),
+        _settings(claim, rows) if claim.parts else "",
     ]
     return f'<section id="claim-{claim.id.lower()}">{"".join(pieces)}</section>'
 
 
 def _parts(rows: pd.DataFrame) -> str:
     """The verdicts of the parts: how many settings of each filter hold, do not, and are undecided."""
-    if rows.empty:
-        return ""
     cells = counts(rows, "part", "filter").iterrows()
     said = {place: "; ".join(f"{name} {n}" for name, n in line.items() if n) for place, line in cells}
     used = [name for name in FILTERS if any(place[1] == name for place in said)]
@@ -354,8 +329,6 @@ def _published(claim: Claim) -> str:
 
 def _settings(claim: Claim, rows: pd.DataFrame) -> str:
     """Every setting with its number, to unfold."""
-    if rows.empty:
-        return ""
     lines = [[r.chapter[:2], r.part, r.setting, _number(r), r.verdict] for r in rows.itertuples()]
     region = f"settings of claim {claim.id}"
     table = _table(region, ["chapter", "part", "setting", "number", "verdict"], lines)
