@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fihelpers.evaluate.questions import Evaluator, answer_all
     from fihelpers.models.language import open_model
+    from fihelpers.models.linear import linear_names
     from fihelpers.perturb.sparsify import select, zeroed
     from fihelpers.scores.inputs import score_embeddings
     from fihelpers.scores.pixels import score_pixels
@@ -24,6 +25,7 @@ __all__ = [
     "Trials",
     "answer_all",
     "collect",
+    "linear_names",
     "load_task",
     "open_model",
     "score_embeddings",
@@ -38,6 +40,7 @@ _HOMES = {
     "Trials": "trials",
     "answer_all": "evaluate.questions",
     "collect": "trials",
+    "linear_names": "models.linear",
     "load_task": "tasks",
     "open_model": "models.language",
     "score_embeddings": "scores.inputs",

@@ -35,6 +35,7 @@ NPM_CI = ["ci", "--ignore-scripts", "--prefer-offline", "--no-audit", "--no-fund
 
 # -c, since jupyter_book has no __main__ and its script need not be on the path
 JUPYTER_BOOK = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()"]
+REFERENCE = r"\[[^\]]+\]\(\.\./book/references\.md#(\w+)\)"
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 STRICT = ["-W", "-n", "--keep-going", "-q"]
 
@@ -154,9 +155,14 @@ def _copy_chapters(runs: Path, book: Path) -> None:
 
 
 def _copy_chapter(notebook: Path, folder: Path) -> None:
-    """Copies a run without progress bars; its pictures' alt texts go to where MyST-NB looks for them."""
+    """Copies a run without progress bars; its pictures' alt texts go to where MyST-NB looks for them.
+
+    Links to entries of the references become citations, which are links to these entries on the page.
+    """
     content = nbformat.read(notebook, as_version=4)
     for cell in content.cells:
+        if cell.cell_type == "markdown":
+            cell.source = with_citations(cell.source)
         if "outputs" in cell:
             cell.outputs = [output for output in cell.outputs if not _is_progress_bar(output)]
         pictures = [output.get("metadata", {}).get("image/png", {}) for output in cell.get("outputs", [])]
@@ -164,6 +170,20 @@ def _copy_chapter(notebook: Path, folder: Path) -> None:
         if said:
             cell.metadata.setdefault("mystnb", {}).setdefault("image", {}).setdefault("alt", " / ".join(said))
     nbformat.write(content, folder / notebook.name)
+
+
+def with_citations(text: str) -> str:
+    """The text with its links to entries of the references as citations, which lead to them on the page.
+
+    Such a link is [Lin, 2004](../book/references.md#lin2004rouge). Those that stand alone in parentheses lose
+    these, since a citation brings its own.
+    """
+
+    def cited(found: re.Match[str]) -> str:
+        return "{cite:p}`" + ",".join(re.findall(REFERENCE, found[0])) + "`"
+
+    text = re.sub(rf"\({REFERENCE}(?:, {REFERENCE})*\)", cited, text)
+    return re.sub(REFERENCE, lambda found: "{cite:t}`" + found[1] + "`", text)
 
 
 def _is_progress_bar(output: nbformat.NotebookNode) -> bool:

@@ -110,7 +110,7 @@ def look_of(name: str) -> Look:
     except ValueError:
         measure = None
     if not isinstance(measure, Influence):
-        raise KeyError(f"No look is set for {name!r}; add it to LOOKS in fihelpers/figures/style.py.")
+        raise KeyError(f"No look is set for {name!r}; add it to LOOKS in notebooks/chapters/style.py.")
     kind = str(measure.spectral).partition(" ")[0]
     drawn = zlib.crc32(name.encode())
     colour = colorsys.hls_to_rgb(FAMILY[kind], 0.25 + 0.2 * (drawn % 97) / 96, 0.55)
