@@ -165,6 +165,8 @@ class Trials:
     ) -> pd.DataFrame:
         """The first of each pair minus the second, question by question, for every combination of `at`.
 
+        Of questions that have ids, those that both were asked count.
+
         The 95 % interval is a bootstrap over sets and questions, or over questions where there is one set;
         over_sets: a t interval of the means of the sets, for few of them. Columns: first, minus, the labels
         `at`, difference, low, high, n and verdict: below or above where the interval lies on one side of

@@ -221,6 +221,19 @@ def test_a_model_is_its_weights_as_they_are_now() -> None:
     assert (identity(model), identity(ask)) == before
 
 
+def test_a_pair_is_compared_on_the_questions_of_both() -> None:
+    def batch(ids: str) -> Any:
+        for measure, asked in (("a", ids), ("b", ids[:2])):
+            yield {"measure": measure}, {"id": list(asked), "correct": [c in "xz" for c in asked]}
+
+    found = collect(None, batch, sets=["zyx", "wv"])
+    assert not found.intact
+    assert found.where(measure="a").answers("id").tolist() == [list("vwxyz")]
+    row = found.compare([("a", "b")]).iloc[0]
+    assert row.n == 4 and row.difference == 0  # v, w, y and z
+    assert found.compare([("a", "a")]).n[0] == 5
+
+
 LESSON = """
 from fihelpers.trials import collect
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import pandas as pd
 from pandas.io.formats.style import Styler
 
 from fichapters.claims import ENDINGS, judge
 from fihelpers.evaluate.stats import paired_difference
+from fihelpers.trials import Trials
 
 RESAMPLES = 2000
 
@@ -23,21 +24,30 @@ def average(values: pd.Series, seed: int) -> tuple[float, float, float]:
     return difference(values, 0 * values, seed)
 
 
-def against(values: Mapping[str, pd.DataFrame], reference: str, seed: int) -> pd.DataFrame:
-    """Every measure minus `reference`, paired by row, with bootstrap intervals over the rows.
+def measures_of(trials: Trials) -> list[str]:
+    """The measures in the order in which they were tried."""
+    return list(dict.fromkeys(trial.labels["measure"] for trial in trials.tried))
 
-    values: of each name a table with a row a picture or question and a column a measure. Returns a row a
-    measure; columns n, and for each name the difference with its _low and _high. Rows that one of the two
-    lacks are left out.
+
+def compare(
+    trials: Trials, pairs: Iterable[tuple[str, str]], *at: str, seed: int, value: str = "accuracy"
+) -> pd.DataFrame:
+    """`Trials.compare` with the resamples of the chapters about inputs."""
+    return trials.compare(pairs, *at, value=value, seed=seed, resamples=RESAMPLES)
+
+
+def against(trials: Trials, reference: str, seed: int) -> pd.DataFrame:
+    """Every measure minus `reference`, paired by picture or question, with bootstrap intervals over these.
+
+    trials: under one change. Index: measure. Columns: n, and for accuracy and log_prob the difference with
+    its _low and _high.
     """
-    lines: dict[str, dict[str, float]] = {}
-    for name, table in values.items():
-        for measure in table.columns.drop(reference):
-            pair = table[[measure, reference]].dropna()
-            found = difference(pair[measure], pair[reference], seed)
-            line = lines.setdefault(str(measure), {"n": len(pair)})
-            line |= dict(zip((name, f"{name}_low", f"{name}_high"), found, strict=True))
-    return pd.DataFrame.from_dict(lines, orient="index").rename_axis("measure")
+    pairs = [(name, reference) for name in measures_of(trials) if name != reference]
+    found = {value: compare(trials, pairs, seed=seed, value=value) for value in ("accuracy", "log_prob")}
+    made = {"measure": found["log_prob"]["first"], "n": found["log_prob"].n}
+    for value, table in found.items():
+        made |= {value: table.difference, f"{value}_low": table.low, f"{value}_high": table.high}
+    return pd.DataFrame(made).set_index("measure")
 
 
 def as_text(table: pd.DataFrame, names: Mapping[str, str], digits: int = 3) -> pd.DataFrame:

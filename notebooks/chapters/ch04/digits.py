@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from fihelpers.influence import SaturationWarning, saturated
 from fihelpers.measures import Random
 from fihelpers.perturb.pixels import top_pixels
 from fihelpers.scores.inputs import score_inputs
+from fihelpers.trials import Labels, Trials, Values, collect
 
 N_TESTED = 400  # digits
 COUNTS = (1, 2, 4, 6, 8, 12, 16)  # pixels of 64
@@ -81,22 +84,23 @@ def saturation(digits: Digits) -> pd.DataFrame:
     return pd.DataFrame(lines, columns=["group", "p", "at_ceiling", "spread", "n"])
 
 
-def sweep(digits: Digits, scores: dict[str, Tensor], counts: Sequence[int], seed: int) -> pd.DataFrame:
-    """Erase (to 0, no ink) or invert (x to 1 - x) the top pixels; rows as in `run_sweep`, kind "count"."""
-    lines = []
-    changes = {"erase": torch.zeros_like(digits.x), "invert": 1 - digits.x}
-    for measure, values in {INTACT: torch.zeros_like(digits.x), **scores}.items():
-        for fill, filling in changes.items():
-            for count in (0,) if measure == INTACT else counts:
+def masked_by(digits: Digits, scores: Mapping[str, Tensor], counts: Sequence[int], seed: int) -> Trials:
+    """Erase (to 0, no ink) or invert (x to 1 - x) the top pixels: labels and values as in `lab.masked_by`."""
+    fillings = {"erase": torch.zeros_like(digits.x), "invert": 1 - digits.x}
+
+    def ask(x: Tensor = digits.x) -> Values:
+        with torch.no_grad():
+            log_p = digits.log_probs(x)
+        right = log_p.gather(1, digits.y[:, None])[:, 0].double().numpy()
+        correct = (log_p.argmax(1) == digits.y).double().numpy()
+        return {"id": np.arange(len(x)).astype(str), "correct": correct, "log_prob": right}
+
+    def tries(_: int) -> Iterator[tuple[Labels, Values]]:
+        for (fill, filling), count in product(fillings.items(), counts):
+            labels = {"kind": "count", "amount": float(count), "fill": fill}
+            yield {"measure": INTACT, **labels}, ask()
+            for measure, values in scores.items():
                 mask = top_pixels(values, count, seed=seed)
-                with torch.no_grad():
-                    log_p = digits.log_probs(torch.where(mask, filling, digits.x))
-                right = log_p.gather(1, digits.y[:, None])[:, 0].double().numpy()
-                correct = (log_p.argmax(1) == digits.y).double().numpy()
-                kind = "count" if count else INTACT
-                lines += [
-                    (str(i), "digits", measure, 0, kind, float(count), fill, c, p)
-                    for i, (c, p) in enumerate(zip(correct, right, strict=True))
-                ]
-    columns = ["id", "subject", "measure", "draw", "kind", "amount", "fill", "correct", "log_prob"]
-    return pd.DataFrame(lines, columns=columns)
+                yield {"measure": measure, **labels}, ask(torch.where(mask, filling, digits.x))
+
+    return collect(ask, tries)

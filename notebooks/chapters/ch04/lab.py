@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +19,6 @@ from tqdm import tqdm
 from fichapters import tables
 from fichapters.noises import NOISES, information_loss, noised
 from fihelpers.answers import Top
-from fihelpers.data import write_atomically
 from fihelpers.evaluate.questions import answer_images
 from fihelpers.evaluate.stats import wilson
 from fihelpers.filters import Damped, Exact, Spectral
@@ -38,6 +35,7 @@ from fihelpers.scores.pixels import (
     pixel_batches,
 )
 from fihelpers.tasks import Example, load_task
+from fihelpers.trials import Kept, Labels, Trials, Values, collect
 
 CLASSES = 8  # likeliest tokens that are classes of their own beside the rest
 FI_TOP = f"FI exact, top {CLASSES}"
@@ -114,20 +112,13 @@ SETTING_KEYS = dict(
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is masked in every picture, by every measure: the top `counts` of pixels, the top `shares` of the
-    pixels, and the top `patches` of the squares of `patch` pixels, each with every one of the `fills`.
-    `draws`: of the random measure."""
+class Mask(NamedTuple):
+    """What is masked: so many pixels of highest score ("count"), that "share" of them, or so many "patches",
+    and what comes in their place."""
 
-    measures: tuple[str | Measure, ...] = MEASURES
-    counts: tuple[int, ...] = ()
-    shares: tuple[float, ...] = ()
-    patches: tuple[int, ...] = ()
-    patch: int = PATCH
-    fills: tuple[Fill, ...] = ("black",)
-    draws: int = 1
-    seed: int = 0
+    kind: str
+    amount: float
+    fill: Fill = "black"
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,14 +154,24 @@ class Scored:
             self._made[key] = self._scores(measure, over, patch)
         return self._made[key]
 
-    def ask(self, images: Sequence[Tensor]) -> dict[str, np.ndarray]:
-        """Answers to changed pictures, each (N, 3, H, W): correct, log_prob, predicted, (changes, N)."""
-        shape = (len(images), len(self.examples))
+    def identity(self) -> list[object]:
+        """What its answers depend on; see :mod:`fihelpers.identity`."""
+        return [self.letters.model, self.examples]
+
+    def untouched(self) -> Values:
+        """The answers to the pictures as they are: see `ask`."""
+        return self.ask([self.images])[0]
+
+    def ask(self, images: Sequence[Tensor]) -> list[Values]:
+        """Answers to changed pictures, each (N, 3, H, W): id, subject, correct and log_prob (nats), (N,)."""
         outcome = answer_images(
             self.letters.model, self.examples * len(images), images=list(torch.cat(list(images)))
         )
-        found = {"correct": outcome.correct, "log_prob": outcome.log_prob, "predicted": outcome.predicted}
-        return {name: values.double().reshape(shape).numpy() for name, values in found.items()}
+        names = {name: np.array([getattr(e, name) for e in self.examples]) for name in ("id", "subject")}
+        correct, log_prob = (
+            values.double().reshape(len(images), -1).numpy() for values in (outcome.correct, outcome.log_prob)
+        )
+        return [{**names, "correct": c, "log_prob": p} for c, p in zip(correct, log_prob, strict=True)]
 
     def _scores(self, measure: str | Measure, over: Grouping, patch: int) -> Tensor:
         if measure in (GRAD_CAM, INTEGRATED_GRADIENTS):
@@ -216,120 +217,144 @@ def patch_sums(maps: Tensor, patch: int) -> Tensor:
     return whole.unflatten(-1, (-1, patch)).unflatten(-3, (-1, patch)).sum((-3, -1))
 
 
-def run_sweep(batches: Iterable[Scored], plan: Plan, cache: Path) -> pd.DataFrame:
-    """Mask every picture as the plan says and ask again.
+def masked_by(
+    batches: Iterable[Scored],
+    measures: Sequence[str | Measure],
+    masks: Sequence[Mask],
+    seed: int,
+    kept: Kept | None = None,
+    *,
+    draws: int = 1,
+    patch: int = PATCH,
+    once: bool = False,
+) -> Trials:
+    """Mask every picture by every measure and ask again.
 
-    One row for each picture and change: id, subject, measure, draw, kind ("count", "share" or "patches"),
-    amount, fill, correct, log_prob (of the right answer, nats), predicted; the untouched picture is the
-    measure "intact". Finished batches lie in `cache`. Raises ValueError for an unknown measure, a share
-    outside [0, 1] or no pictures.
+    Labels: measure ("intact" for the untouched picture) and the fields of the mask. Values: id, subject,
+    correct, log_prob (of the right answer, nats), both the mean over `draws` of the random measure, and first
+    (correct in its first draw). patch: side in pixels. once: do not keep the class gradients of a batch.
+    Raises ValueError for an unknown measure or a share outside [0, 1].
     """
-    for measure in plan.measures:
+    for measure in measures:
         if measure not in MEASURES:
             find_measure(measure)
-    made = [
-        _kept(cache, "sweep", b, plan, partial(_sweep, b, plan))
-        for b in tqdm(batches, desc="masking", unit="batch")
+
+    def tries(batch: Scored) -> Iterator[tuple[Labels, Values]]:
+        used = replace(batch, letters=replace(batch.letters)) if once else batch
+        for measure in (INTACT, *measures):
+            name = measure if isinstance(measure, str) else measure.name
+            for mask, values in zip(masks, _answers(used, measure, masks, seed, draws, patch), strict=True):
+                yield {"measure": name, **mask._asdict(), "amount": float(mask.amount)}, values
+
+    return collect(Scored.untouched, tries, sets=list(batches), kept=kept)
+
+
+def _answers(
+    batch: Scored, measure: str | Measure, masks: Sequence[Mask], seed: int, draws: int, patch: int
+) -> list[Values]:
+    """Answers under every mask by one measure; under none for "intact"."""
+    if measure == INTACT:
+        untouched = batch.untouched()
+        return [{**untouched, "first": untouched["correct"]}] * len(masks)
+    found = []
+    for draw in range(draws if measure == RANDOM else 1):
+        used = Random(seed + draw) if measure == RANDOM else measure
+        hidden = [(_hidden(batch, used, mask, seed, patch), mask.fill) for mask in masks]
+        found.append(batch.ask([masked(batch.images, where, fill, seed) for where, fill in hidden]))
+    return [
+        {**each[0], "first": each[0]["correct"]}
+        | {name: np.mean([values[name] for values in each], 0) for name in ("correct", "log_prob")}
+        for each in zip(*found, strict=True)
     ]
-    if not made:
-        raise ValueError("there are no pictures to mask; give at least one.")
-    return pd.concat(made, ignore_index=True)
 
 
-def per_picture(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows of a sweep with the draws of the random measure averaged."""
-    by = ["id", "subject", "measure", "kind", "amount", "fill"]
-    return rows.groupby(by, sort=False)[["correct", "log_prob"]].mean().reset_index()
+def _hidden(batch: Scored, measure: str | Measure, mask: Mask, seed: int, patch: int) -> Tensor:
+    """Which pixels (N, H, W) a mask hides."""
+    height, width = batch.images.shape[-2:]
+    scores = batch.scores(measure, "patch" if mask.kind == "patches" else "pixel", patch)
+    if mask.kind == "share":
+        hidden = top_pixels(scores, share=mask.amount, seed=seed)
+    elif mask.kind == "count":
+        hidden = top_pixels(scores, min(int(mask.amount), height * width), seed=seed)
+    else:
+        most = min(int(mask.amount), scores[0].numel())
+        hidden = top_patches(scores, most, patch=patch, size=(height, width), seed=seed)
+    return hidden.to(batch.images.device)
 
 
-def wide(rows: pd.DataFrame, kind: str, amount: float, value: str, fill: str = "black") -> pd.DataFrame:
-    """One value for each picture (row) and measure (column) after one change; the first column is "intact".
-
-    Raises ValueError where the sweep holds no such change.
-    """
-    per = per_picture(rows)
-    chosen = per[(per.kind == kind) & np.isclose(per.amount, amount) & (per.fill == fill)]
-    if chosen.empty:
-        raise ValueError(f"the sweep has no {kind} of {amount} with fill {fill!r}; add it to the plan.")
-    table = chosen.pivot(index="id", columns="measure", values=value)
-    intact = per[per.measure == INTACT].set_index("id")[value]
-    table.insert(0, INTACT, intact.reindex(table.index))
-    return table[[INTACT, *dict.fromkeys(chosen.measure)]]
+def pooled(some: Trials, others: Trials) -> Trials:
+    """The trials of different pictures together; a measure may have been tried on some of them alone."""
+    return Trials([*some.intact, *others.intact], [*some.tried, *others.tried])
 
 
-def by_category(rows: pd.DataFrame, kind: str, amount: float, value: str) -> pd.DataFrame:
-    """Mean over the pictures of each category: a row a measure, a column a category, and all together."""
-    table = wide(rows, kind, amount, value)
-    subjects = rows.drop_duplicates("id").set_index("id").subject.reindex(table.index)
-    means = table.groupby(subjects, sort=False).mean().T
-    means["all"] = table.mean()
-    means["n"] = table.notna().sum()
-    return means.rename_axis("measure")
+def at(trials: Trials, mask: Mask) -> Trials:
+    """The trials with one mask. Raises ValueError where there are none."""
+    return trials.where(**mask._asdict())
 
 
-def against(
-    rows: pd.DataFrame, kind: str, amount: float, reference: str, seed: int, fill: str = "black"
-) -> pd.DataFrame:
-    """Every measure minus `reference`, picture by picture: accuracy and log_prob, as in `tables.against`."""
-    values = {"accuracy": "correct", "log_prob": "log_prob"}
-    return tables.against(
-        {name: wide(rows, kind, amount, value, fill) for name, value in values.items()}, reference, seed
-    )
+def by_category(trials: Trials, value: str) -> pd.DataFrame:
+    """Mean over the pictures of each category: a row a measure, a column a category, all together, and n."""
+    rows = trials.rows()
+    means = rows.pivot_table(index="measure", columns="subject", values=value)
+    groups = rows.groupby("measure")[value]
+    return means.assign(all=groups.mean(), n=groups.size()).loc[list(dict.fromkeys(rows.measure))]
 
 
-def curves(rows: pd.DataFrame, kind: str) -> pd.DataFrame:
+def curves(trials: Trials, kind: str) -> pd.DataFrame:
     """Deletion curves: mean accuracy and log P for every measure and amount, from the untouched pictures on.
 
     Columns: measure, amount, accuracy, log_prob, n.
     """
-    per = per_picture(rows)
-    intact = per[per.measure == INTACT]
-    part = per[per.kind == kind]
-    means = part.groupby(["measure", "amount"], sort=False).agg(
-        accuracy=("correct", "mean"), log_prob=("log_prob", "mean"), n=("id", "size")
+    means = trials.where(kind=kind).table("measure", "amount")
+    means = means[means.measure != INTACT]
+    right, log_prob = trials.start(), trials.start("log_prob")
+    start = pd.DataFrame({"measure": means.measure.unique()}).assign(
+        amount=0.0, accuracy=right.mean(), log_prob=log_prob.mean(), n=len(right)
     )
-    start = pd.DataFrame({"measure": part.measure.unique()}).assign(
-        amount=0.0, accuracy=intact.correct.mean(), log_prob=intact.log_prob.mean(), n=len(intact)
-    )
-    return pd.concat([start, means.reset_index()], ignore_index=True)
+    return pd.concat([start, means[start.columns]], ignore_index=True)
 
 
-def areas(rows: pd.DataFrame, kind: str, seed: int) -> pd.DataFrame:
+def areas(trials: Trials, kind: str, seed: int) -> pd.DataFrame:
     """Area under each measure's deletion curve, as the curve's mean height, and its difference from random.
 
     A row a measure, with intervals over the pictures (bootstrap): accuracy and log_prob with _low and _high,
     and the same names after "less_" for the difference, paired by picture; n.
     """
-    heights = {
-        name: _heights(rows, kind, value)
-        for value, name in (("correct", "accuracy"), ("log_prob", "log_prob"))
-    }
-    lines = {}
-    for measure in heights["log_prob"].columns:
-        line: dict[str, float] = {"n": len(heights["log_prob"])}
-        for name, table in heights.items():
-            own = table[measure]
-            less = tables.difference(own, table[RANDOM], seed)
+    lines: dict[str, dict[str, float]] = {}
+    for value, name in (("correct", "accuracy"), ("log_prob", "log_prob")):
+        heights = _heights(trials.where(kind=kind), value)
+        for measure, own in heights.items():
+            line = lines.setdefault(str(measure), {"n": len(own)})
+            less = tables.difference(own, heights[RANDOM], seed)
             for key, found in ((name, tables.average(own, seed)), (f"less_{name}", less)):
-                line |= {key: found[0], f"{key}_low": found[1], f"{key}_high": found[2]}
-        lines[str(measure)] = line
+                line |= dict(zip((key, f"{key}_low", f"{key}_high"), found, strict=True))
     return pd.DataFrame.from_dict(lines, orient="index").rename_axis("measure")
 
 
-def duels(rows: pd.DataFrame, kind: str, amount: float, others: Sequence[str], seed: int) -> pd.DataFrame:
+def _heights(trials: Trials, value: str) -> pd.DataFrame:
+    """Mean height of each picture's deletion curve: a row a picture, a column a measure."""
+    made = {}
+    for measure, part in trials.rows().groupby("measure", sort=False):
+        table = part.pivot(index="id", columns="amount", values=value)
+        if measure == INTACT:
+            start = table.iloc[:, 0]
+            continue
+        table.insert(0, 0.0, start)
+        amounts = table.columns.to_numpy(float)
+        made[measure] = pd.Series(np.trapezoid(table.to_numpy(), amounts, axis=1) / amounts[-1], table.index)
+    return pd.DataFrame(made)
+
+
+def duels(trials: Trials, mask: Mask, others: Sequence[str], seed: int) -> pd.DataFrame:
     """log P after masking by each setting of FI minus after masking by each other measure.
 
     Below zero FI does more damage. Columns: fi, other, kind, amount, n, difference, low, high.
     """
-    lines = []
-    for other in others:
-        table = against(rows, kind, amount, other, seed)
-        for name in FI_SETTINGS:
-            if name in table.index:
-                row = table.loc[name]
-                ends = (row.log_prob, row.log_prob_low, row.log_prob_high)
-                lines.append((name, other, kind, amount, int(row.n), *ends))
-    return pd.DataFrame(lines, columns=["fi", "other", "kind", "amount", "n", "difference", "low", "high"])
+    known = tables.measures_of(trials)
+    pairs = [(name, other) for other in others for name in FI_SETTINGS if name in known]
+    found = tables.compare(at(trials, mask), pairs, "kind", "amount", seed=seed, value="log_prob")
+    columns = ["fi", "other", "kind", "amount", "n", "difference", "low", "high"]
+    return found.rename(columns={"first": "fi", "minus": "other"})[columns]
 
 
 def accuracies(model: VisionModel, examples: Sequence[Example]) -> pd.DataFrame:
@@ -355,40 +380,38 @@ def accuracies(model: VisionModel, examples: Sequence[Example]) -> pd.DataFrame:
     return pd.DataFrame(lines, columns=columns)
 
 
-def outcomes(rows: pd.DataFrame, at: Mapping[str, float], seed: int) -> pd.DataFrame:
+def outcomes(trials: Trials, masks: Sequence[Mask], seed: int) -> pd.DataFrame:
     """Claim 10: random masks against the untouched picture, and guided masks against random ones.
 
-    at: the amount of each kind. Each pair is compared on all pictures that were masked so by both. Columns:
-    kind, amount, first, second, n, difference of accuracy, low, high.
+    Each pair is compared on all pictures that were masked so by both. Columns: kind, amount, first, second,
+    n, difference of accuracy, low, high.
     """
     lines = []
-    for kind, amount in at.items():
-        guided = (*FI_SETTINGS, "Jacobian norm", "information length")
-        pairs = {RANDOM: INTACT} | dict.fromkeys(guided, RANDOM)
-        for first, second in pairs.items():
-            table = wide(rows, kind, amount, "correct")
-            if first in table:
-                pair = table[[first, second]].dropna()
-                found = tables.difference(pair[first], pair[second], seed)
-                lines.append((kind, amount, first, second, len(pair), *found))
+    for mask in masks:
+        here = at(trials, mask)
+        guided = [
+            name
+            for name in (*FI_SETTINGS, "Jacobian norm", "information length")
+            if name in tables.measures_of(here)
+        ]
+        pairs = [(RANDOM, INTACT), *((name, RANDOM) for name in guided)]
+        lines.append(tables.compare(here, pairs, "kind", "amount", seed=seed))
     columns = ["kind", "amount", "first", "second", "n", "difference", "low", "high"]
-    return pd.DataFrame(lines, columns=columns)
+    return pd.concat(lines, ignore_index=True).rename(columns={"minus": "second"})[columns]
 
 
-def damping_table(rows: pd.DataFrame, share: float, seed: int) -> pd.DataFrame:
-    """Damage at one share for every filter of FI and for the Jacobian norm, with its difference from it."""
-    values = {name: wide(rows, "share", share, name).drop(columns=INTACT) for name in ("correct", "log_prob")}
-    made = pd.DataFrame({"n": values["correct"].count(), "accuracy": values["correct"].mean()})
-    made["log_prob"] = values["log_prob"].mean()
-    less = against(rows, "share", share, "Jacobian norm", seed)
+def damping_table(trials: Trials, seed: int) -> pd.DataFrame:
+    """Damage for every filter of FI and for the Jacobian norm, with the difference of log P from its."""
+    made = trials.table("measure").set_index("measure").drop(INTACT)[["n", "accuracy", "log_prob"]]
+    less = tables.against(trials, "Jacobian norm", seed)
     names = {"log_prob": "minus_jacobian", "log_prob_low": "low", "log_prob_high": "high"}
-    return made.join(less[list(names)].rename(columns=names)).rename_axis("measure")
+    return made.join(less[list(names)].rename(columns=names))
 
 
 # --- what the maps look like
 
 
-def describe(batches: Iterable[Scored], patch: int, cache: Path) -> pd.DataFrame:
+def describe(batches: Iterable[Scored], patch: int, kept: Kept) -> pd.DataFrame:
     """What the maps of every setting look like, one row for each picture and setting.
 
     Columns: id, subject, setting; ceiling; at_ceiling: share of the groups whose FI is the ceiling to one
@@ -397,10 +420,7 @@ def describe(batches: Iterable[Scored], patch: int, cache: Path) -> pd.DataFrame
     of the pixels that are drawn; drawn and paper: mean score there over the mean of the map; hit: share of
     the highest hundredth of the pixels that is drawn.
     """
-    made = [
-        _kept(cache, "maps", b, patch, partial(_describe, b, patch))
-        for b in tqdm(batches, desc="maps", unit="batch")
-    ]
+    made = [kept.frame(_describe, b, patch) for b in tqdm(batches, desc="maps", unit="batch")]
     return pd.concat(made, ignore_index=True)
 
 
@@ -505,29 +525,37 @@ class Case:
         return self.flips_at or max(self.masks)
 
 
-def flip_counts(rows: pd.DataFrame) -> pd.DataFrame:
+def flip_counts(trials: Trials) -> pd.DataFrame:
     """For every rightly answered picture, the smallest count of pixels that makes the answer wrong.
 
-    rows: a sweep of counts by one measure. Columns: id, flips_at (NaN: never), left: log P of the right
-    answer at the largest count. Sorted: the case comes first (fewest pixels, then least left, then id).
+    trials: counts by one measure. Columns: id, flips_at (NaN: never), left: log P of the right answer at the
+    largest count. Sorted: the case comes first (fewest pixels, then least left, then id).
     """
-    right = rows[(rows.measure == INTACT) & (rows.correct == 1)].id
-    known = rows[(rows.kind == "count") & rows.id.isin(right if len(right) else rows.id)]
+    rows = trials.rows()
+    right = _right(rows)
+    known = rows[(rows.measure != INTACT) & rows.id.isin(right if len(right) else rows.id)]
     wrong = known[known.correct == 0].groupby("id").amount.min().rename("flips_at")
     left = known[known.amount == known.amount.max()].set_index("id").log_prob.rename("left")
     return pd.concat([wrong, left], axis=1).reset_index().sort_values(["flips_at", "left", "id"])
 
 
-def flipped(rows: pd.DataFrame, kind: str, amount: float) -> pd.DataFrame:
-    """Share of the rightly answered pictures that a mask makes wrong (Wilson intervals); a row a measure."""
-    part = rows[(rows.kind == kind) & np.isclose(rows.amount, amount)]
-    right = rows[(rows.measure == INTACT) & (rows.correct == 1)].id
-    lines = {}
-    for measure, own in part[(part.draw == 0) & part.id.isin(right)].groupby("measure", sort=False):
-        wrong = int((own.correct == 0).sum())
+def flipped(trials: Trials) -> pd.DataFrame:
+    """Share of the rightly answered pictures that a mask makes wrong (Wilson intervals); a row a measure.
+
+    trials: of one mask; of the random measure its first draw counts.
+    """
+    rows, lines = trials.rows(), {}
+    known = rows[(rows.measure != INTACT) & rows.id.isin(_right(rows))]
+    for measure, own in known.groupby("measure", sort=False):
+        wrong = int((own["first"] == 0).sum())
         lines[str(measure)] = (wrong, len(own), wrong / len(own), *wilson(wrong, len(own)))
     columns = ["flipped", "n", "share", "low", "high"]
     return pd.DataFrame.from_dict(lines, orient="index", columns=columns).rename_axis("measure")
+
+
+def _right(rows: pd.DataFrame) -> pd.Series:
+    """The pictures that are answered rightly as they are."""
+    return rows[(rows.measure == INTACT) & (rows.correct == 1)].id
 
 
 def look_at(
@@ -563,23 +591,48 @@ def matched_noises(image: Tensor, loss: float, seed: int) -> dict[str, Tensor]:
 
 
 def noise_against_mask(
-    batches: Iterable[Scored], measure: str, share: float, seed: int, cache: Path
-) -> pd.DataFrame:
+    batches: Iterable[Scored], measure: str, share: float, seed: int, kept: Kept | None = None
+) -> Trials:
     """Mask the top share of the pixels, mask as many random ones, and add noises that destroy as much.
 
-    Columns: id, subject, change, loss, correct, log_prob, changed (1 where the answer is no longer the
-    untouched picture's). The change "intact" has no loss.
+    Labels: change, "intact" for none. Values of each picture: id, subject, loss, correct, log_prob, and
+    changed (1 where the answer is no longer the untouched picture's).
     """
-    settings = (measure, share, seed)
-    make = [(b, partial(_noise_batch, b, measure, share, seed)) for b in batches]
-    made = [_kept(cache, "noise", b, settings, one) for b, one in tqdm(make, desc="noise", unit="batch")]
-    return pd.concat(made, ignore_index=True)
+
+    def tries(batch: Scored) -> Iterator[tuple[Labels, Values]]:
+        chosen = top_pixels(batch.scores(measure), share=share, seed=seed)
+        drawn = top_pixels(batch.scores(Random(seed)), share=share, seed=seed)
+        for place, example in enumerate(batch.examples):
+            image = batch.images[place].cpu()
+            guided = masked(image, chosen[place])
+            made = {INTACT: image, measure: guided, RANDOM: masked(image, drawn[place])}
+            made |= matched_noises(image, information_loss(image, guided), seed)
+            yield from _changed(batch.letters.model, example, made)
+
+    return collect(Scored.untouched, tries, sets=list(batches), kept=kept)
 
 
-def noise_table(rows: pd.DataFrame, guided: str, seed: int) -> pd.DataFrame:
+def _changed(
+    model: VisionModel, example: Example, made: Mapping[str, Tensor]
+) -> Iterator[tuple[Labels, Values]]:
+    """Answers to one picture under every change; noises differ in what they can destroy of a picture."""
+    outcome = answer_images(model, [example] * len(made), images=list(made.values()))
+    lost = outcome.log_prob.double().numpy()
+    for i, (change, picture) in enumerate(made.items()):
+        values = {
+            "loss": information_loss(made[INTACT], picture),
+            "correct": float(outcome.correct[i]),
+            "log_prob": lost[i],
+            "changed": float(outcome.predicted[i] != outcome.predicted[0]),
+        }
+        named = {"id": example.id, "subject": example.subject, **values}
+        yield {"change": change}, {name: np.array([value]) for name, value in named.items()}
+
+
+def noise_table(trials: Trials, guided: str, seed: int) -> pd.DataFrame:
     """Each change: mean loss, accuracy, share of answers changed (Wilson), and log P after the guided mask
     minus after this change (paired bootstrap over the pictures). A row a change."""
-    lines = {}
+    rows, lines = trials.rows(), {}
     guided_values = rows[rows.change == guided].set_index("id").log_prob
     for change, part in rows.groupby("change", sort=False):
         own = part.set_index("id").log_prob
@@ -594,67 +647,6 @@ def noise_table(rows: pd.DataFrame, guided: str, seed: int) -> pd.DataFrame:
 
 
 # --- one batch
-
-
-def _kept(
-    cache: Path, what: str, batch: Scored, settings: object, make: Callable[[], pd.DataFrame]
-) -> pd.DataFrame:
-    """What `make` gives, from the cache where it was made before."""
-    model = batch.letters.model
-    told = [(e.id, e.prompt, e.answer, hashlib.sha256(e.image or b"").hexdigest()) for e in batch.examples]
-    text = repr((what, model.sha256, model.network.dtype, settings, told))
-    path = cache / f"pixels.{what}.{hashlib.sha256(text.encode()).hexdigest()[:16]}.parquet"
-    if not path.is_file():
-        write_atomically(path, make().to_parquet(index=False))
-    return pd.read_parquet(path)
-
-
-def _sweep(batch: Scored, plan: Plan) -> pd.DataFrame:
-    rows = _rows(batch, [(INTACT, 0, INTACT, 0.0, "")], [batch.images])
-    for measure in plan.measures:
-        for draw in range(plan.draws if measure == RANDOM else 1):
-            changes, images = [], []
-            for kind, amount, mask in _masks(batch, plan, measure, draw):
-                for fill in plan.fills:
-                    changes.append((_name(measure), draw, kind, amount, fill))
-                    images.append(masked(batch.images, mask.to(batch.images.device), fill, plan.seed))
-            rows += _rows(batch, changes, images)
-    return pd.DataFrame(rows)
-
-
-def _masks(
-    batch: Scored, plan: Plan, measure: str | Measure, draw: int
-) -> Iterator[tuple[str, float, Tensor]]:
-    """The masks of one measure: kind, amount and mask (N, H, W)."""
-    used = Random(plan.seed + draw) if measure == RANDOM else measure
-    height, width = batch.images.shape[-2:]
-    if plan.counts or plan.shares:
-        pixels = batch.scores(used)
-        for count in plan.counts:
-            yield "count", float(count), top_pixels(pixels, min(count, height * width), seed=plan.seed)
-        for share in plan.shares:
-            yield "share", share, top_pixels(pixels, share=share, seed=plan.seed)
-    if plan.patches:
-        grid = batch.scores(used, "patch", plan.patch)
-        for count in plan.patches:
-            most = min(count, grid[0].numel())
-            mask = top_patches(grid, most, patch=plan.patch, size=(height, width), seed=plan.seed)
-            yield "patches", float(count), mask
-
-
-def _rows(
-    batch: Scored, changes: Sequence[tuple[str, int, str, float, str]], images: Sequence[Tensor]
-) -> list[dict[str, object]]:
-    if not changes:
-        return []
-    found = batch.ask(images)
-    names = ("measure", "draw", "kind", "amount", "fill")
-    return [
-        {"id": e.id, "subject": e.subject, **dict(zip(names, change, strict=True))}
-        | {key: values[i, j] for key, values in found.items()}
-        for i, change in enumerate(changes)
-        for j, e in enumerate(batch.examples)
-    ]
 
 
 def _describe(batch: Scored, patch: int) -> pd.DataFrame:
@@ -705,39 +697,3 @@ def _on_things(values: Tensor, things: Tensor) -> dict[str, float]:
         "paper": float(level[~things].mean()),
         "hit": float(hit),
     }
-
-
-def _noise_batch(batch: Scored, measure: str, share: float, seed: int) -> pd.DataFrame:
-    """Noises differ in what they can destroy, so each picture is asked by itself."""
-    model, lines = batch.letters.model, []
-    chosen = top_pixels(batch.scores(measure), share=share, seed=seed)
-    drawn = top_pixels(batch.scores(Random(seed)), share=share, seed=seed)
-    for i, example in enumerate(batch.examples):
-        image = batch.images[i].cpu()
-        guided = masked(image, chosen[i])
-        made = {INTACT: image, measure: guided, RANDOM: masked(image, drawn[i])}
-        made |= matched_noises(image, information_loss(image, guided), seed)
-        outcome = answer_images(model, [example] * len(made), images=list(made.values()))
-        for j, (change, picture) in enumerate(made.items()):
-            line: dict[str, object] = {"id": example.id, "subject": example.subject, "change": change}
-            line |= {"loss": information_loss(image, picture), "correct": float(outcome.correct[j])}
-            line |= {"log_prob": float(outcome.log_prob[j])}
-            lines.append(line | {"changed": float(outcome.predicted[j] != outcome.predicted[0])})
-    return pd.DataFrame(lines)
-
-
-def _heights(rows: pd.DataFrame, kind: str, value: str) -> pd.DataFrame:
-    """Mean height of each picture's deletion curve: a row a picture, a column a measure."""
-    per = per_picture(rows)
-    start = per[per.measure == INTACT].set_index("id")[value]
-    made = {}
-    for measure, part in per[per.kind == kind].groupby("measure", sort=False):
-        table = part.pivot(index="id", columns="amount", values=value)
-        table.insert(0, 0.0, start.reindex(table.index))
-        amounts = table.columns.to_numpy(float)
-        made[measure] = pd.Series(np.trapezoid(table.to_numpy(), amounts, axis=1) / amounts[-1], table.index)
-    return pd.DataFrame(made)
-
-
-def _name(measure: str | Measure) -> str:
-    return measure if isinstance(measure, str) else measure.name
