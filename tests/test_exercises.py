@@ -140,7 +140,11 @@ def test_a_chapter_has_three_to_five_exercises_of_rising_difficulty(path: Path) 
 def test_exercises_come_after_the_results_and_before_the_end(path: Path) -> None:
     cells = nbformat.read(path, as_version=4).cells
     own = [place for place, cell in enumerate(cells) if tagged(cell, "exercise")]
-    results = [place for place, cell in enumerate(cells) if "run.record(" in cell.source]
+    results = [
+        place
+        for place, cell in enumerate(cells)
+        if "run.record(" in cell.source or "run.keep(" in cell.source
+    ]
     assert max(results) < min(own)
     assert max(own) + 1 < len(cells) - 1  # after the last solution something sums up
     assert not any(cell.cell_type == "code" for cell in cells[max(own) + 1 :])

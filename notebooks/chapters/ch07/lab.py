@@ -134,6 +134,17 @@ def concentration(scores: Mapping[str, Scores], points: int = 200) -> pd.DataFra
     return pd.DataFrame(lines, columns=["measure", "weights", "total", "n"])
 
 
+def locations(scores: Scores, share: float) -> pd.DataFrame:
+    """Where the top weights sit: columns layer, matrix, weights, top, top_share (of the matrix)."""
+    chosen = select(scores, share)
+    lines = []
+    for name, value in scores.values.items():
+        layer = next((int(part) for part in name.split(".") if part.isdigit()), -1)
+        matrix = name.split(".")[-2]
+        lines.append((layer, matrix, value.numel(), len(chosen[name]), len(chosen[name]) / value.numel()))
+    return pd.DataFrame(lines, columns=["layer", "matrix", "weights", "top", "top_share"])
+
+
 def removed(scores: Mapping[str, Scores], rate: float, which: Which, scope: str) -> pd.DataFrame:
     """What goes with the weights that each measure chooses, as shares of the whole model's.
 
