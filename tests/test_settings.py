@@ -265,8 +265,8 @@ def test_fi_with_any_filter_is_a_measure_beside_those_of_the_text(
 
 def test_protection_goes_by_fi_with_any_filter() -> None:
     options = {"densities": [0.5], "wide": [1.0], "compared": 0.05, "choices": ["FI damped 1e-2", "SNIP"]}
-    made = merging.plan_of(SimpleNamespace(**settled("09_merging", {"OPTIONS": options}, "smoke")))
-    assert made.choices == ("FI damped 0.01", "SNIP")
+    p = SimpleNamespace(**settled("09_merging", {"OPTIONS": options}, "smoke"))
+    assert merging.choices(p) == ("FI damped 0.01", "SNIP")
     assert merging.score_of("FI damped 0.01") == ("FI damped 0.01", False)
     assert merging.score_of(merging.PREDICTED) == ("squared score", True)
     for wrong in ("Wanda", "saliency", "FI damped 1 2"):

@@ -70,7 +70,8 @@ class _Filters:
     """What the dial of the filters shows: the ranks in a matrix, and the damage that a ranking does."""
 
     model: LanguageModel
-    sweep: limits.Sweep
+    scores: Mapping[str, Scores]
+    ranks: pd.DataFrame
     curves: pd.DataFrame
     calibration: Sequence[Example]
     test: Sequence[Example]
@@ -79,10 +80,10 @@ class _Filters:
 
     def stored(self, ranking: str, matrix: str) -> Position:
         """One of FILTERS, from what the chapter computed."""
-        likeness = self.sweep.ranks.groupby("ranking")["with_jacobian"].mean()[ranking]
+        likeness = self.ranks.groupby("ranking")["with_jacobian"].mean()[ranking]
         told = f". Over all weights its rank correlation with the {limits.JACOBIAN2} is {likeness:.2f}."
         own = self.curves[self.curves.ranking == ranking]
-        return self._position(ranking, matrix, self.sweep.scores[ranking].values, own, told)
+        return self._position(ranking, matrix, self.scores[ranking].values, own, told)
 
     def computed(self, matrix: str, decade: float) -> Position:
         """Damping by any 10^decade, computed now."""
@@ -96,7 +97,7 @@ class _Filters:
     ) -> Position:
         at = own.set_index("share").accuracy
         beside = {name: self.curves[self.curves.ranking == name] for name in (limits.JACOBIAN2, "random")}
-        end = self.sweep.scores[limits.JACOBIAN2]
+        end = self.scores[limits.JACOBIAN2]
         return Position(
             label=ranking.removeprefix("FI "),
             note=f"{ranking}: accuracy {at[0.02]:.2f} with 2 % zeroed, {at[0.05]:.2f} with 5 %{told}",
@@ -111,7 +112,8 @@ class _Filters:
 
 def filter_dial(
     model: LanguageModel,
-    sweep: limits.Sweep,
+    scores: Mapping[str, Scores],
+    ranks: pd.DataFrame,
     curves: pd.DataFrame,
     matrices: Sequence[str],
     calibration: Sequence[Example],
@@ -121,10 +123,10 @@ def filter_dial(
 ) -> Dial:
     """Turn the filter from exact FI to the Jacobian norm: the ranking of a matrix, and the damage it does.
 
-    curves: from `filter_curves`, with FILTERS and "random" among its rankings. The first of `calibration`
-    sets made `sweep.scores`.
+    scores: by ranking, of the questions `calibration`. ranks: from `fichapters.ch03.lab.likeness`. curves: from
+    `filter_curves`, with FILTERS and "random" among its rankings.
     """
-    shown = _Filters(model, sweep, curves, calibration, test, names, seed)
+    shown = _Filters(model, scores, ranks, curves, calibration, test, names, seed)
     n = int(curves.n.iloc[0])
     named = {f"block {limits.layer_of(m)}, {limits.matrix_of(m)}": m for m in matrices}
     return dial(
@@ -292,8 +294,8 @@ class _Merges:
 
     def computed(self, name: str, percent: float) -> Position:
         """Any share in percent, merged and asked now."""
-        row = self.search.exam.row(name, replace(self.settings[name], share=percent / 100), 0)
-        return self._position(name, percent, row, None)  # type: ignore[arg-type]
+        exam, setting = self.search.exam, replace(self.settings[name], share=percent / 100)
+        return self._position(name, percent, exam.accuracies(exam.ask(setting, 0)), None)
 
     def _lines(self, name: str) -> list[Line]:
         own = self.curve[self.curve.curve == name].groupby("share")
@@ -328,9 +330,9 @@ def protection_dial(
 
     curve: from `Search.curve` for these settings. The questions are those of the search.
     """
-    counts = search.exam.counts
-    plain = {name: search.exam.row(name, merging.Setting(s.method), 0) for name, s in settings.items()}
-    shown = _Merges(search, curve, settings, plain)  # type: ignore[arg-type]
+    exam, counts = search.exam, search.exam.counts
+    plain = {name: exam.accuracies(exam.ask(merging.Setting(s.method), 0)) for name, s in settings.items()}
+    shown = _Merges(search, curve, settings, plain)
     sets = int(curve["set"].max()) + 1
     return dial(
         {(name,): shown.stored(name) for name in settings},

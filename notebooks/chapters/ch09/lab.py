@@ -7,14 +7,16 @@ is seen (`Final`).
 
 from __future__ import annotations
 
-import hashlib
-import json
+import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
+from typing import Any, Literal
+from weakref import finalize
 
 import numpy as np
 import pandas as pd
@@ -23,9 +25,7 @@ from tqdm import tqdm
 
 from fichapters.estimates import estimate_merge
 from fichapters.parameters import nearest
-from fichapters.tables import with_verdict
-from fihelpers.answers import usual_answers
-from fihelpers.data import write_atomically
+from fichapters.tables import RESAMPLES, with_verdict
 from fihelpers.evaluate.questions import Evaluator
 from fihelpers.evaluate.stats import crossed_difference, crossed_ratio
 from fihelpers.jobs.preflight import Estimate, estimate_scores
@@ -55,6 +55,7 @@ from fihelpers.perturb.topshare import TopShare
 from fihelpers.scores.store import Scores, provenance
 from fihelpers.scores.weights import score_weights
 from fihelpers.tasks import Example, load_task
+from fihelpers.trials import Kept, Labels, Trial, Trials, collect
 
 IN_MEMORY = 2**30  # bytes of a model up to which its tensors are held rather than read again for each merge
 GROUP_BYTES = 2**34  # of scores that are computed at a time
@@ -78,7 +79,6 @@ CHOICES: dict[str, tuple[str, bool]] = {
     RANDOM: (RANDOM, False),
 }
 NO_QUESTION = (WEIGHT, STEP)  # these look at no calibration question
-RESAMPLES = 2000
 # rows of Table 3: what each protects, and the merge without protection that it is compared with
 ROWS: dict[str, tuple[str, Mapping[str, object]]] = {
     "average": ("average", {}),
@@ -111,85 +111,86 @@ CURVES = ("average", "task arithmetic", "TIES I")
 ELSEWHERE = {
     "neither domain": {"task": "bundled", "subjects": ("business", "culture", "geography", "law")},
 }
+NEEDED = ("densities", "wide", "compared")  # of OPTIONS; the others and what stands for them:
+USUAL = {"validation": None, "elect": "mean", "choices": tuple(CHOICES), "elsewhere": ELSEWHERE}
 ALONE_SHARE = 0.1  # of A's weights that the earlier version of the paper keeps
 OWN, OTHER = "its own domain", "the other domain"
 
 Which = Literal["base", "a", "b"]
-Judge = Literal["correct", "log_prob"]
-JUDGES = ("correct", "log_prob")
+Answers = dict[str, np.ndarray]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is run.
+# --- settings
 
-    domains: {name of A's domain: its subjects, name of B's: its subjects}. shares: k, as shares of the linear
-    weights, to search; wide: further ones for the curve. task_weights and densities: gamma, and what TIES
-    keeps, to search. seeds: number of calibration sets, of n_calibration questions each. n_validation and
-    n_test: questions of each domain (None takes all). elect: TIES' election. choices: what to compare, see
-    `score_of`, at the share `compared`. elsewhere: further questions to calibrate on, {name: {"task",
-    "subjects"}}.
+
+def options(p: SimpleNamespace) -> dict[str, Any]:
+    """The chapter's OPTIONS with what stands for those that are not given.
+
+    densities: what TIES keeps, to search. wide: further shares for the curve. validation: questions of each
+    domain to search with (None takes all). elect: TIES' election. choices: what to compare, see `score_of`,
+    at the share `compared`. elsewhere: further questions to calibrate on, {name: {"task", "subjects"}}.
     """
-
-    task: str
-    domains: Mapping[str, Sequence[str]]
-    shares: tuple[float, ...]
-    wide: tuple[float, ...]
-    task_weights: tuple[float, ...]
-    densities: tuple[float, ...]
-    seeds: int
-    n_calibration: int
-    n_validation: int | None = None
-    n_test: int | None = None
-    elect: Elect = "mean"
-    choices: tuple[str, ...] = tuple(CHOICES)
-    compared: float = 0.05
-    elsewhere: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "choices", tuple(dict.fromkeys(map(_choice, self.choices))))
-
-    @property
-    def scored(self) -> tuple[str, ...]:
-        """The choices that anything of this plan protects by."""
-        return tuple(dict.fromkeys((*self.choices, *FILTERS.values(), RANDOM)))
+    return {**USUAL, **p.OPTIONS}
 
 
-def plan_of(p: SimpleNamespace) -> Plan:
-    """The plan from a chapter's settled parameters. Raises ValueError for one that cannot be run.
+def choices(p: SimpleNamespace) -> tuple[str, ...]:
+    """What protection is compared by, by the names that results keep: "FI damped 1e-4" is 0.0001."""
+    named = (by if by in CHOICES else score_of(by)[0] for by in options(p)["choices"])
+    return tuple(dict.fromkeys(named))
+
+
+def scored(p: SimpleNamespace) -> tuple[str, ...]:
+    """The choices that anything of the chapter protects by."""
+    return tuple(dict.fromkeys((*choices(p), *FILTERS.values(), RANDOM)))
+
+
+def check(p: SimpleNamespace) -> None:
+    """Raise ValueError for settings that cannot be run; a chapter calls it before it opens a model.
 
     And what `load_task` raises.
     """
-    known = ("densities", "wide", "validation", "elect", "choices", "compared", "elsewhere")
+    known = (*NEEDED, *USUAL)
     for name in p.OPTIONS:
         if name not in known:
             raise ValueError(f"OPTIONS has no {name!r}{nearest(name, known)}")
-    for name in ("densities", "wide", "compared"):
+    for name in NEEDED:
         if name not in p.OPTIONS:
             raise ValueError(
                 f"OPTIONS lacks {name!r}; give densities, wide and compared, as the chapter does."
             )
-    given = dict(p.OPTIONS)
-    plan = Plan(
-        task=p.TASK,
-        domains={domain: tuple(subjects) for domain, subjects in p.DOMAINS.items()},
-        shares=tuple(p.SHARES),
-        wide=tuple(given["wide"]),
-        task_weights=tuple(p.TASK_WEIGHTS),
-        densities=tuple(given["densities"]),
-        seeds=p.SEEDS,
-        n_calibration=p.N_CALIBRATION,
-        n_validation=given.get("validation"),
-        n_test=p.N_TEST,
-        elect=given.get("elect", "mean"),
-        choices=tuple(given.get("choices", CHOICES)),
-        compared=given["compared"],
-        elsewhere=given.get("elsewhere", ELSEWHERE),
-        seed=p.SEED,
-    )
-    check(plan)
-    return plan
+    given = options(p)
+    for share in (*p.SHARES, *given["wide"], given["compared"]):
+        check_share("A share", share, "k % is a hundredth of k")
+    for density in given["densities"]:
+        check_share("A density", density)
+    check_choice("elect", given["elect"], Elect)
+    choices(p)
+    searched = {"SHARES": p.SHARES, "TASK_WEIGHTS": p.TASK_WEIGHTS, "densities": given["densities"]}
+    for name, values in searched.items():
+        if not values:
+            raise ValueError(f"{name} is empty; give at least one value to search.")
+    _check_questions(p)
+
+
+def _check_questions(p: SimpleNamespace) -> None:
+    """Raise ValueError where the questions are not there, or too few of them."""
+    if len(p.DOMAINS) != 2:
+        raise ValueError(f"Two domains are needed, A's and B's, not {len(p.DOMAINS)}.")
+    if p.SEEDS < 1 or p.N_CALIBRATION < 1:
+        raise ValueError(
+            f"{p.SEEDS} calibration sets of {p.N_CALIBRATION} questions: both must be at least 1."
+        )
+    for domain, subjects in p.DOMAINS.items():
+        if not isinstance(subjects, list | tuple) or not subjects:
+            raise ValueError(f"the domain {domain!r} needs a list of subjects, not {subjects!r}.")
+    for domain in p.DOMAINS:
+        validation_set(p, domain)
+        test_set(p, domain)
+    for name in options(p)["elsewhere"]:
+        if len(_elsewhere(p, name, p.SEEDS - 1)) < p.N_CALIBRATION:
+            raise ValueError(
+                f"Of {name!r} there are too few questions for {p.SEEDS} sets of {p.N_CALIBRATION}."
+            )
 
 
 def score_of(by: str) -> tuple[str, bool]:
@@ -208,15 +209,18 @@ def score_of(by: str) -> tuple[str, bool]:
     return measure.name, False
 
 
-def needs(
-    plan: Plan, base: str, a: str, b: str, cache: Path, device: str = "cpu", dtype: str = "float32"
-) -> tuple[Estimate, ...]:
+def needs(p: SimpleNamespace) -> tuple[Estimate, ...]:
     """What a run needs of memory and disk: to merge, and to score both experts on every calibration set."""
-    merge = estimate_merge(base, a, b, method="TIES", protected=False, out=tempfile.gettempdir())
-    own, other = (len(_wanted(plan, place)) for place in (OWN, OTHER))
-    files = plan.seeds * (2 * own + (1 + len(plan.elsewhere)) * other)
-    settings = {"dtype": dtype, "device": device, "out": cache, "at_a_time": GROUP_BYTES}
-    return (merge, *(estimate_scores(expert, files=files // 2, **settings) for expert in (a, b)))  # type: ignore[arg-type]
+    place = tempfile.gettempdir()
+    merge = estimate_merge(p.BASE, p.MODEL_A, p.MODEL_B, method="TIES", protected=False, out=place)
+    own, other = (len(_wanted(p, where)) for where in (OWN, OTHER))
+    files = p.SEEDS * (2 * own + (1 + len(options(p)["elsewhere"])) * other)
+    settings = {"dtype": p.DTYPE, "device": p.DEVICE, "out": place, "at_a_time": GROUP_BYTES}
+    experts = (p.MODEL_A, p.MODEL_B)
+    return (merge, *(estimate_scores(expert, files=files // 2, **settings) for expert in experts))
+
+
+# --- which models are asked
 
 
 @dataclass(frozen=True)
@@ -231,7 +235,7 @@ class Setting:
     """A merge: its method and what is protected.
 
     by: see `score_of`, or "" for a merge without protection. share, stages, whole, scope: as in `Protection`.
-    calibrated_on: OWN, OTHER or a name of `Plan.elsewhere`. only_a: B's weights are not protected.
+    calibrated_on: OWN, OTHER or a name of the option `elsewhere`. only_a: B's weights are not protected.
     """
 
     method: Method = field(default_factory=Average)
@@ -253,52 +257,55 @@ class Setting:
 Asked = Alone | Setting
 
 
-def calibration_set(plan: Plan, domain: str, k: int) -> list[Example]:
+def calibration_set(p: SimpleNamespace, domain: str, k: int) -> list[Example]:
     """The k-th calibration set of a domain: sets share no question with each other or with the search."""
-    n = plan.n_calibration
-    return _shuffled(plan, domain, "val")[k * n : (k + 1) * n]
+    n = p.N_CALIBRATION
+    return _shuffled(p, domain, "val")[k * n : (k + 1) * n]
 
 
-def validation_set(plan: Plan, domain: str) -> list[Example]:
+def validation_set(p: SimpleNamespace, domain: str) -> list[Example]:
     """The validation questions that are in no calibration set. Raises ValueError if none is left."""
-    found = _shuffled(plan, domain, "val")
-    used = plan.seeds * plan.n_calibration
+    found = _shuffled(p, domain, "val")
+    used = p.SEEDS * p.N_CALIBRATION
     if used >= len(found):
         raise ValueError(
-            f"{plan.seeds} calibration sets of {plan.n_calibration} questions leave none of the {len(found)} "
+            f"{p.SEEDS} calibration sets of {p.N_CALIBRATION} questions leave none of the {len(found)} "
             f"validation questions of {domain} for the search; make them smaller."
         )
-    return found[used:][: plan.n_validation]
+    return found[used:][: options(p)["validation"]]
 
 
-def test_set(plan: Plan, domain: str) -> list[Example]:
+def test_set(p: SimpleNamespace, domain: str) -> list[Example]:
     """Questions of the test split."""
-    return _shuffled(plan, domain, "test")[: plan.n_test]
+    return _shuffled(p, domain, "test")[: p.N_TEST]
 
 
 test_set.__test__ = False  # type: ignore[attr-defined]  # pytest: not a test
 
 
-class Bench:
-    """The models, and one network that takes the weights of one merged model after another.
+class Experts:
+    """The base and its two experts, and one network that takes the weights of one merge after another.
 
-    base, a, b: bundled name, folder or hub id. Raises, before anything runs, ValueError for a bad plan and
-    what `Merger` raises for models that cannot be merged.
+    They are the chapter's BASE, MODEL_A and MODEL_B (bundled name, folder or hub id). Scores that are too
+    large to be held are files in the system's temporary folder (TMPDIR). Raises, before anything runs, what
+    `Merger` raises for models that cannot be merged.
     """
 
-    def __init__(
-        self, base: str, a: str, b: str, plan: Plan, cache: Path, device: str = "cpu", dtype: str = "float32"
-    ) -> None:
-        check(plan)
-        self.plan = plan
-        self.model = open_model(base, None, device, dtype)
-        opened = {"base": open_weights(base, self.model.revision), "a": open_weights(a), "b": open_weights(b)}
+    def __init__(self, p: SimpleNamespace) -> None:
+        self.p = p
+        self.model = open_model(p.BASE, None, p.DEVICE, p.DTYPE)
+        opened = {"base": open_weights(p.BASE, self.model.revision)}
+        opened |= {"a": open_weights(p.MODEL_A), "b": open_weights(p.MODEL_B)}
         self.weights = {which: _held(weights) for which, weights in opened.items()}
         self.merger(Setting(Ties()), 0)
         self.linear = linear_names(self.model.network)
-        key = [[w.sha256 for w in self.weights.values()], dtype, asdict(plan)]
-        self.cache = cache / f"merging.{_hash(key)}"
         self._scores: dict[tuple[Which, int, str], dict[str, AnyScores]] = {}
+        self._folder, self._numbers = Path(tempfile.mkdtemp()), count()
+        finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+
+    def identity(self) -> list[object]:
+        """What merges depend on; see :mod:`fihelpers.identity`. Not the weights that the network has now."""
+        return [[w.sha256 for w in self.weights.values()], self.model.network.dtype, self.p]
 
     def merger(self, setting: Setting, k: int) -> Merger:
         """The merge of a setting with calibration set (or draw) number k."""
@@ -307,7 +314,7 @@ class Bench:
         if isinstance(method, FisherAverage):
             fishers = (self.scores("a", k)[FISHER.name], self.scores("b", k)[FISHER.name])
         if isinstance(method, Dare | DareTies):
-            method = replace(method, seed=self.plan.seed + k)
+            method = replace(method, seed=self.p.SEED + k)
         w = self.weights
         return Merger(w["base"], w["a"], w["b"], method, self._protection(setting, k), fishers)
 
@@ -326,10 +333,7 @@ class Bench:
         """Scores of one expert's linear weights, on calibration set number k; a large model's as files."""
         key = (which, k, calibrated_on)
         if key not in self._scores:
-            self._scores[key] = {
-                n: self._kept(s, f"{which}.{k}.{calibrated_on}.{n}")
-                for n, s in self._scored(which, k, calibrated_on)
-            }
+            self._scores[key] = {n: self._laid_down(s) for n, s in self._scored(which, k, calibrated_on)}
         return self._scores[key]
 
     def _scored(self, which: Which, k: int, calibrated_on: str) -> Iterator[tuple[str, Scores]]:
@@ -340,32 +344,32 @@ class Bench:
             self.model.network, self.model.tokenizer, weights.label, weights.revision, weights.sha256
         )
         examples = self._calibration(which, k, calibrated_on)
-        wanted = _wanted(self.plan, calibrated_on)
+        wanted = _wanted(self.p, calibrated_on)
         if STEP in wanted:
             steps = {name: (weights.read(name) - base.read(name)).abs() for name in self.linear}
             yield STEP, Scores(steps, provenance(model, examples) | {"measure": STEP})
         # with one seed for both experts they would draw the same weights, and none would be protected alone
-        seed = 2 * (self.plan.seed + k) + "ab".index(which)
+        seed = 2 * (self.p.SEED + k) + "ab".index(which)
         names = [name for name in wanted if name != STEP]
         large = 4 * sum(weights.layouts[name].numel for name in self.linear) > IN_MEMORY
         for part in [[name] for name in names] if large else [names]:
             yield from _in_groups(model, examples, part, self.linear, seed).items()
 
-    def _kept(self, scores: Scores, name: str) -> AnyScores:
+    def _laid_down(self, scores: Scores) -> AnyScores:
         if 4 * scores.numel() <= IN_MEMORY:
             return scores
-        path = self.cache / f"{_hash(name)}.safetensors"
+        path = self._folder / f"{next(self._numbers)}.safetensors"
         scores.save(path)
         return path
 
     def _calibration(self, which: Which, k: int, calibrated_on: str) -> list[Example]:
-        domains = list(self.plan.domains)
+        domains = list(self.p.DOMAINS)
         place = "ab".index(which)
         if calibrated_on == OWN:
-            return calibration_set(self.plan, domains[place], k)
+            return calibration_set(self.p, domains[place], k)
         if calibrated_on == OTHER:
-            return calibration_set(self.plan, domains[1 - place], k)
-        return _elsewhere(self.plan, calibrated_on, k)
+            return calibration_set(self.p, domains[1 - place], k)
+        return _elsewhere(self.p, calibrated_on, k)
 
     def _protection(self, setting: Setting, k: int) -> Protection | None:
         if not setting.by:
@@ -374,55 +378,73 @@ class Bench:
         a = self.scores("a", k, setting.calibrated_on)[name]
         b = None if setting.only_a else self.scores("b", k, setting.calibrated_on)[name]
         return Protection(
-            setting.share, a, b, setting.scope, displaced, setting.stages, setting.whole, self.plan.seed + k
+            setting.share, a, b, setting.scope, displaced, setting.stages, setting.whole, self.p.SEED + k
         )
 
 
 class Exam:
-    """Questions of both domains, asked of one model after another; answers are kept in the bench's cache."""
+    """Questions of both domains, asked of one model after another."""
 
-    def __init__(self, bench: Bench, questions: Mapping[str, Sequence[Example]]) -> None:
-        self.bench, self.counts = bench, {domain: len(found) for domain, found in questions.items()}
+    def __init__(self, experts: Experts, questions: Mapping[str, Sequence[Example]]) -> None:
+        self.experts, self.counts = experts, {domain: len(found) for domain, found in questions.items()}
         everything = [e for found in questions.values() for e in found]
         if not all(e.options and e.answer is not None for e in everything):
             raise ValueError(
                 "Merging is judged by questions with options and a right answer; give such a task."
             )
-        self._ask = Evaluator(bench.model, everything, usual_answers(bench.model.tokenizer, lettered=True))
-        self._key = _hash([(e.prompt, e.answer) for e in everything])
-        self._known: dict[tuple[str, int], dict[str, object]] = {}
+        self._ask = Evaluator(experts.model, everything)
+        self._known: dict[tuple[Asked, int], Answers] = {}
 
-    def row(self, name: str, asked: Asked, k: int) -> dict[str, object]:
-        """The answers of one model, under a name: see `rows`."""
-        key = (repr(asked), k)
-        if key not in self._known:
-            path = self.bench.cache / f"{_hash([self._key, *key])}.json"
-            if not path.is_file():
-                self.bench.put(asked, k)
-                write_atomically(path, json.dumps(self._answers()).encode())
-            self._known[key] = json.loads(path.read_text())
-        return {"name": name, "set": k, **_described(asked), **self._known[key]}
+    def identity(self) -> list[object]:
+        """What the answers depend on; see :mod:`fihelpers.identity`."""
+        return [self.experts, self._ask.examples, self.counts]
 
-    def rows(self, settings: Mapping[str, Asked]) -> pd.DataFrame:
-        """A row for each name and calibration set.
+    def ask(self, asked: Asked, k: int) -> Answers:
+        """One model's answers: `correct`, and log P of the right answer to four digits, domain by domain."""
+        if (asked, k) not in self._known:
+            self.experts.put(asked, k)
+            outcome = self._ask()
+            log_prob = outcome.log_prob.double().numpy().round(4)
+            self._known[asked, k] = {"correct": outcome.correct.numpy(), "log_prob": log_prob}
+        return self._known[asked, k]
 
-        Columns: name, set, what describes the setting, the accuracy in each domain, their mean, and for each
-        question, domain after domain, `correct` (0 or 1) and `log_prob` (of the right answer).
+    def base(self, *_: object) -> Answers:
+        """The answers of the base."""
+        return self.ask(Alone("base"), 0)
+
+    def accuracies(self, answers: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """The accuracy in each domain, and their mean."""
+        found = {d: float(answers["correct"][at].mean()) for d, at in _by_domain(self.counts).items()}
+        return {**found, "mean": float(np.mean(list(found.values())))}
+
+    def trials(self, models: Mapping[str, Asked], kept: Kept | None = None) -> Trials:
+        """Every model by its name, once for each calibration set that it depends on."""
+        return collect(self.base, partial(self._tries, models), sets=self.experts.p.SEEDS, kept=kept)
+
+    def _tries(self, models: Mapping[str, Asked], k: int) -> Iterator[tuple[Labels, Answers]]:
+        for name, asked in tqdm(models.items(), desc="merged models", unit="model"):
+            if k == 0 or (isinstance(asked, Setting) and asked.drawn):
+                yield {"name": name, **_described(asked)}, self.ask(asked, k)
+
+    def table(self, trials: Trials) -> pd.DataFrame:
+        """A row for each name and calibration set, the sets of a name together.
+
+        Columns: name, set, what describes the setting, the accuracy in each domain, their mean, n and
+        `correct`, a 0 or 1 for each question, domain after domain.
         """
-        pairs = [(n, s, k) for n, s in settings.items() for k in range(_sets(s, self.bench.plan))]
-        bar = tqdm(pairs, desc="merged models", unit="model")
-        return pd.DataFrame([self.row(name, asked, k) for name, asked, k in bar])
+        places = {trial.labels["name"]: i for i, trial in reversed([*enumerate(trials.tried)])}
+        ordered = sorted(trials.tried, key=lambda trial: places[trial.labels["name"]])
+        return pd.DataFrame([self._line(trial) for trial in ordered])
 
-    def _answers(self) -> dict[str, object]:
-        outcome = self._ask()
-        parts = outcome.correct.double().split(list(self.counts.values()))
-        accuracy = {domain: float(p.mean()) for domain, p in zip(self.counts, parts, strict=True)}
+    def _line(self, trial: Trial) -> dict[str, object]:
+        right = trial.values["correct"]
         return {
-            **accuracy,
-            "mean": float(np.mean(list(accuracy.values()))),
-            "n": sum(self.counts.values()),
-            "correct": outcome.correct.int().tolist(),
-            "log_prob": [round(x, 4) for x in outcome.log_prob.tolist()],
+            "name": trial.labels["name"],
+            "set": trial.set,
+            **trial.labels,
+            **self.accuracies(trial.values),
+            "n": len(right),
+            "correct": "".join("01"[int(c)] for c in right),
         }
 
 
@@ -432,37 +454,63 @@ class Search:
     A setting is tried with the first calibration set. Between equals the one that is named first wins.
     """
 
-    def __init__(self, bench: Bench) -> None:
-        self.plan = bench.plan
-        self.exam = Exam(bench, {d: validation_set(bench.plan, d) for d in bench.plan.domains})
-        self.tried: list[dict[str, object]] = []
+    def __init__(self, experts: Experts) -> None:
+        self.p = experts.p
+        self.exam = Exam(experts, {d: validation_set(self.p, d) for d in self.p.DOMAINS})
+        self._tried: list[pd.DataFrame] = []
 
-    def best(self, name: str, settings: Sequence[Setting]) -> Setting:
-        """Try the settings and return the best."""
-        found = [self.exam.row(name, s, 0) for s in tqdm(settings, desc=f"search {name}", leave=False)]
-        self.tried += found
-        return settings[int(pd.Series([row["mean"] for row in found]).argmax())]
+    def identity(self) -> list[object]:
+        """What the choices depend on; see :mod:`fihelpers.identity`."""
+        return [self.exam]
 
-    def plain(self, name: str, method: TaskArithmetic | Ties) -> Setting:
-        """The best gamma, and for TIES the best density with it, without protection."""
+    def best(self, starts: Mapping[str, Setting], kept: Kept | None = None) -> dict[str, Setting]:
+        """Try what can be chosen from each start, by name (see `_steps`), and return the best of each."""
+        trials = collect(self.exam.base, self._tries, sets=list(starts.items()), kept=kept)
+        self._tried.append(self.exam.table(trials))
+        found = {}
+        for name, start in starts.items():
+            tried = trials.where(name=name).tried
+            best = max(tried, key=lambda trial: self.exam.accuracies(trial.values)["mean"]).labels
+            given = {k: best[k] for k in ("task_weight", "density") if hasattr(start.method, k)}
+            found[name] = replace(start, share=best["share"], method=replace(start.method, **given))
+        return found
+
+    def _tries(self, start: tuple[str, Setting]) -> Iterator[tuple[Labels, Answers]]:
+        name, best = start
+        for step in (self._plain, self._shares, self._near) if best.by else (self._plain,):
+            means = {}
+            for setting in step(best):
+                answers = self.exam.ask(setting, 0)
+                means[setting] = self.exam.accuracies(answers)["mean"]
+                yield {"name": name, **_described(setting)}, answers
+            best = max(means, key=means.__getitem__, default=best)
+
+    def _plain(self, setting: Setting) -> list[Setting]:
+        """Without protection: every gamma, and for TIES every density with it."""
+        method = setting.method
+        if setting.by or not isinstance(method, TaskArithmetic | Ties):
+            return []
         methods: list[TaskArithmetic | Ties] = [method]
         if isinstance(method, Ties):
-            methods = [replace(method, density=density) for density in self.plan.densities]
-        weights = self.plan.task_weights
-        return self.best(name, [Setting(replace(m, task_weight=w)) for m in methods for w in weights])
+            methods = [replace(method, density=density) for density in options(self.p)["densities"]]
+        return [Setting(replace(m, task_weight=w)) for m in methods for w in self.p.TASK_WEIGHTS]
 
-    def protected(self, name: str, setting: Setting) -> Setting:
-        """The best share for a setting's protection, then gamma once more between its neighbours."""
-        chosen = self.best(name, [replace(setting, share=s) for s in self.plan.shares])
-        method = chosen.method
+    def _shares(self, setting: Setting) -> list[Setting]:
+        return [replace(setting, share=share) for share in self.p.SHARES]
+
+    def _near(self, setting: Setting) -> list[Setting]:
+        """With protection: gamma once more, and its neighbours."""
+        method = setting.method
         if not isinstance(method, TaskArithmetic | Ties):
-            return chosen
-        grid = sorted(self.plan.task_weights)
+            return []
+        grid = sorted(self.p.TASK_WEIGHTS)
         place = grid.index(method.task_weight)
         near = [method.task_weight, *grid[max(0, place - 1) : place], *grid[place + 1 : place + 2]]
-        return self.best(name, [replace(chosen, method=replace(method, task_weight=w)) for w in near])
+        return [replace(setting, method=replace(method, task_weight=w)) for w in near]
 
-    def curve(self, settings: Mapping[str, Setting], shares: Sequence[float]) -> pd.DataFrame:
+    def curve(
+        self, settings: Mapping[str, Setting], shares: Sequence[float], kept: Kept | None = None
+    ) -> pd.DataFrame:
         """Validation accuracy of each setting at each share, with all calibration sets (Fig. 5)."""
         asked, of = {}, {}
         for name, setting in settings.items():
@@ -470,119 +518,113 @@ class Search:
                 at = f"{name}, {share:g}"
                 of[at] = (name, setting.by, share)
                 asked[at] = everything(setting) if share == 1 else replace(setting, share=share)
-        rows = self.exam.rows(asked)
+        rows = self.exam.table(self.exam.trials(asked, kept)).drop(columns="correct")
         rows[["curve", "by", "share"]] = [of[name] for name in rows.name]
         return rows
 
     def table(self) -> pd.DataFrame:
         """Everything that was tried, in its order."""
-        return pd.DataFrame(self.tried).drop(columns=["set", *JUDGES])
+        return pd.concat(self._tried, ignore_index=True).drop(columns=["set", "correct"])
 
 
 class Final:
     """The test split. It is asked once, about a list of settings that no test answer can have guided."""
 
-    def __init__(self, bench: Bench) -> None:
-        self.exam = Exam(bench, {d: test_set(bench.plan, d) for d in bench.plan.domains})
+    def __init__(self, experts: Experts) -> None:
+        self.exam = Exam(experts, {d: test_set(experts.p, d) for d in experts.p.DOMAINS})
         self._asked = False
 
-    def ask(self, settings: Mapping[str, Asked]) -> pd.DataFrame:
-        """Ask about all settings, by name; rows as in `Exam.rows`. Raises RuntimeError the second time."""
+    def ask(self, models: Mapping[str, Asked], kept: Kept | None = None) -> Trials:
+        """Ask about all models, by name, as in `Exam.trials`. Raises RuntimeError the second time."""
         if self._asked:
             raise RuntimeError(
                 "The test questions have been asked already. Put every setting into one list, so that no "
                 "test answer guides the next choice."
             )
         self._asked = True
-        return self.exam.rows(settings)
+        return self.exam.trials(models, kept)
 
 
-def answers_of(rows: pd.DataFrame, name: str, judge: Judge = "correct") -> np.ndarray:
-    """Right (1) or wrong (0), or log P of the right answer, by calibration set and question, for one name."""
-    part = rows[rows.name == name].sort_values("set")
-    if part.empty:
-        raise ValueError(f"There is no setting {name!r}; there are {', '.join(dict.fromkeys(rows.name))}.")
-    return np.array(part[judge].tolist(), dtype=float)
+# --- what the answers say
 
 
-def accuracy(rows: pd.DataFrame, name: str, counts: Mapping[str, int], seed: int) -> pd.DataFrame:
+def accuracy(trials: Trials, name: str, counts: Mapping[str, int], seed: int) -> pd.DataFrame:
     """Accuracy in each domain and the mean of both, with bootstrap intervals over sets and questions.
 
     Columns value, low, high; index the domains and "mean".
     """
-    answers = answers_of(rows, name)
+    answers = trials.answers(name=name)
     lines = {}
-    for part, columns in (*_by_domain(counts).items(), ("mean", slice(None))):
-        values = answers[:, columns] * (_weights(counts) if part == "mean" else 1)
-        lines[part] = crossed_difference(values, np.zeros_like(values), seed=seed, resamples=RESAMPLES)
+    for domain in (*counts, "mean"):
+        values = _weighted(answers, counts, domain)
+        lines[domain] = crossed_difference(values, np.zeros_like(values), seed=seed, resamples=RESAMPLES)
     return pd.DataFrame.from_dict(lines, orient="index", columns=["value", "low", "high"])
 
 
 def difference(
-    rows: pd.DataFrame,
-    a: str,
-    b: str,
+    trials: Trials,
+    pairs: Sequence[tuple[str, str]],
     counts: Mapping[str, int],
     seed: int,
     domain: str = "mean",
-    judge: Judge = "correct",
+    value: str = "accuracy",
 ) -> tuple[float, float, float]:
-    """Accuracy of a (or its mean log P of the right answer) minus that of b, paired by question, and by set.
+    """Accuracy (or mean log P of the right answer, log_prob) of the first of a pair minus that of the second.
 
-    domain: one of them, or "mean" for the mean of both. The interval is a 95 % bootstrap over sets and
-    questions.
+    Of several pairs, which share questions and calibration sets, the mean. domain: one of them, or "mean" for
+    the mean of both. The interval is a 95 % bootstrap over sets and questions, paired.
     """
-    first, second = np.broadcast_arrays(answers_of(rows, a, judge), answers_of(rows, b, judge))
-    columns = slice(None) if domain == "mean" else _by_domain(counts)[domain]
-    weights = _weights(counts) if domain == "mean" else np.ones(first.shape[1])
-    found = crossed_difference(
-        (first * weights)[:, columns], (second * weights)[:, columns], seed=seed, resamples=RESAMPLES
-    )
-    mean, low, high = (round(x, 9) + 0.0 for x in found)  # an end at zero is no rounding error above it
-    return mean, low, high
+    both = [_paired(trials, pair, value) for pair in pairs]
+    first, second = (_weighted(np.mean([pair[i] for pair in both], 0), counts, domain) for i in (0, 1))
+    return _rounded(crossed_difference(first, second, seed=seed, resamples=RESAMPLES))
 
 
 def differences(
-    rows: pd.DataFrame,
+    trials: Trials,
     pairs: Iterable[tuple[str, str]],
     counts: Mapping[str, int],
     seed: int,
     domain: str = "mean",
-    judge: Judge = "correct",
+    value: str = "accuracy",
 ) -> pd.DataFrame:
     """`difference` for every pair: columns first, minus, difference, low, high."""
-    lines = [(a, b, *difference(rows, a, b, counts, seed, domain, judge)) for a, b in pairs]
+    lines = [(*pair, *difference(trials, [pair], counts, seed, domain, value)) for pair in pairs]
     return pd.DataFrame(lines, columns=["first", "minus", "difference", "low", "high"])
 
 
-def pooled(
-    rows: pd.DataFrame,
-    pairs: Sequence[tuple[str, str]],
-    counts: Mapping[str, int],
-    seed: int,
-    judge: Judge = "correct",
-) -> tuple[float, float, float]:
-    """The mean of `difference` over pairs that share questions and calibration sets, with its interval."""
-    both = [np.broadcast_arrays(answers_of(rows, a, judge), answers_of(rows, b, judge)) for a, b in pairs]
-    first, second = (np.mean([pair[i] for pair in both], 0) * _weights(counts) for i in (0, 1))
-    return crossed_difference(first, second, seed=seed, resamples=RESAMPLES)
+def _paired(trials: Trials, pair: tuple[str, str], value: str) -> list[np.ndarray]:
+    """Values (sets, questions) of both; one that depends on no calibration set is the same in all."""
+    return [*np.broadcast_arrays(*(trials.answers(value, name=name) for name in pair))]
+
+
+def _weighted(values: np.ndarray, counts: Mapping[str, int], domain: str) -> np.ndarray:
+    """The questions of one domain, or all of them so that their mean is that of the domains' means."""
+    if domain != "mean":
+        return values[:, _by_domain(counts)[domain]]
+    total = sum(counts.values())
+    return values * np.concatenate([np.full(n, total / (len(counts) * n)) for n in counts.values()])
+
+
+def _rounded(found: tuple[float, float, float]) -> tuple[float, float, float]:
+    """An end at zero is no rounding error above it."""
+    value, low, high = (round(x, 9) + 0.0 for x in found)
+    return value, low, high
 
 
 def table3(
-    rows: pd.DataFrame, names: Iterable[str], counts: Mapping[str, int], seed: int
+    trials: Trials, names: Iterable[str], counts: Mapping[str, int], seed: int
 ) -> dict[str, pd.DataFrame]:
     """`accuracy` for each name."""
-    return {name: accuracy(rows, name, counts, seed) for name in names}
+    return {name: accuracy(trials, name, counts, seed) for name in names}
 
 
-def as_text(found: Mapping[str, pd.DataFrame], rows: pd.DataFrame) -> pd.DataFrame:
+def as_text(found: Mapping[str, pd.DataFrame], trials: Trials) -> pd.DataFrame:
     """Table 3 to read: accuracies with their intervals, and the k, gamma and density that were chosen."""
-    described = rows.drop_duplicates("name").set_index("name")
     lines = {}
     for name, table in found.items():
         line = {i: f"{r.value:.2f} [{r.low:.2f}, {r.high:.2f}]" for i, r in table.iterrows()}
-        given = described.loc[name]
-        line["k"] = f"{100 * given.share:g} %" if given.by else ""
+        given = trials.where(name=name).tried[0].labels
+        line["k"] = f"{100 * given['share']:g} %" if given["by"] else ""
         for column, title in {"task_weight": "γ", "density": "density"}.items():
             line[title] = "" if np.isnan(given[column]) else f"{given[column]:g}"
         lines[name] = line
@@ -616,54 +658,60 @@ def price_text(price: pd.DataFrame, a: str, b: str) -> pd.DataFrame:
     return pd.DataFrame(made, index=price.index)
 
 
-def paired(rows: pd.DataFrame, plan: Plan, counts: Mapping[str, int], seed: int) -> pd.DataFrame:
+def paired(trials: Trials, p: SimpleNamespace, counts: Mapping[str, int]) -> pd.DataFrame:
     """The paired differences on which claims 20 to 23 rest.
 
     Columns topic, measure (what protects; "" for none), n, those of `differences`, and log_p and by_log_p:
     the difference of log P, and what its interval says of "above zero".
     """
     behind = [("task arithmetic", "DARE task"), ("TIES", "DARE TIES")]
-    asked = [(by, *said) for by in FILTERS.values() for said in _claimed(plan, by)]
+    asked = [(by, *said) for by in FILTERS.values() for said in _claimed(p, by)]
     parts = []
     for by, topic, pairs, domain in [*asked, ("", DARE_BEHIND, behind, "mean")]:
-        found = differences(rows, pairs, counts, seed, domain)
-        likely = with_verdict(differences(rows, pairs, counts, seed, domain, "log_prob"), above=0)
+        found = differences(trials, pairs, counts, p.SEED, domain)
+        likely = with_verdict(differences(trials, pairs, counts, p.SEED, domain, "log_prob"), above=0)
         about = {"topic": topic, "measure": by, "n": counts.get(domain, sum(counts.values()))}
         found = found.assign(**about, log_p=likely.difference, by_log_p=likely.verdict)
         parts.append(found[[*about, *found.columns.drop(list(about))]])
     return pd.concat(parts, ignore_index=True).sort_values("topic", kind="stable", ignore_index=True)
 
 
-def _claimed(plan: Plan, by: str) -> list[tuple[str, list[tuple[str, str]], str]]:
+def _claimed(p: SimpleNamespace, by: str) -> list[tuple[str, list[tuple[str, str]], str]]:
     """What claims 20 to 23 say of FI by one filter: topic, which rows should be above which, and where."""
     with_without = [(f"{row}, {by}", without) for row, (without, _) in ROWS.items()]
     rises = [(f"{row}, {by}, at the peak", ROWS[row][0]) for row in CURVES]
     falls = [(f"{row}, {by}, at the peak", f"{row}, all kept") for row in CURVES]
-    others = [n for n in table_order(plan.domains)[3:] if not n.startswith("TIES I,")]
+    others = [n for n in table_order(p.DOMAINS)[3:] if not n.startswith("TIES I,")]
     rest = [name for name in FILTERS.values() if name != by]
     best = [(f"TIES I, {by}", other) for other in others if not any(name in other for name in rest)]
     kept = f"A kept by {by}, "
     places = [(kept + OWN, f"A kept by {RANDOM}"), (kept + OWN, "average")]
-    places += [(kept + OWN, kept + place) for place in (OTHER, *plan.elsewhere)]
+    places += [(kept + OWN, kept + place) for place in (OTHER, *options(p)["elsewhere"])]
     return [
         (TOPICS["c20"], with_without, "mean"),
         (TOPICS["c21"], best, "mean"),
         (TOPICS["c22"], rises, "mean"),
         (FALLS, falls, "mean"),
-        (TOPICS["c23"], places, next(iter(plan.domains))),
+        (TOPICS["c23"], places, next(iter(p.DOMAINS))),
     ]
 
 
-def choose(search: Search) -> dict[str, Setting]:
-    """The settings of Table 3: each method without protection, and each of ROWS with FI by each filter."""
+def choose(search: Search, kept: Callable[[str], Kept | None] = lambda _: None) -> dict[str, Setting]:
+    """The settings of Table 3: each method without protection, and each of ROWS with FI by each filter.
+
+    kept: where what is tried is kept, by a name (`Chapter.kept`).
+    """
+    ties = Ties(elect=options(search.p)["elect"])
+    starts = {"task arithmetic": Setting(TaskArithmetic()), "TIES": Setting(ties)}
     chosen = {"average": Setting(), "Fisher average": Setting(FisherAverage())}
-    chosen["task arithmetic"] = search.plain("task arithmetic", TaskArithmetic())
-    chosen["TIES"] = search.plain("TIES", Ties(elect=search.plan.elect))
-    for row, (without, stages) in ROWS.items():
-        for by in FILTERS.values():
-            start = replace(chosen[without], by=by, **stages)  # type: ignore[arg-type]
-            chosen[f"{row}, {by}"] = search.protected(f"{row}, {by}", start)
-    task, ties = chosen["task arithmetic"].method, chosen["TIES"].method
+    chosen |= search.best(starts, kept("search"))
+    starts = {
+        f"{row}, {by}": replace(chosen[without], by=by, **stages)  # type: ignore[arg-type]
+        for row, (without, stages) in ROWS.items()
+        for by in FILTERS.values()
+    }
+    chosen |= search.best(starts, kept("search_protected"))
+    task, ties = chosen["task arithmetic"].method, chosen["TIES"].method  # type: ignore[assignment]
     assert isinstance(task, TaskArithmetic) and isinstance(ties, Ties)
     chosen["DARE task"] = Setting(Dare(task_weight=task.task_weight))
     chosen["DARE TIES"] = Setting(
@@ -717,31 +765,31 @@ def peaks(curve: pd.DataFrame, settings: Mapping[str, Setting]) -> dict[str, Set
     return found | {f"{row}, all kept": everything(settings[f"{row}, {EXACT}"]) for row in CURVES}
 
 
-def compared(plan: Plan) -> dict[str, Setting]:
+def compared(p: SimpleNamespace) -> dict[str, Setting]:
     """The average, protected by each choice at one size, and by FI layer by layer."""
-    share = plan.compared
-    found = {f"average by {by}": Setting(by=by, share=share) for by in plan.scored}
+    share = p.OPTIONS["compared"]
+    found = {f"average by {by}": Setting(by=by, share=share) for by in scored(p)}
     layered = {
         f"average by {by}, per layer": Setting(by=by, share=share, scope="layer") for by in FILTERS.values()
     }
     return found | layered
 
 
-def expert_alone(plan: Plan) -> dict[str, Setting]:
+def expert_alone(p: SimpleNamespace) -> dict[str, Setting]:
     """The earlier version's setting: only A is protected from the average, by scores from several domains."""
     kept = Setting(share=ALONE_SHARE, only_a=True)
     found = {
         f"A kept by {by}, {place}": replace(kept, by=by, calibrated_on=place)
         for by in FILTERS.values()
-        for place in (OWN, OTHER, *plan.elsewhere)
+        for place in (OWN, OTHER, *options(p)["elsewhere"])
     }
-    others = [by for by in ("Jacobian norm", "SNIP") if by in plan.choices]
+    others = [by for by in ("Jacobian norm", "SNIP") if by in choices(p)]
     found |= {f"A kept by {by}, {OWN}": replace(kept, by=by) for by in others}
-    unasked = [STEP] if STEP in plan.choices else []
+    unasked = [STEP] if STEP in choices(p) else []
     return found | {f"A kept by {by}": replace(kept, by=by) for by in (*unasked, RANDOM)}
 
 
-def price_of(rows: pd.DataFrame, names: Sequence[str], counts: Mapping[str, int], seed: int) -> pd.DataFrame:
+def price_of(trials: Trials, names: Sequence[str], counts: Mapping[str, int], seed: int) -> pd.DataFrame:
     """What protecting A alone changes from the plain average: in A's domain, in B's, and in the mean of both.
 
     Columns: the domains and "mean"; low and high (of B's domain), own_low and own_high (of A's), mean_low and
@@ -751,8 +799,9 @@ def price_of(rows: pd.DataFrame, names: Sequence[str], counts: Mapping[str, int]
     a, b = counts
     lines = {}
     for name in names:
-        own, other, both = (difference(rows, name, "average", counts, seed, d) for d in (a, b, "mean"))
-        gain, least, most = relative(rows, name, f"A kept by {RANDOM}", counts, seed, a)
+        pair = (name, "average")
+        own, other, both = (difference(trials, [pair], counts, seed, domain) for domain in (a, b, "mean"))
+        gain, least, most = relative(trials, (name, f"A kept by {RANDOM}"), counts, seed, a)
         lines[name] = {
             a: own[0], "own_low": own[1], "own_high": own[2], b: other[0], "low": other[1], "high": other[2],
             "mean": both[0], "mean_low": both[1], "mean_high": both[2],
@@ -762,14 +811,11 @@ def price_of(rows: pd.DataFrame, names: Sequence[str], counts: Mapping[str, int]
 
 
 def relative(
-    rows: pd.DataFrame, a: str, b: str, counts: Mapping[str, int], seed: int, domain: str
+    trials: Trials, pair: tuple[str, str], counts: Mapping[str, int], seed: int, domain: str
 ) -> tuple[float, float, float]:
-    """Accuracy of a over that of b in one domain, minus 1, with its bootstrap interval as in `difference`."""
-    first, second = np.broadcast_arrays(answers_of(rows, a), answers_of(rows, b))
-    columns = _by_domain(counts)[domain]
-    gains = crossed_ratio(first[:, columns], second[:, columns], seed=seed, resamples=RESAMPLES)
-    gain, low, high = (round(x, 9) + 0.0 for x in gains)
-    return gain, low, high
+    """Accuracy of the first over that of the second in one domain, minus 1, with its bootstrap interval."""
+    first, second = (_weighted(values, counts, domain) for values in _paired(trials, pair, "accuracy"))
+    return _rounded(crossed_ratio(first, second, seed=seed, resamples=RESAMPLES))
 
 
 def conventions(chosen: Mapping[str, Setting]) -> dict[str, Setting]:
@@ -789,28 +835,28 @@ def conventions(chosen: Mapping[str, Setting]) -> dict[str, Setting]:
     }
 
 
-def overlap(bench: Bench, share: float) -> pd.DataFrame:
+def overlap(experts: Experts, share: float) -> pd.DataFrame:
     """How much of what A and B protect is the same, and how much is put back, for each choice.
 
     Columns common (share of one's weights that the other has too), put back (share of the scored weights).
     """
     lines = {}
-    for by in bench.plan.scored:
+    for by in scored(experts.p):
         name, displaced = score_of(by)
         if displaced:
             continue
-        a, b = (_top(bench.scores(which, 0)[name], share) for which in ("a", "b"))
+        a, b = (_top(experts.scores(which, 0)[name], share) for which in ("a", "b"))
         chosen = max(1, int(a.sum()))
         lines[by] = (int((a & b).sum()) / chosen, int((a ^ b).sum()) / len(a))
     return pd.DataFrame.from_dict(lines, orient="index", columns=["common", "put back"])
 
 
-def displacements(bench: Bench) -> dict[str, float]:
+def displacements(experts: Experts) -> dict[str, float]:
     """What a merge has to reconcile, over the linear weights.
 
     Cosine of both displacements, share of equal signs, and the norm of each relative to the base's weights.
     """
-    flat = {which: _flat(weights, bench.linear) for which, weights in bench.weights.items()}
+    flat = {which: _flat(weights, experts.linear) for which, weights in experts.weights.items()}
     a, b = flat["a"] - flat["base"], flat["b"] - flat["base"]
     return {
         "cosine": float(torch.nn.functional.cosine_similarity(a, b, 0)),
@@ -821,28 +867,28 @@ def displacements(bench: Bench) -> dict[str, float]:
     }
 
 
-def written(bench: Bench, setting: Setting) -> tuple[str, float]:
+def written(experts: Experts, setting: Setting) -> tuple[str, float]:
     """Write a merge to a temporary folder and open it again.
 
     Returns its model card, and the largest difference of the weights read back from those in memory.
     """
-    w, protection = bench.weights, bench.merger(setting, 0).protection
+    w, protection = experts.weights, experts.merger(setting, 0).protection
     with tempfile.TemporaryDirectory() as folder:
         out = merge_models(w["base"], w["a"], w["b"], Path(folder) / "merged", setting.method, protection)
         opened = open_model(str(out), dtype="float32")
         card = (out / "README.md").read_text(encoding="utf-8")
-    merger, own = bench.merger(setting, 0), opened.network.state_dict()
+    merger, own = experts.merger(setting, 0), opened.network.state_dict()
     return card, max(
         float((own[n].float() - merger.tensor(n).float()).abs().max())
         for n in own.keys() & merger.layouts.keys()
     )
 
 
-def _wanted(plan: Plan, calibrated_on: str) -> list[str]:
+def _wanted(p: SimpleNamespace, calibrated_on: str) -> list[str]:
     """The scores that are made of an expert; for other questions than its own domain's only FI."""
-    choices = plan.scored if calibrated_on == OWN else tuple(FILTERS.values())
+    by = scored(p) if calibrated_on == OWN else tuple(FILTERS.values())
     own = [FISHER.name] if calibrated_on == OWN else []
-    return list(dict.fromkeys([*(score_of(choice)[0] for choice in choices), *own]))
+    return list(dict.fromkeys([*(score_of(choice)[0] for choice in by), *own]))
 
 
 def _in_groups(
@@ -890,19 +936,17 @@ def _held(weights: ModelWeights) -> ModelWeights:
     return replace(weights, parts=(TensorDict({name: weights.read(name) for name in weights.layouts}),))
 
 
-def _shuffled(plan: Plan, domain: str, split: str) -> list[Example]:
+def _shuffled(p: SimpleNamespace, domain: str, split: str) -> list[Example]:
     """All questions of a domain's subjects in one split, in a seeded order."""
-    return _in_random_order(plan.task, plan.domains[domain], split, plan.seed)
+    return _in_random_order(p.TASK, p.DOMAINS[domain], split, p.SEED)
 
 
-def _elsewhere(plan: Plan, name: str, k: int) -> list[Example]:
-    if name not in plan.elsewhere:
-        raise ValueError(
-            f"There are no questions {name!r} to calibrate on; known: {', '.join(plan.elsewhere)}."
-        )
-    source = plan.elsewhere[name]
-    found = _in_random_order(str(source["task"]), source["subjects"], "val", plan.seed)  # type: ignore[arg-type]
-    return found[k * plan.n_calibration : (k + 1) * plan.n_calibration]
+def _elsewhere(p: SimpleNamespace, name: str, k: int) -> list[Example]:
+    known = options(p)["elsewhere"]
+    if name not in known:
+        raise ValueError(f"There are no questions {name!r} to calibrate on; known: {', '.join(known)}.")
+    found = _in_random_order(known[name]["task"], known[name]["subjects"], "val", p.SEED)
+    return found[k * p.N_CALIBRATION : (k + 1) * p.N_CALIBRATION]
 
 
 def _in_random_order(task: str, subjects: Sequence[str], split: str, seed: int) -> list[Example]:
@@ -915,61 +959,9 @@ def _by_domain(counts: Mapping[str, int]) -> dict[str, slice]:
     return {domain: slice(ends[i], ends[i + 1]) for i, domain in enumerate(counts)}
 
 
-def _weights(counts: Mapping[str, int]) -> np.ndarray:
-    """What each question counts, so that the mean over questions is the mean of the domains' accuracies."""
-    total = sum(counts.values())
-    return np.concatenate([np.full(n, total / (len(counts) * n)) for n in counts.values()])
-
-
-def _sets(asked: Asked, plan: Plan) -> int:
-    return plan.seeds if isinstance(asked, Setting) and asked.drawn else 1
-
-
 def _described(asked: Asked) -> dict[str, object]:
     """The setting as columns of a table."""
     if isinstance(asked, Alone):
         return {"method": "", "task_weight": np.nan, "density": np.nan, "by": "", "share": 0.0}
     given = {name: getattr(asked.method, name, np.nan) for name in ("task_weight", "density")}
     return {"method": asked.method.name, **given, "by": asked.by, "share": asked.share}
-
-
-def _hash(content: object) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def _choice(by: str) -> str:
-    """A choice by the name that results keep it under: "FI damped 1e-4" is "FI damped 0.0001"."""
-    return by if by in CHOICES else score_of(by)[0]
-
-
-def check(plan: Plan) -> None:
-    """Raise ValueError for a plan that cannot be run; a chapter calls it before it opens a model."""
-    if len(plan.domains) != 2:
-        raise ValueError(f"Two domains are needed, A's and B's, not {len(plan.domains)}.")
-    if plan.seeds < 1 or plan.n_calibration < 1:
-        raise ValueError(
-            f"{plan.seeds} calibration sets of {plan.n_calibration} questions: both must be at least 1."
-        )
-    for share in (*plan.shares, *plan.wide, plan.compared):
-        check_share("A share", share, "k % is a hundredth of k")
-    for density in plan.densities:
-        check_share("A density", density)
-    check_choice("elect", plan.elect, Elect)
-    for name, values in {
-        "shares": plan.shares,
-        "task_weights": plan.task_weights,
-        "densities": plan.densities,
-    }.items():
-        if not values:
-            raise ValueError(f"{name} is empty; give at least one value to search.")
-    for domain, subjects in plan.domains.items():
-        if not isinstance(subjects, list | tuple) or not subjects:
-            raise ValueError(f"the domain {domain!r} needs a list of subjects, not {subjects!r}.")
-    for domain in plan.domains:  # the questions are there, and enough of them
-        validation_set(plan, domain)
-        test_set(plan, domain)
-    for name in plan.elsewhere:
-        if len(_elsewhere(plan, name, plan.seeds - 1)) < plan.n_calibration:
-            raise ValueError(
-                f"Of {name!r} there are too few questions for {plan.seeds} sets of {plan.n_calibration}."
-            )
