@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -43,20 +42,6 @@ class Problem(NamedTuple):
         return Problem(matrix, self.vector.reshape(n, -1)[:, which], self.of_metric)
 
 
-@dataclass(frozen=True)
-class Spectrum:
-    """Eigenvalues mu, (K-1 or p, *rest), in any order, and leverage U[y_hat, i]^2 / P(y_hat)."""
-
-    mu: Tensor
-    leverage: Tensor
-
-    def filtered(self, spectral: Spectral, dtype: torch.dtype) -> Tensor:
-        # what the rounding of float64 makes of a zero eigenvalue is a zero, under every filter
-        top = self.mu.amax(0, keepdim=True)
-        gain = torch.where(self.mu > ROUNDING * top, spectral.gain(self.mu, top, dtype), 0)
-        return (gain * self.leverage).sum(0)
-
-
 def group_fi(problem: Problem, chosen: Tensor, top: Tensor, spectral: Spectral, dtype: torch.dtype) -> Tensor:
     """FI (*rest) of groups; `top` is its ceiling.
 
@@ -68,7 +53,7 @@ def group_fi(problem: Problem, chosen: Tensor, top: Tensor, spectral: Spectral, 
     if spectral == Damped(0):
         spectral = EXACT
     if len(problem.matrix) > UNROLLED or not isinstance(spectral, (Exact, Cut, Damped)):
-        return spectrum_of(problem, chosen).filtered(spectral, dtype)
+        return by_eigenvalues(problem, chosen, spectral, dtype)
     if isinstance(spectral, Damped):
         values, settled = _damped(problem, spectral.lam)
         values = values / chosen
@@ -77,8 +62,7 @@ def group_fi(problem: Problem, chosen: Tensor, top: Tensor, spectral: Spectral, 
     values = values.contiguous()
     left = (~settled).flatten().nonzero()[:, 0]
     for part in left.split(IN_CACHE) if len(left) else ():
-        spectrum = spectrum_of(problem.part(part), chosen.flatten()[part])
-        values.view(-1)[part] = spectrum.filtered(spectral, dtype)
+        values.view(-1)[part] = by_eigenvalues(problem.part(part), chosen.flatten()[part], spectral, dtype)
     return values
 
 
@@ -162,13 +146,17 @@ def _trace(matrix: Tensor) -> Tensor:
     return matrix.diagonal().sum(-1)
 
 
-def spectrum_of(problem: Problem, chosen: Tensor) -> Spectrum:
-    """Solve (n, n, *rest) problems; chosen (*rest) is P(y_hat)."""
+def by_eigenvalues(problem: Problem, chosen: Tensor, spectral: Spectral, dtype: torch.dtype) -> Tensor:
+    """FI (*rest) of groups with chosen = P(y_hat) (*rest): the filter's share h of each direction's leverage.
+
+    The leverage of the eigenvector U_i is U[y_hat, i]^2 / P(y_hat).
+    """
     mu, squares = _eigen(problem.matrix, problem.vector)
+    top = mu.amax(0, keepdim=True)
+    live = mu > ROUNDING * top  # what the rounding of float64 makes of a zero is a zero, under every filter
     if problem.of_metric:
-        live = mu > ROUNDING * mu.amax(0)
         squares = torch.where(live, squares / mu, 0)
-    return Spectrum(mu, squares / chosen)
+    return (torch.where(live, spectral.gain(mu, top, dtype), 0) * (squares / chosen)).sum(0)
 
 
 def _eigen(m: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:

@@ -315,7 +315,7 @@ def test_clear_groups_need_no_eigenvalues(
     grads, probs = case(k, p, 50, seed=k * p)
     grads *= 10 / p**0.5
     expected = by_eigenvalues(grads, probs, spectral, dtype=torch.float64)
-    monkeypatch.setattr(eigen, "spectrum_of", None)
+    monkeypatch.setattr(eigen, "by_eigenvalues", None)
     torch.testing.assert_close(quiet_fi(grads, probs, over=1, spectral=spectral), expected, rtol=1e-6, atol=0)
 
 
