@@ -16,6 +16,7 @@ from fihelpers.models.vision import VisionModel, open_vision_model
 from fihelpers.perturb.pixels import top_pixels
 from fihelpers.scores.pixels import pixel_batches
 from fihelpers.tasks import Example, image_prompt
+from fihelpers.trials import Kept
 from fiminis.manifest import write_manifest
 
 SHIPPED = Path(__file__).resolve().parent.parent / "data" / "prompts.yaml"
@@ -98,11 +99,19 @@ def test_corruption_changes_what_it_says() -> None:
     assert losses.information_loss.tolist()[0] == 0 < losses.information_loss.tolist()[1]
 
 
-def test_answers_under_prompts(model: VisionModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_under_prompts(model: VisionModel) -> None:
     conditions = lab.conditions_of([1], [0.3, 0.1])
-    rows = lab.ask(model, EXAMPLES, PROMPTS, tmp_path, conditions)
+    trials = lab.asked(model, EXAMPLES, PROMPTS, conditions=conditions)
+    rows = trials.rows()
     assert len(rows) == len(conditions) * len(PROMPTS) * len(EXAMPLES)
-    effects = lab.accuracies(rows[rows.condition == lab.INTACT], 0)
+    effects = lab.accuracies(trials.where(condition=lab.INTACT), 0)
+    alone = lab.asked(model, EXAMPLES, PROMPTS)
+    pd.testing.assert_frame_equal(lab.accuracies(alone, 0), effects)
+    assert effects.log_chosen[1] == pytest.approx(
+        (
+            alone.where(prompt="neutral 1").rows().log_chosen - alone.where(prompt=lab.NONE).rows().log_chosen
+        ).mean()
+    )
     none = effects[effects.prompt == lab.NONE].iloc[0]
     assert none.log_prob == none.log_chosen == 0 and (effects.low <= effects.accuracy).all()
     table = lab.protection(rows, "log_prob", 0)
@@ -120,13 +129,11 @@ def test_answers_under_prompts(model: VisionModel, tmp_path: Path, monkeypatch: 
     assert list(dict.fromkeys(accuracy.condition)) == list(conditions) and (accuracy.n == len(EXAMPLES)).all()
     assert (accuracy.low <= accuracy.value).all() and (accuracy.value <= accuracy.high).all()
     draw.robustness(accuracy, lab.protection(rows, "correct", 0)).canvas.draw()
-    monkeypatch.setattr(lab, "answer_images", lambda *a, **k: pytest.fail("finished work was done again"))
-    pd.testing.assert_frame_equal(lab.ask(model, EXAMPLES, PROMPTS, tmp_path, conditions), rows)
 
 
-def test_maps_under_prompts(model: VisionModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    letters = lab.scan_letters(model, EXAMPLES, PROMPTS, 1e-4, tmp_path)
-    top = lab.scan_top(model, EXAMPLES, lab.firsts(PROMPTS), tmp_path)
+def test_maps_under_prompts(model: VisionModel, tmp_path: Path) -> None:
+    letters = lab.scan_letters(model, EXAMPLES, PROMPTS, 1e-4, Kept(tmp_path, "letters", None))
+    top = lab.scan_top(model, EXAMPLES, lab.firsts(PROMPTS))
     named = [part[part.prompt.isin(lab.FIRSTS)] for part in letters]
     first = lab.Scan(named[0], named[1])
     for scan, way in ((first, "exact"), (letters, "damped"), (top, "top")):
@@ -154,9 +161,7 @@ def test_maps_under_prompts(model: VisionModel, tmp_path: Path, monkeypatch: pyt
     draw.wording_forest(moved, {"ceiling": "odds"})
     assert lab.odds_correlation(scored, "ceiling", "safe", 0)[0] == pytest.approx(1)
     assert lab.middle_picture(scored) in {e.id for e in EXAMPLES}
-    monkeypatch.setattr(lab, "_scan_one", lambda *a: pytest.fail("finished work was done again"))
-    again = lab.scan_letters(model, EXAMPLES, PROMPTS, 1e-4, tmp_path)
-    pd.testing.assert_frame_equal(again.pictures, letters.pictures)
+    assert len(list(tmp_path.glob("letters.*"))) == len(PROMPTS)  # an interrupted scan goes on with the next
 
 
 def _slope(grads: torch.Tensor, probs: torch.Tensor) -> float:
@@ -170,14 +175,15 @@ def _slope(grads: torch.Tensor, probs: torch.Tensor) -> float:
     return total / weight
 
 
-def test_masking_the_top_pixels(model: VisionModel, tmp_path: Path) -> None:
-    rows = lab.mask_top(model, EXAMPLES, PROMPTS[3], 1e-4, [2, 200], 0, tmp_path)
+def test_masking_the_top_pixels(model: VisionModel) -> None:
+    trials = lab.mask_top(model, EXAMPLES, PROMPTS[3], 1e-4, [2, 200], 0)
+    rows = trials.rows()
     assert len(rows) == len(lab.masks_of([2, 200])) * len(EXAMPLES)
     assert ((rows.before != rows.after) == (rows.flipped == 1)).all()
-    table = lab.flip_table(rows, 0)
+    table = lab.flip_table(trials, 0)
     assert (table.share == table.flips / len(EXAMPLES)).all() and (table.low <= table.share).all()
     draw.flip_bars(table)
-    found = lab.case(model, EXAMPLES, PROMPTS[3], rows, 1e-4, 0)
+    found = lab.case(model, EXAMPLES, PROMPTS[3], trials, 1e-4, 0)
     hidden = (found.shown != found.image).any(0)
     assert not (hidden & ~top_pixels(found.scores, 2)).any()
     assert found.row.p_before == pytest.approx(max(found.before), rel=1e-5)
@@ -187,12 +193,12 @@ def test_masking_the_top_pixels(model: VisionModel, tmp_path: Path) -> None:
     draw.map_frame(found.image, maps[lab.NONE], limits, lab.NONE)
 
 
-def test_closeness(model: VisionModel, tmp_path: Path) -> None:
+def test_closeness(model: VisionModel) -> None:
     close = lab.closeness(model, EXAMPLES, PROMPTS)
     assert len(close) == len(PROMPTS) * len(EXAMPLES) and close.closeness.abs().max() <= 1 + 1e-6
     wide = close.pivot(index="picture", columns="prompt", values="closeness")
     assert not np.allclose(wide["safe 1"], wide[lab.NONE])
-    letters = lab.scan_letters(model, EXAMPLES, PROMPTS, 1e-4, tmp_path)
+    letters = lab.scan_letters(model, EXAMPLES, PROMPTS, 1e-4)
     changes = lab.closeness_changes(close, letters.pictures, "damped mean")
     assert len(changes) == (len(PROMPTS) - 1) * len(EXAMPLES)
     for related in (changes, changes.assign(closer=changes.change)):

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import rankdata
+from scipy.stats import DegenerateDataWarning, pearsonr, rankdata
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from fichapters import tables
 from fichapters.ch05.wordings import load_wordings
 from fichapters.noises import information_loss
 from fihelpers.answers import Top
-from fihelpers.data import write_atomically
 from fihelpers.evaluate.questions import answer_images
 from fihelpers.evaluate.stats import paired_difference, wilson
 from fihelpers.filters import Damped
@@ -31,6 +26,7 @@ from fihelpers.models.vision import VisionModel
 from fihelpers.perturb.pixels import masked, top_patches, top_pixels
 from fihelpers.scores.pixels import PixelBatch, image_of, pixel_batches
 from fihelpers.tasks import Example, image_prompt, load_task, with_instruction
+from fihelpers.trials import Kept, Labels, Trials, Values, collect
 
 NONE = "no instruction"
 NEUTRAL, AGGRESSIVE, SAFE, CONTROL = "neutral", "aggressive", "safe", "control"
@@ -74,6 +70,11 @@ class Prompt:
     group: str
     text: str
     after: bool = False
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """What its trials are called by."""
+        return {"prompt": self.name, "kind": self.kind, "group": self.group}
 
     def ask(self, example: Example) -> Example:
         """The example under this instruction."""
@@ -146,57 +147,41 @@ def prompt_table(model: VisionModel, known: Sequence[Prompt]) -> pd.DataFrame:
 # Answers
 
 
-def ask(
+def asked(
     model: VisionModel,
     examples: Sequence[Example],
     known: Sequence[Prompt],
-    cache: Path,
+    kept: Kept | None = None,
     conditions: Mapping[str, float] | None = None,
     seed: int = 0,
     batch: int = BATCH,
-) -> pd.DataFrame:
+) -> Trials:
     """Answer every question under every prompt, with the pictures intact or corrupted.
 
-    conditions: {name from :func:`condition`: amount}, None for the intact pictures alone; each corrupts every
-    picture in the same way under all prompts. Columns: condition, prompt, kind, group, picture, correct (0 or
-    1), log_prob (of the right answer), log_chosen (log P(y_hat)).
+    conditions: {name from :func:`conditions_of`: amount}, None for the intact pictures alone; each corrupts
+    every picture in the same way under all prompts. Labels: prompt, kind, group, condition. Values: picture,
+    correct (0 or 1), log_prob (of the right answer), log_chosen (log P(y_hat)).
     """
     changes = {INTACT: 0.0} if conditions is None else conditions
-    key = _key(model, examples, known, "ask", *changes.items(), seed)
 
-    def make() -> pd.DataFrame:
+    def tries(prompt: Prompt) -> Iterator[tuple[Labels, Values]]:
+        questions = [prompt.ask(e) for e in examples]
         intact = [image_of(e) for e in examples]
-        parts = []
-        for name, amount in tqdm(changes.items(), desc="asking", unit="condition"):
+        for name, amount in changes.items():
             shown = [corrupted(x, name, amount, seed + i) for i, x in enumerate(intact)]
-            parts += [_answers(model, examples, p, name, shown, batch) for p in known]
-        return pd.concat(parts, ignore_index=True)
+            outcome = answer_images(model, questions, images=shown, batch_size=batch)
+            chosen = outcome.log_probs.gather(1, outcome.predicted[:, None])[:, 0]
+            yield (
+                {**prompt.labels, "condition": name},
+                {
+                    "picture": np.array([e.id for e in examples]),
+                    "correct": outcome.correct.int().numpy(),
+                    "log_prob": outcome.log_prob.double().numpy(),
+                    "log_chosen": chosen.double().numpy(),
+                },
+            )
 
-    return _cached(cache / f"{key}.csv", make)
-
-
-def _answers(
-    model: VisionModel,
-    examples: Sequence[Example],
-    prompt: Prompt,
-    condition: str,
-    shown: Sequence[Tensor],
-    batch: int,
-) -> pd.DataFrame:
-    outcome = answer_images(model, [prompt.ask(e) for e in examples], images=shown, batch_size=batch)
-    chosen = outcome.log_probs.gather(1, outcome.predicted[:, None])[:, 0]
-    return pd.DataFrame(
-        {
-            "condition": condition,
-            "prompt": prompt.name,
-            "kind": prompt.kind,
-            "group": prompt.group,
-            "picture": [e.id for e in examples],
-            "correct": outcome.correct.int().numpy(),
-            "log_prob": outcome.log_prob.double().numpy(),
-            "log_chosen": chosen.double().numpy(),
-        }
-    )
+    return collect(None, tries, sets=known, kept=kept)
 
 
 def corrupted(image: Tensor, condition: str, amount: float, seed: int) -> Tensor:
@@ -232,23 +217,19 @@ def loss_table(examples: Sequence[Example], conditions: Mapping[str, float], see
     return pd.DataFrame(lines, columns=["condition", "information_loss", "n"])
 
 
-def accuracies(rows: pd.DataFrame, seed: int) -> pd.DataFrame:
+def accuracies(trials: Trials, seed: int) -> pd.DataFrame:
     """Accuracy with Wilson's interval, and log P(right) and log P(y_hat) against no instruction, paired.
 
     A row for each prompt; differences in nats with bootstrap intervals over pictures (columns *_low, *_high).
     """
-    base = rows[rows.prompt == NONE]
-    lines = []
-    for (name, kind, group), part in rows.groupby(["prompt", "kind", "group"], sort=False):
-        line: dict[str, object] = {"prompt": name, "kind": kind, "group": group, "n": len(part)}
-        line["accuracy"] = part.correct.mean()
-        line["low"], line["high"] = wilson(int(part.correct.sum()), len(part))
-        line["median_p"] = float(np.exp(part.log_chosen.median()))
-        for column in ("log_prob", "log_chosen"):
-            values = paired_difference(part[column], base[column], seed=seed)
-            line |= dict(zip((column, f"{column}_low", f"{column}_high"), values, strict=True))
-        lines.append(line)
-    return pd.DataFrame(lines)
+    table = trials.table("prompt", "kind", "group").drop(columns=["log_prob", "sets"])
+    chosen = [trials.where(prompt=name).answers("log_chosen") for name in table.prompt]
+    table["median_p"] = [float(np.exp(np.median(values))) for values in chosen]
+    pairs = [(name, NONE) for name in table.prompt]
+    for column in ("log_prob", "log_chosen"):
+        found = trials.compare(pairs, label="prompt", value=column, seed=seed)
+        table[[column, f"{column}_low", f"{column}_high"]] = found[["difference", "low", "high"]]
+    return table
 
 
 def by_kind(rows: pd.DataFrame, column: str, group: str = TRAINED) -> pd.DataFrame:
@@ -312,7 +293,7 @@ def scan_letters(
     examples: Sequence[Example],
     known: Sequence[Prompt],
     damping: float,
-    cache: Path,
+    kept: Kept | None = None,
     batch: int = BATCH,
 ) -> Scan:
     """Pixel maps under the options' letters: "damped" FI, information "length", and "slope".
@@ -322,14 +303,18 @@ def scan_letters(
     The slope is the mean squared gradient of the difference of two logits, 2 tr G / (1 - sum P^2), which does
     not know how sure the model is but for the weights of the pairs.
     """
-    return _scan(model, examples, known, f"letters {damping:g}", cache, batch)
+    return _scan(model, examples, known, f"letters {damping:g}", kept, batch)
 
 
 def scan_top(
-    model: VisionModel, examples: Sequence[Example], known: Sequence[Prompt], cache: Path, batch: int = BATCH
+    model: VisionModel,
+    examples: Sequence[Example],
+    known: Sequence[Prompt],
+    kept: Kept | None = None,
+    batch: int = BATCH,
 ) -> Scan:
     """Pixel maps of exact FI under the 8 likeliest tokens and the rest ("top")."""
-    return _scan(model, examples, known, "top", cache, batch)
+    return _scan(model, examples, known, "top", kept, batch)
 
 
 def _scan(
@@ -337,46 +322,52 @@ def _scan(
     examples: Sequence[Example],
     known: Sequence[Prompt],
     way: str,
-    cache: Path,
-    batch: int,
+    kept: Kept | None,
+    batch_size: int,
 ) -> Scan:
-    pictures, bins = [], []
-    for prompt in tqdm(known, desc=f"pixel maps, {way}", unit="prompt"):
-        stem = cache / _key(model, examples, [prompt], way)
-        files = [stem.with_suffix(f".{part}.csv") for part in ("pictures", "bins")]
-        if not all(file.is_file() for file in files):
-            for file, frame in zip(files, _scan_one(model, examples, prompt, way, batch), strict=True):
-                write_atomically(file, frame.to_csv(index=False).encode())
-        pictures.append(pd.read_csv(files[0]))
-        bins.append(pd.read_csv(files[1]))
-    return Scan(pd.concat(pictures, ignore_index=True), pd.concat(bins, ignore_index=True))
-
-
-def _scan_one(
-    model: VisionModel, examples: Sequence[Example], prompt: Prompt, way: str, batch_size: int
-) -> Scan:
-    label = {"prompt": prompt.name, "kind": prompt.kind, "group": prompt.group}
-    answers = Top(TOP_CLASSES) if way == "top" else None
-    rows: list[pd.DataFrame] = []
-    counts: dict[str, np.ndarray] = {}
-    for batch in pixel_batches(model, [prompt.ask(e) for e in examples], answers, batch_size):
-        probs, predicted = batch.grads.probs, batch.grads.predicted
-        columns = {
-            "picture": [e.id for e in batch.examples],
-            "p_hat": probs.gather(0, predicted[None])[0].double().cpu().numpy(),
-            "ceiling": ceiling(probs, predicted).double().cpu().numpy(),
-        }
-        for measure, maps in _maps(batch, way, exact=prompt.name in FIRSTS).items():
-            flat = maps.flatten(1).double().cpu()
-            columns |= {f"{measure} {stat}": v.numpy() for stat, v in _statistics(flat).items()}
-            logs = flat.clamp(10.0**LOWEST, 10.0**HIGHEST).log10().numpy()
-            # bins given by their number are counted without sorting
-            counts[measure] = counts.get(measure, 0) + np.histogram(logs, BINS, (LOWEST, HIGHEST))[0]
-        rows.append(pd.DataFrame(columns))
     edges = np.linspace(LOWEST, HIGHEST, BINS + 1)
     middles = (edges[1:] + edges[:-1]) / 2
-    bins = [pd.DataFrame({"measure": m, "log10": middles, "count": c}) for m, c in counts.items()]
-    return Scan(pd.concat(rows).assign(**label), pd.concat(bins).assign(**label))
+
+    def tries(prompt: Prompt) -> Iterator[tuple[Labels, Values]]:
+        asked = [prompt.ask(e) for e in examples]
+        rows: dict[str, list[np.ndarray]] = {}
+        counts: dict[str, np.ndarray] = {}
+        exact = prompt.name in FIRSTS
+        for batch in pixel_batches(model, asked, Top(TOP_CLASSES) if way == "top" else None, batch_size):
+            maps = {name: v.flatten(1).double().cpu() for name, v in _maps(batch, way, exact).items()}
+            for name, values in (_answered(batch) | _described(maps)).items():
+                rows.setdefault(name, []).append(values)
+            for measure, flat in maps.items():
+                logs = flat.clamp(10.0**LOWEST, 10.0**HIGHEST).log10().numpy()
+                # bins given by their number are counted without sorting
+                counts[measure] = counts.get(measure, 0) + np.histogram(logs, BINS, (LOWEST, HIGHEST))[0]
+        yield prompt.labels, {name: np.concatenate(values) for name, values in rows.items()}
+        for measure, count in counts.items():
+            yield {**prompt.labels, "measure": measure}, {"log10": middles, "count": count}
+
+    trials = collect(None, tries, sets=known, kept=kept)
+    bins = [trial for trial in trials.tried if "measure" in trial.labels]
+    pictures = [trial for trial in trials.tried if "measure" not in trial.labels]
+    return Scan(*(Trials([], part).rows().drop(columns="set") for part in (pictures, bins)))
+
+
+def _answered(batch: PixelBatch) -> dict[str, np.ndarray]:
+    """The pictures of a batch, P(y_hat), and the ceiling of FI."""
+    probs, predicted = batch.grads.probs, batch.grads.predicted
+    return {
+        "picture": np.array([e.id for e in batch.examples]),
+        "p_hat": probs.gather(0, predicted[None])[0].double().cpu().numpy(),
+        "ceiling": ceiling(probs, predicted).double().cpu().numpy(),
+    }
+
+
+def _described(maps: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """Statistics (N,) of N maps of every measure, each map with its pixels in a row."""
+    return {
+        f"{measure} {stat}": values.numpy()
+        for measure, flat in maps.items()
+        for stat, values in _statistics(flat).items()
+    }
 
 
 def _maps(batch: PixelBatch, way: str, exact: bool) -> dict[str, Tensor]:
@@ -460,9 +451,7 @@ def contrasts(
     for kind in (AGGRESSIVE, SAFE):
         for column in columns:
             change = log_change(pictures, column, kind, group).to_numpy()
-            values = np.exp(
-                paired_difference(change, 0 * change, seed=seed, resamples=RESAMPLES, level=1 - 0.05 / family)
-            )
+            values = _factor(change, seed, 1 - 0.05 / family)
             lines.append((kind, group, column, *values, float((change > 0).mean()), len(change), family))
     names = ["kind", "group", "statistic", "factor", "low", "high", "rises", "n", "family"]
     return pd.DataFrame(lines, columns=names)
@@ -494,12 +483,14 @@ def against_none(pictures: pd.DataFrame, columns: Sequence[str], seed: int) -> p
         wide = np.log(pictures.pivot(index="picture", columns="prompt", values=column).clip(lower=SMALLEST))
         for p in named.itertuples():
             change = (wide[p.prompt] - wide[NONE]).to_numpy()
-            values = np.exp(
-                paired_difference(change, 0 * change, seed=seed, resamples=RESAMPLES, level=level)
-            )
-            lines.append((p.prompt, p.kind, p.group, column, *values, len(change)))
+            lines.append((p.prompt, p.kind, p.group, column, *_factor(change, seed, level), len(change)))
     names = ["prompt", "kind", "group", "statistic", "factor", "low", "high", "n"]
     return pd.DataFrame(lines, columns=names)
+
+
+def _factor(change: np.ndarray, seed: int, level: float) -> np.ndarray:
+    """The factor that a mean change of logs is, low, high: a bootstrap over pictures at that level."""
+    return np.exp(paired_difference(change, 0 * change, seed=seed, resamples=RESAMPLES, level=level))
 
 
 # Masking the top pixels
@@ -530,41 +521,38 @@ def mask_top(
     damping: float,
     counts: Sequence[int],
     seed: int,
-    cache: Path,
+    kept: Kept | None = None,
     batch: int = BATCH,
-) -> pd.DataFrame:
+) -> Trials:
     """Mask the pixels of highest FI under one prompt (black), and answer again.
 
-    Columns: way, unit, count, picture, before, after (the answer chosen), p_before, p_after (probability of
-    the answer chosen before), flipped (0 or 1), right (whether the first answer was right).
+    Labels: way, unit, number. Values: picture, before, after (the answer chosen), p_before, p_after
+    (probability of the answer chosen before), flipped (0 or 1), right (whether the first answer was right).
     """
-    key = _key(model, examples, [prompt], "mask", f"{damping:g}", *map(str, counts), seed)
 
-    def make() -> pd.DataFrame:
-        asked = [prompt.ask(e) for e in examples]
-        images = [image_of(e) for e in examples]
+    def tries(asked: Sequence[Example]) -> Iterator[tuple[Labels, Values]]:
+        images = [image_of(e) for e in asked]
         before = answer_images(model, asked, batch_size=batch)
         scores = _rankings(model, asked, damping, seed, batch)
-        parts = []
-        for mask in tqdm(masks_of(counts), desc="masking", unit="mask"):
+        for mask in masks_of(counts):
             chosen = scores[mask.way, mask.unit]
             shown = [hidden(x, s, mask, seed) for x, s in zip(images, chosen, strict=True)]
             after = answer_images(model, asked, images=shown, reference=before, batch_size=batch)
-            kept = before.predicted[:, None]
-            part = {
-                **mask._asdict(),
-                "picture": [e.id for e in asked],
-                "before": before.predicted.numpy(),
-                "after": after.predicted.numpy(),
-                "p_before": before.log_probs.gather(1, kept)[:, 0].double().exp().numpy(),
-                "p_after": after.log_probs.gather(1, kept)[:, 0].double().exp().numpy(),
-                "flipped": (before.predicted != after.predicted).int().numpy(),
-                "right": before.correct.int().numpy(),
-            }
-            parts.append(pd.DataFrame(part))
-        return pd.concat(parts, ignore_index=True)
+            said = before.predicted[:, None]
+            yield (
+                mask._asdict(),
+                {
+                    "picture": np.array([e.id for e in asked]),
+                    "before": before.predicted.numpy(),
+                    "after": after.predicted.numpy(),
+                    "p_before": before.log_probs.gather(1, said)[:, 0].double().exp().numpy(),
+                    "p_after": after.log_probs.gather(1, said)[:, 0].double().exp().numpy(),
+                    "flipped": (before.predicted != after.predicted).int().numpy(),
+                    "right": before.correct.int().numpy(),
+                },
+            )
 
-    return _cached(cache / f"{key}.csv", make)
+    return collect(None, tries, sets=[[prompt.ask(e) for e in examples]], kept=kept)
 
 
 def hidden(image: Tensor, scores: Tensor, mask: Mask, seed: int = 0) -> Tensor:
@@ -595,35 +583,21 @@ def _rankings(
     return {key: [of[i] for i in range(len(asked))] for key, of in found.items()}
 
 
-def flip_table(rows: pd.DataFrame, seed: int) -> pd.DataFrame:
+def flip_table(trials: Trials, seed: int) -> pd.DataFrame:
     """Share of answers that flip (Wilson) and change of the chosen answer's probability (bootstrap)."""
     lines = []
-    for (way, unit, count), part in rows.groupby(["way", "unit", "number"], sort=False):
-        flips = int(part.flipped.sum())
-        change = paired_difference(part.p_after, part.p_before, seed=seed)
-        lines.append(
-            (way, unit, count, len(part), flips, flips / len(part), *wilson(flips, len(part)), *change)
-        )
-    names = [
-        "way",
-        "unit",
-        "number",
-        "n",
-        "flips",
-        "share",
-        "low",
-        "high",
-        "change",
-        "change_low",
-        "change_high",
-    ]
-    return pd.DataFrame(lines, columns=names)
+    for trial in trials.tried:
+        n, flips = len(trial.values["flipped"]), int(trial.values["flipped"].sum())
+        change = paired_difference(trial.values["p_after"], trial.values["p_before"], seed=seed)
+        lines.append((*trial.labels.values(), n, flips, flips / n, *wilson(flips, n), *change))
+    names = ["n", "flips", "share", "low", "high", "change", "change_low", "change_high"]
+    return pd.DataFrame(lines, columns=[*Mask._fields, *names])
 
 
-def flip_difference(rows: pd.DataFrame, unit: str, count: int, seed: int) -> tuple[float, float, float]:
+def flip_difference(trials: Trials, unit: str, count: int, seed: int) -> tuple[float, float, float]:
     """Share of answers that flip by damped FI less that at random, paired: (value, low, high)."""
-    part = rows[(rows.unit == unit) & (rows["number"] == count)]
-    wide = part.pivot(index="picture", columns="way", values="flipped")
+    rows = trials.where(unit=unit, number=count).rows()
+    wide = rows.pivot(index="picture", columns="way", values="flipped")
     return paired_difference(wide["FI damped"], wide["random"], seed=seed)
 
 
@@ -643,12 +617,12 @@ def case(
     model: VisionModel,
     examples: Sequence[Example],
     prompt: Prompt,
-    rows: pd.DataFrame,
+    trials: Trials,
     damping: float,
     seed: int,
 ) -> Case:
     """The picture, answered rightly before, whose answer loses most probability to the top-2 mask."""
-    part = rows[(rows.way == "FI damped") & (rows.unit == "pixels") & (rows["number"] == FEWEST)]
+    part = trials.where(way="FI damped", unit="pixels", number=FEWEST).rows()
     part = part[part.right == 1] if part.right.any() else part
     row = part.loc[(part.p_after - part.p_before).idxmin()]
     example = prompt.ask(next(e for e in examples if e.id == row.picture))
@@ -770,31 +744,12 @@ def odds_correlation(pictures: pd.DataFrame, column: str, kind: str, seed: int) 
 
 def _spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Spearman's correlation of each row of x with that row of y; NaN for a row without spread."""
-    ranks = [rankdata(v, axis=1) for v in (x, y)]
-    a, b = (r - r.mean(1, keepdims=True) for r in ranks)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return (a * b).sum(1) / np.sqrt((a * a).sum(1) * (b * b).sum(1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DegenerateDataWarning)
+        return pearsonr(rankdata(x, axis=1), rankdata(y, axis=1), axis=1).statistic
 
 
 def _mean(values: np.ndarray) -> float:
     """Mean of what is not NaN; NaN of nothing, without a warning."""
     kept = values[~np.isnan(values)]
     return float(kept.mean()) if kept.size else float("nan")
-
-
-# Keeping what was computed
-
-
-def _key(model: VisionModel, examples: Sequence[Example], known: Sequence[Prompt], *more: object) -> str:
-    asked = [[example.id, example.prompt, example.answer] for example in examples]
-    images = [hashlib.sha256(example.image or b"").hexdigest() for example in examples]
-    said = [[p.name, p.text, p.after] for p in known]
-    text = json.dumps([model.sha256, str(model.network.dtype), asked, images, said, *map(str, more)])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _cached(path: Path, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
-    """The table kept at `path`, made first where it is not there."""
-    if not path.is_file():
-        write_atomically(path, make().to_csv(index=False).encode())
-    return pd.read_csv(path)
