@@ -256,11 +256,11 @@ def peak(size: Size, length: int, count: int, save_memory: bool) -> tuple[float,
     Raises RuntimeError where the system does not tell the peak.
     """
     fi_of_weights(Questions.draw(Size(32, 64, 2, 2).model(), 8, 1), 1, save_memory)  # loads the libraries
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     questions = Questions.draw(size.model(), length, count)
     start = time.perf_counter()
     fi_of_weights(questions, 1, save_memory)
-    return (time.perf_counter() - start) / count, _resident("VmHWM") - before
+    return (time.perf_counter() - start) / count, resident("VmHWM") - before
 
 
 def _peak_of_child(size: Size, length: int, count: int, save_memory: bool) -> tuple[float, int]:
@@ -278,7 +278,7 @@ def _peak_of_child(size: Size, length: int, count: int, save_memory: bool) -> tu
     return float(seconds), int(bytes_)
 
 
-def _resident(what: str) -> int:
+def resident(what: str) -> int:
     """Bytes of this process in memory: VmRSS now, VmHWM at most so far."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()

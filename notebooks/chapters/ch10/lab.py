@@ -28,7 +28,7 @@ from unittest import mock
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import binom
+from scipy.stats import linregress, quantile_test
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -41,6 +41,7 @@ from fichapters.bench import (
     fi_by_vmap,
     fi_of_weights,
     jacobian_norm,
+    resident,
 )
 from fichapters.bench_pixels import FILTERS, captum_saliency, plain_jacobian
 from fichapters.ch03.lab import draw
@@ -343,9 +344,10 @@ def middle(found: Sequence[float]) -> tuple[float, float, float]:
     It asks nothing of the distribution, and a single interruption does not move it where there are nine
     rounds or more. Fewer than six rounds give no such interval: then it is their range.
     """
-    ranked = sorted(found)
-    skipped = max(0, int(binom.ppf(0.025, len(ranked), 0.5)) - 1)
-    return statistics.median(ranked), ranked[skipped], ranked[-1 - skipped]
+    ends = quantile_test(found, p=0.5).confidence_interval(0.95)
+    if math.isnan(ends.low):
+        return statistics.median(found), min(found), max(found)
+    return statistics.median(found), float(ends.low), float(ends.high)
 
 
 def ratio_table(timings: pd.DataFrame, to: str) -> pd.DataFrame:
@@ -369,10 +371,13 @@ def over_floor(timings: pd.DataFrame, shape: Shape, tokens: int) -> pd.DataFrame
 # --- how seconds grow
 
 
-def sweep(works: Mapping[tuple[str, int], tuple[Work, int]], of: str, rounds: int) -> pd.DataFrame:
+Timed = dict[tuple[str, int], tuple[Work, int]]  # (work, value): what to call, and its prompts
+
+
+def sweep(works: Timed, of: str, rounds: int) -> pd.DataFrame:
     """Seconds a prompt of works at several values of one setting, all of them in turn in every round.
 
-    works: {(work, value): (what to call, prompts)}. Columns of, work, value, round, seconds.
+    Columns of, work, value, round, seconds.
     """
     named = {f"{work}|{value}": call for (work, value), (call, _) in works.items()}
     counts = {f"{work}|{value}": n for (work, value), (_, n) in works.items()}
@@ -381,57 +386,49 @@ def sweep(works: Mapping[tuple[str, int], tuple[Work, int]], of: str, rounds: in
     return frame.assign(of=of, work=split[0], value=split[1].astype(int))
 
 
+def _both(drawn: Mapping[int, Questions], prompts: int) -> Timed:
+    """FI and the Jacobian norm of every weight, one prompt at a time, at each value."""
+    works: Timed = {}
+    for value, questions in drawn.items():
+        works[FI, value] = (partial(fi_of_weights, questions, 1), prompts)
+        works[JACOBIAN, value] = (partial(jacobian_norm, questions), prompts)
+    return works
+
+
 def sweep_classes(size: Size, classes: Sequence[int], tokens: int, prompts: int, rounds: int) -> pd.DataFrame:
     """Seconds of FI of every weight against the number of classes, a row each (method 4.7)."""
     questions = Questions.draw(size.model(), tokens, prompts)
-    works: dict[tuple[str, int], tuple[Work, int]] = {
-        (FI, k): (partial(fi_of, questions, 1, k), prompts) for k in classes
-    }
+    works: Timed = {(FI, k): (partial(fi_of, questions, 1, k), prompts) for k in classes}
     return sweep(works, "classes K", rounds)
 
 
 def sweep_tokens(size: Size, lengths: Sequence[int], prompts: int, rounds: int) -> pd.DataFrame:
     """Seconds of FI and of the Jacobian norm against the number of tokens of a prompt (method 4.7)."""
     model = size.model()
-    works: dict[tuple[str, int], tuple[Work, int]] = {}
-    for length in lengths:
-        questions = Questions.draw(model, length, prompts)
-        works[FI, length] = (partial(fi_of_weights, questions, 1), prompts)
-        works[JACOBIAN, length] = (partial(jacobian_norm, questions), prompts)
-    return sweep(works, "tokens T", rounds)
+    drawn = {length: Questions.draw(model, length, prompts) for length in lengths}
+    return sweep(_both(drawn, prompts), "tokens T", rounds)
 
 
 def sweep_prompts(size: Size, counts: Sequence[int], tokens: int, rounds: int) -> pd.DataFrame:
     """Seconds of the whole set, not of a prompt."""
     model = size.model()
-    works: dict[tuple[str, int], tuple[Work, int]] = {}
-    for count in counts:
-        questions = Questions.draw(model, tokens, count)
-        works[FI, count] = (partial(fi_of_weights, questions, 1), 1)
-        works[JACOBIAN, count] = (partial(jacobian_norm, questions), 1)
-    return sweep(works, "prompts n", rounds)
+    drawn = {count: Questions.draw(model, tokens, count) for count in counts}
+    return sweep(_both(drawn, 1), "prompts n", rounds)
 
 
 def sweep_batches(size: Size, batches: Sequence[int], tokens: int, rounds: int) -> pd.DataFrame:
     """The same prompts, as many as the largest batch holds, in batches of several sizes."""
     prompts = max(batches)
     questions = Questions.draw(size.model(), tokens, prompts)
-    works: dict[tuple[str, int], tuple[Work, int]] = {
-        (FI, b): (partial(fi_of_weights, questions, b), prompts) for b in batches
-    }
+    works: Timed = {(FI, b): (partial(fi_of_weights, questions, b), prompts) for b in batches}
     return sweep(works, "prompts in a batch", rounds)
 
 
 def sweep_sizes(sizes: Sequence[Sequence[int]], tokens: int, prompts: int, rounds: int) -> pd.DataFrame:
     """sizes: (hidden size, layers) of models with 64 dimensions a head (at least 2 heads); the value is N."""
-    works: dict[tuple[str, int], tuple[Work, int]] = {}
-    for hidden, layers in sizes:
-        model = Size(hidden, 3 * hidden, layers, max(2, hidden // 64)).model()
-        questions = Questions.draw(model, tokens, prompts)
-        n = Shape.of(model).linear
-        works[FI, n] = (partial(fi_of_weights, questions, 1), prompts)
-        works[JACOBIAN, n] = (partial(jacobian_norm, questions), prompts)
-    return sweep(works, "linear weights N", rounds)
+    models = [Size(hidden, 3 * hidden, layers, max(2, hidden // 64)).model() for hidden, layers in sizes]
+    drawn = {Shape.of(model).linear: Questions.draw(model, tokens, prompts) for model in models}
+    return sweep(_both(drawn, prompts), "linear weights N", rounds)
 
 
 def exponent(swept: pd.DataFrame, work: str) -> tuple[float, float, float]:
@@ -439,25 +436,15 @@ def exponent(swept: pd.DataFrame, work: str) -> tuple[float, float, float]:
 
     One line is fitted to each round, so that the interval knows how the rounds differ.
     """
-    part = swept[swept.work == work]
-    slopes = [
-        float(np.polyfit(np.log(one.value), np.log(one.seconds), 1)[0]) for _, one in part.groupby("round")
-    ]
-    return mean_interval(slopes)
+    rounds = swept[swept.work == work].groupby("round")
+    return mean_interval([linregress(np.log(one.value), np.log(one.seconds)).slope for _, one in rounds])
 
 
 def straight(swept: pd.DataFrame, work: str = FI) -> dict[str, float]:
     """A straight line through the medians over the value: intercept, slope and R squared."""
     part = swept[swept.work == work].groupby("value").seconds.median()
-    at = part.index.to_numpy(dtype=float)
-    slope, intercept = np.polyfit(at, part, 1)
-    left = part - (intercept + slope * at)
-    spread = float(((part - part.mean()) ** 2).sum())
-    return {
-        "intercept": float(intercept),
-        "slope": float(slope),
-        "r2": 1 - float((left**2).sum()) / spread,
-    }
+    line = linregress(part.index, part)
+    return {"intercept": line.intercept, "slope": line.slope, "r2": line.rvalue**2}
 
 
 def sweep_table(swept: pd.DataFrame) -> pd.DataFrame:
@@ -642,10 +629,10 @@ def _taken(questions: Questions, asked: Mapping[str, bool]) -> tuple[int, float]
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
     _forget_peak()
-    before, start = _resident("VmRSS"), time.perf_counter()
+    before, start = resident("VmRSS"), time.perf_counter()
     fi_of(questions, 1, **asked)
     seconds = time.perf_counter() - start
-    return _resident("VmHWM") - before, seconds
+    return resident("VmHWM") - before, seconds
 
 
 def _forget_peak() -> None:
@@ -656,30 +643,15 @@ def _forget_peak() -> None:
         raise RuntimeError("this system does not tell a process's peak memory; use Linux.") from error
 
 
-def _resident(what: str) -> int:
-    """Bytes of this process in memory: VmRSS now, VmHWM at most since the peak was forgotten."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what))
-
-
 # --- the top share
 
 
-@dataclass(frozen=True, eq=False)
-class Picked:
-    """Seconds of choosing the top share of many scores, and whether the choice was that of a full sort.
+def pick_top(count: int, share: float, rounds: int, seed: int) -> tuple[pd.DataFrame, bool, int]:
+    """Choose the top share of `count` scores with many ties: by streaming, by `topk` and by a full sort.
 
-    chosen: how many; tied: scores that are equal to the lowest of these.
+    Returns the seconds, whether the streamed choice was that of a full sort, and the number of scores that
+    are equal to the lowest one chosen.
     """
-
-    timings: pd.DataFrame
-    exact: bool
-    chosen: int
-    tied: int
-
-
-def pick_top(count: int, share: float, rounds: int, seed: int) -> Picked:
-    """Choose the top share of `count` scores with many ties: by streaming, by `topk` and by a full sort."""
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randn(count, generator=generator).abs_().mul_(64).round_().div_(64)  # a few hundred values
     take = max(1, round(share * count))
@@ -697,7 +669,7 @@ def pick_top(count: int, share: float, rounds: int, seed: int) -> Picked:
     border = float(scores.sort(descending=True).values[take - 1])
     mask = masks[0]
     exact = int(mask.sum()) == take and bool(mask[scores > border].all()) and not mask[scores < border].any()
-    return Picked(timings, exact, take, int((scores == border).sum()))
+    return timings, exact, int((scores == border).sum())
 
 
 # --- what larger models would take
