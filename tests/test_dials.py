@@ -39,15 +39,16 @@ def model() -> LanguageModel:
 def filter_dial(model: LanguageModel) -> Dial:
     names = linear_names(model.network)
     tried = [Exact(), *(Damped(lam) for lam in (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-2))]
-    sweep = limits.filter_sweep(model, {0: EXAMPLES[:2]}, EXAMPLES, names, tried, 0.1)
-    shown = {name: sweep.scores[name] for name in (*dials.FILTERS, "random")}
+    ranks = limits.likeness(limits.filter_sweep(model, [EXAMPLES[:2]], EXAMPLES, names, tried, 0.1), tried)
+    scores = limits.rankings(model, EXAMPLES[:2], names, tried, 0)
+    shown = {name: scores[name] for name in (*dials.FILTERS, "random")}
     curves = dials.filter_curves(model, shown, EXAMPLES, names, 0)
-    return dials.filter_dial(model, sweep, curves, names[:2], EXAMPLES[:2], EXAMPLES, names, 0)
+    return dials.filter_dial(model, scores, ranks, curves, names[:2], EXAMPLES[:2], EXAMPLES, names, 0)
 
 
 def test_the_damage_of_a_filter_begins_intact(model: LanguageModel) -> None:
     names = linear_names(model.network)
-    scores = limits.filter_sweep(model, {0: EXAMPLES[:2]}, EXAMPLES, names, [Exact()], 0.1).scores
+    scores = limits.rankings(model, EXAMPLES[:2], names, [Exact()], 0)
     curves = dials.filter_curves(model, scores, EXAMPLES, names, 0, [0.5, 1.0])
     assert set(curves.ranking) == set(scores) and (curves.n == len(EXAMPLES)).all()
     assert curves[curves.share == 0].accuracy.nunique() == 1

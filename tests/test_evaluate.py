@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import spearmanr
 from tiny import tiny_model
 
 from fihelpers.answers import Answers, Groups, Top, usual_answers
@@ -16,6 +17,7 @@ from fihelpers.evaluate.stats import (
     crossed_ratio,
     mean_interval,
     paired_difference,
+    spearman,
     wilson,
 )
 from fihelpers.models.language import LanguageModel, open_model
@@ -289,6 +291,15 @@ def test_the_bootstrap_resamples_in_blocks(monkeypatch: pytest.MonkeyPatch) -> N
 def test_values_that_cannot_be_paired_are_refused(a, b, resamples: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         paired_difference(a, b, seed=0, resamples=resamples)
+
+
+def test_rank_correlation_is_spearmans_with_ties_and_none_of_a_constant() -> None:
+    a = np.array([[1.0, 2.0, 2.0, 4.0], [3.0, 1.0, 2.0, 2.0]])
+    assert spearman(a, a**3) == pytest.approx([1, 1])
+    assert spearman(a, -a) == pytest.approx([-1, -1])
+    b = [0.3, 0.1, 0.2, 0.2]
+    assert spearman(a, b) == pytest.approx([spearmanr(row, b).statistic for row in a])
+    assert np.isnan(spearman(a, np.ones(4))).all()
 
 
 def test_the_mean_interval_is_the_t_interval() -> None:

@@ -91,21 +91,26 @@ def test_a_filter_and_single_weights_tell_rows_apart(model: LanguageModel, names
 
 def test_the_sweep_runs_from_exact_to_the_jacobian(model: LanguageModel, names: list[str]) -> None:
     tried = [Exact(), Damped(1e-12), Damped(1e6), Cut(1e-12), Cut(1e6)]
-    sweep = limits.filter_sweep(model, {0: EXAMPLES[:2], 1: EXAMPLES[2:]}, EXAMPLES, names, tried, 0.1)
-    ranks = sweep.ranks.groupby("ranking")[["with_exact", "with_jacobian"]].min()
+    sweep = limits.filter_sweep(model, [EXAMPLES[:2], EXAMPLES[2:]], EXAMPLES, names, tried, 0.1)
+    found = limits.likeness(sweep, tried)
+    assert len(found) == 2 * (len(tried) + 2)
+    assert found.set_index("ranking").kind["FI cut 1e+06"].tolist() == ["cut", "cut"]
+    ranks = found.groupby("ranking")[["with_exact", "with_jacobian"]].min()
     assert ranks.loc["FI damped 1e-12", "with_exact"] > 0.999
     assert ranks.loc["FI damped 1e+06", "with_jacobian"] > 0.999
     assert ranks.loc["FI cut 1e-12", "with_exact"] > 0.999
-    assert np.isnan(sweep.ranks.set_index("ranking")["with_exact"]["FI cut 1e+06"]).all()
-    table = limits.damage(sweep).set_index("ranking")
-    assert table.loc["intact", "accuracy"] == sweep.answers[sweep.answers["seed"] == -1]["correct"].mean()
+    assert np.isnan(found.set_index("ranking")["with_exact"]["FI cut 1e+06"]).all()
+    table = limits.damage(sweep, found).set_index("ranking")
+    assert table.loc["intact", "accuracy"] == sweep.start().mean()
     assert (table["low"] <= table["accuracy"]).all() and (table["accuracy"] <= table["high"]).all()
     assert (table["n"] == 4).all() and table.loc["FI exact", "seeds"] == 2
-    assert np.allclose(limits.minus(sweep, "FI exact", "FI cut 1e-12", "log_prob", 0), 0)
-    gap, low, high = limits.minus(sweep, "FI exact", "random", "correct", 0)
+    same = limits.minus(sweep, [("FI exact", "FI cut 1e-12")], "log_prob", 0)
+    assert np.allclose(same[["difference", "low", "high"]], 0)
+    gaps = limits.minus(sweep, [("FI exact", "random")], "accuracy", 0)
+    gap, low, high = gaps.loc[0, ["difference", "low", "high"]]
     assert gap == pytest.approx(table.loc["FI exact", "accuracy"] - table.loc["random", "accuracy"])
     assert low <= gap <= high
-    figure = figures.draw_sweep(sweep.ranks, limits.damage(sweep), [1e-8, 1e-6, 1e-4])
+    figure = figures.draw_sweep(found, table.reset_index(), [1e-8, 1e-6, 1e-4])
     figure.canvas.draw()
 
 
@@ -229,20 +234,6 @@ def test_all_tokens_hold_all_the_probability(model: LanguageModel) -> None:
     whole = Groups(("first", "second"), (tuple(range(half)), tuple(range(half, len(WORDS)))))
     assert limits.mass_of(model, EXAMPLES, whole) == pytest.approx(1)
     assert 0 < limits.mass_of(model, EXAMPLES, letters(model.tokenizer)) < 1
-
-
-def test_a_sentence_says_no_more_than_its_interval() -> None:
-    assert "is lower than" in limits.sentence("a", "b", (-0.2, -0.3, -0.1), "x")
-    assert "is higher than" in limits.sentence("a", "b", (0.2, 0.1, 0.3), "x")
-    assert "not distinguishable" in limits.sentence("a", "b", (0.2, -0.1, 0.3), "x")
-
-
-def test_rank_correlation_with_ties_and_a_constant() -> None:
-    a = torch.tensor([1.0, 2.0, 2.0, 4.0])
-    ranks = limits.ranks_of(a)
-    assert limits.spearman(ranks, limits.ranks_of(a.square())) == pytest.approx(1)
-    assert limits.spearman(ranks, limits.ranks_of(-a)) == pytest.approx(-1)
-    assert np.isnan(limits.spearman(ranks, limits.ranks_of(torch.ones(4))))
 
 
 def test_questions_are_spread_over_the_subjects(monkeypatch: pytest.MonkeyPatch) -> None:

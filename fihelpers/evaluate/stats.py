@@ -5,7 +5,7 @@ from math import isfinite, sqrt
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import binomtest
+from scipy.stats import binomtest, rankdata
 from scipy.stats import t as student_t
 
 BLOCK = 5_000_000  # resampled values held at once by the bootstrap (40 MB)
@@ -121,6 +121,17 @@ def mean_interval(values: ArrayLike, level: float = 0.95) -> tuple[float, float,
     half = float(student_t.ppf((1 + level) / 2, n - 1)) * float(numbers.std(ddof=1)) / sqrt(n)
     mean = float(numbers.mean())
     return mean, mean - half, mean + half
+
+
+def spearman(a: ArrayLike, b: ArrayLike) -> np.ndarray:
+    """Return Spearman's rank correlation along the last axis, broadcast over the others.
+
+    Tied values have the mean of their ranks; the correlation is NaN where one side is constant.
+    """
+    x, y = (rankdata(values, axis=-1) for values in (a, b))
+    x, y = (ranks - ranks.mean(-1, keepdims=True) for ranks in (x, y))
+    size = np.sqrt((x**2).sum(-1) * (y**2).sum(-1))
+    return np.divide((x * y).sum(-1), size, out=np.full(np.shape(size), np.nan), where=size > 0)
 
 
 def _values(values: ArrayLike, name: str) -> np.ndarray:

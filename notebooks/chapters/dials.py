@@ -123,8 +123,8 @@ def filter_dial(
 ) -> Dial:
     """Turn the filter from exact FI to the Jacobian norm: the ranking of a matrix, and the damage it does.
 
-    scores: by ranking, of the questions `calibration`. ranks: from `fichapters.ch03.lab.likeness`. curves: from
-    `filter_curves`, with FILTERS and "random" among its rankings.
+    scores: by ranking, of the questions `calibration`. ranks: from `fichapters.ch03.lab.likeness`. curves:
+    from `filter_curves`, with FILTERS and "random" among its rankings.
     """
     shown = _Filters(model, scores, ranks, curves, calibration, test, names, seed)
     n = int(curves.n.iloc[0])

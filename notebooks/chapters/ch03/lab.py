@@ -6,21 +6,22 @@ import copy
 import json
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import ArrayLike
 from scipy.stats import rankdata
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from fihelpers.answers import Answers, Groups, Top, letters, usual_answers
-from fihelpers.evaluate.questions import Evaluator, Outcome, answer_all
-from fihelpers.evaluate.stats import mean_interval, paired_difference, wilson
+from fihelpers.evaluate.questions import Evaluator, answer_all
+from fihelpers.evaluate.stats import mean_interval, spearman, wilson
 from fihelpers.filters import Cut, Damped, Exact, Spectral
 from fihelpers.influence import (
     SaturationWarning,
@@ -38,6 +39,7 @@ from fihelpers.perturb.sparsify import linear_names, select, zeroed
 from fihelpers.scores.store import Scores
 from fihelpers.scores.weights import score_weights
 from fihelpers.tasks import Example, load_task
+from fihelpers.trials import RIGHT, Kept, Labels, Trial, Trials, Values, collect
 
 EARLIER = "earlier blocks"
 LAST_KV = "last block, k and v"
@@ -167,18 +169,6 @@ def keyed(table: pd.DataFrame, column: str) -> pd.DataFrame:
     """The rows whose `column` has a short name in `KEYS`, by that name."""
     known = table[table[column].isin(KEYS)]
     return known.set_index(known[column].map(KEYS).rename("key"))
-
-
-def ranks_of(values: Tensor) -> np.ndarray:
-    """Ranks with mean 0 and norm 1, average ranks for ties; zeros where all values are equal."""
-    ranks = rankdata(values.flatten().cpu().double().numpy())
-    ranks -= ranks.mean()
-    return ranks / (np.linalg.norm(ranks) or 1.0)
-
-
-def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Rank correlation from two `ranks_of`; NaN where one side is constant."""
-    return float(a @ b) if a.any() and b.any() else float("nan")
 
 
 @contextmanager
@@ -368,9 +358,10 @@ def _mean_shares(counts: pd.DataFrame) -> pd.DataFrame:
     return table.assign(key=[f"{t.k}_{KEYS[t.part]}_{t.size}" for t in table.itertuples()])
 
 
-def interval_of(values: pd.Series) -> tuple[float, float, float]:
+def interval_of(values: ArrayLike) -> tuple[float, float, float]:
     """Mean and t interval; one value has no spread, so it is its own interval."""
-    return mean_interval(values.to_numpy()) if len(values) > 1 else (float(values.mean()),) * 3
+    numbers = np.asarray(values, dtype=float)
+    return mean_interval(numbers) if len(numbers) > 1 else (float(numbers.mean()),) * 3
 
 
 def row_scores(q: Question, spectral: Spectral) -> dict[str, Tensor]:
@@ -412,65 +403,75 @@ def row_spread(
 # --- 3: scale blindness and the filter sweep --------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
-class Sweep:
-    """The filter sweep. `ranks` has a row for each seed and ranking, `answers` for each test question too.
-
-    ranks: seed, ranking, kind, scale (lambda, or atol^2 of a cut: both act on mu), with_exact and
-    with_jacobian (rank correlations over all linear weights). answers: seed, ranking, question, correct,
-    log_prob (of the right answer).
-    `scores` are the mean scores of the first calibration set, by ranking.
-    """
-
-    ranks: pd.DataFrame
-    answers: pd.DataFrame
-    scores: dict[str, Scores]
-
-
 def filters(dampings: Sequence[float], cuts: Sequence[float]) -> list[Spectral]:
     """Exact FI, then damped by each of the dampings, then cut at each of the cuts."""
     return [Exact(), *map(Damped, dampings), *map(Cut, cuts)]
 
 
+def rankings(
+    model: LanguageModel,
+    examples: Sequence[Example],
+    names: Sequence[str],
+    tried: Sequence[Spectral],
+    seed: int,
+) -> dict[str, Scores]:
+    """Scores of the weights by FI under every filter, by the squared Jacobian norm, and at random.
+
+    The last two are the ends to compare with.
+    """
+    found = score_weights(model, examples, [*map(Influence, tried), Random(seed)], only=names)
+    by_filter = {Influence(f).name: found[Influence(f).name] for f in tried}
+    return by_filter | {JACOBIAN2: found[SQUARED_SCORE], "random": found["random"]}
+
+
 def filter_sweep(
     model: LanguageModel,
-    calibration: Mapping[int, Sequence[Example]],
+    calibration: Sequence[Sequence[Example]],
     test: Sequence[Example],
     names: Sequence[str],
     tried: Sequence[Spectral],
     share: float,
-) -> Sweep:
+    kept: Kept | None = None,
+) -> Trials:
     """Rank all linear weights by FI under every filter, zero the top share, and ask again (method 1b.3).
 
-    calibration: seed -> the questions that the scores are means over. Random and the squared Jacobian norm
-    are the two ends to compare with; the intact model is there as the ranking "intact".
+    calibration: sets of questions that the scores are means over. Labels: ranking. Beside right and wrong and
+    log P of the right answer, the values hold with_exact and with_jacobian, the rank correlation over all
+    linear weights, the same for each question.
     """
     ask = Evaluator(model, test, usual_answers(model.tokenizer, lettered=bool(test[0].options)))
-    answers = [_answers(-1, "intact", ask())]
-    ranks: list[dict] = []
-    first: dict[str, Scores] = {}
-    for seed, examples in tqdm(calibration.items(), desc="filter sweep", unit="calibration set", leave=False):
-        found = score_weights(model, examples, [*map(Influence, tried), Random(seed)], only=names)
-        rankings = {Influence(f).name: found[Influence(f).name] for f in tried}
-        rankings |= {JACOBIAN2: found[SQUARED_SCORE], "random": found["random"]}
-        first = first or rankings
-        ranks += _correlations(seed, rankings, tried)
-        for name, scores in rankings.items():
-            with zeroed(model.network, select(scores, share, names=names, seed=seed)):
-                answers.append(_answers(seed, name, ask()))
-    return Sweep(pd.DataFrame(ranks), pd.concat(answers, ignore_index=True), first)
+    ends = {"with_exact": Influence(Exact()).name, "with_jacobian": JACOBIAN2}
+
+    def tries(k: int) -> Iterator[tuple[Labels, Values]]:
+        found = rankings(model, calibration[k], names, tried, k)
+        flat = np.stack([flatten(s.values).double().cpu().numpy() for s in found.values()])
+        like = {of: spearman(flat, flat[list(found).index(end)]) for of, end in ends.items()}
+        for row, (name, scores) in enumerate(found.items()):
+            with zeroed(model.network, select(scores, share, names=names, seed=k)):
+                outcome = ask()
+            values = {of: np.full(len(test), correlations[row]) for of, correlations in like.items()}
+            values |= {of: getattr(outcome, of).cpu().numpy() for of in ("correct", "log_prob")}
+            yield {"ranking": name}, values
+
+    return collect(ask, tries, sets=len(calibration), kept=kept)
 
 
-def _correlations(seed: int, rankings: Mapping[str, Scores], tried: Sequence[Spectral]) -> list[dict]:
-    flat = {name: ranks_of(flatten(s.values)) for name, s in rankings.items()}
-    ends = {"with_exact": flat[Influence(Exact()).name], "with_jacobian": flat[JACOBIAN2]}
-    known = {Influence(f).name: (_kind(f), _scale(f)) for f in tried}
-    rows = []
-    for name, values in flat.items():
-        kind, scale = known.get(name, (name, float("nan")))
-        both = {key: spearman(values, end) for key, end in ends.items()}
-        rows.append({"seed": seed, "ranking": name, "kind": kind, "scale": scale, **both})
-    return rows
+def likeness(sweep: Trials, tried: Sequence[Spectral]) -> pd.DataFrame:
+    """How like the two ends every ranking is, a row for each calibration set and ranking.
+
+    Columns: seed, ranking, kind, scale (lambda, or atol^2 of a cut: both act on mu), with_exact and
+    with_jacobian.
+    """
+    rows = sweep.rows().drop_duplicates(["set", "ranking"]).rename(columns={"set": "seed"})
+    known = _kinds(tried).reindex(rows.ranking)
+    kinds = known.kind.fillna(pd.Series(known.index, known.index)).to_numpy()
+    rows = rows.assign(kind=kinds, scale=known.scale.to_numpy())
+    return rows[["seed", "ranking", "kind", "scale", "with_exact", "with_jacobian"]].reset_index(drop=True)
+
+
+def _kinds(tried: Sequence[Spectral]) -> pd.DataFrame:
+    lines = {Influence(f).name: (_kind(f), _scale(f)) for f in tried}
+    return pd.DataFrame.from_dict(lines, orient="index", columns=["kind", "scale"])
 
 
 def _kind(spectral: Spectral) -> str:
@@ -484,55 +485,41 @@ def _scale(spectral: Spectral) -> float:
     return spectral.atol**2 if isinstance(spectral, Cut) else 0.0
 
 
-def _answers(seed: int, ranking: str, outcome: Outcome) -> pd.DataFrame:
-    content = {"correct": outcome.correct.numpy(), "log_prob": outcome.log_prob.double().numpy()}
-    frame = pd.DataFrame(content).rename_axis("question").reset_index()
-    return frame.assign(seed=seed, ranking=ranking)
-
-
-def damage(sweep: Sweep) -> pd.DataFrame:
-    """What is left after zeroing, one row a ranking.
+def damage(sweep: Trials, ranks: pd.DataFrame) -> pd.DataFrame:
+    """What is left after zeroing, one row a ranking; the first is the intact model. ranks: see `likeness`.
 
     Columns: ranking, kind, scale; accuracy, low, high; log_prob, log_prob_low, log_prob_high; n, seeds.
     Accuracy is the mean over calibration sets; its Wilson interval is that of n questions, since all sets
     are tried on the same ones. The interval of the log-probability is a t interval over calibration sets.
     """
-    lines = []
-    for ranking, part in sweep.answers.groupby("ranking", sort=False):
-        n, accuracy = part["question"].nunique(), float(part["correct"].mean())
-        log_p = interval_of(part.groupby("seed")["log_prob"].mean())
-        lines.append((ranking, accuracy, *wilson(round(accuracy * n), n), *log_p, n, part["seed"].nunique()))
-    columns = [
-        "ranking",
-        "accuracy",
-        "low",
-        "high",
-        "log_prob",
-        "log_prob_low",
-        "log_prob_high",
-        "n",
-        "seeds",
-    ]
-    kinds = sweep.ranks.drop_duplicates("ranking")[["ranking", "kind", "scale"]]
-    table = pd.DataFrame(lines, columns=columns).merge(kinds, how="left", on="ranking")
+    known = ranks.drop_duplicates("ranking").set_index("ranking")[["kind", "scale"]]
+    lines = [{"ranking": "intact", **_left(sweep.start()[None], sweep.start("log_prob")[None])}]
+    for ranking in known.index:
+        values = (sweep.answers(of, ranking=ranking) for of in ("accuracy", "log_prob"))
+        lines.append({"ranking": ranking, **_left(*values)})
+    return pd.DataFrame(lines).join(known, on="ranking")
+
+
+def _left(right: np.ndarray, log_p: np.ndarray) -> dict[str, float]:
+    n, accuracy = right.shape[1], float(right.mean())
+    low, high = wilson(round(accuracy * n), n)
     # the mean over sets need not be a whole number of questions, so the interval is widened to hold it
-    return table.assign(
-        low=table[["low", "accuracy"]].min(axis=1), high=table[["high", "accuracy"]].max(axis=1)
-    )
+    line = {"accuracy": accuracy, "low": min(low, accuracy), "high": max(high, accuracy)}
+    line |= dict(zip(("log_prob", "log_prob_low", "log_prob_high"), interval_of(log_p.mean(1)), strict=True))
+    return {**line, "n": n, "seeds": len(right)}
 
 
-def minus(sweep: Sweep, a: str, b: str, of: str, seed: int) -> tuple[float, float, float]:
-    """What is left after zeroing by ranking a minus that by ranking b: (mean difference, low, high).
+def minus(sweep: Trials, pairs: Iterable[tuple[str, str]], value: str, seed: int) -> pd.DataFrame:
+    """What is left after zeroing by the first ranking of each pair minus that by the second.
 
-    of: "correct" or "log_prob". Each question's value is its mean over the calibration sets; the bootstrap
-    interval is over the questions, which both rankings share, and takes the calibration sets as given.
+    value: "accuracy" or "log_prob". Each question's value is its mean over the calibration sets; the
+    bootstrap interval is over the questions, which both rankings share, and takes the calibration sets as
+    given. Columns as in `Trials.compare`.
     """
-    return paired_difference(_after(sweep, a, of), _after(sweep, b, of), seed=seed)
-
-
-def _after(sweep: Sweep, ranking: str, of: str) -> np.ndarray:
-    part = sweep.answers[sweep.answers["ranking"] == ranking]
-    return part.groupby("question")[of].mean().to_numpy(dtype=float)
+    means = {(t := trial.labels["ranking"]): sweep.answers(value, ranking=t).mean(0) for trial in sweep.tried}
+    name = RIGHT.get(value, value)
+    one = Trials([], [Trial(0, {"ranking": t}, {name: values}) for t, values in means.items()])
+    return one.compare(pairs, label="ranking", value=value, seed=seed)
 
 
 def stripes(scores: Scores, names: Sequence[str]) -> tuple[float, float]:
@@ -542,9 +529,8 @@ def stripes(scores: Scores, names: Sequence[str]) -> tuple[float, float]:
     """
     shares = []
     for name in names:
-        ranks = torch.from_numpy(ranks_of(scores[name])).view(scores[name].shape)
-        total = ranks.var(correction=0)
-        shares.append([float(ranks.mean(axis).var(correction=0) / total) for axis in (1, 0)])
+        ranks = rankdata(scores[name].cpu(), axis=None).reshape(scores[name].shape)
+        shares.append([ranks.mean(axis).var() / ranks.var() for axis in (1, 0)])
     rows, columns = np.mean(shares, axis=0)
     return float(rows), float(columns)
 
@@ -704,21 +690,13 @@ def rank_correlations(frame: pd.DataFrame, seed: int, resamples: int = 500) -> p
     count = tables["change"].shape[1]
     drawn = np.random.default_rng(seed).integers(count, size=(resamples, count))
     index = np.vstack([np.arange(count), drawn])
-    truth = _standard_ranks(tables["change"], index)
+    resampled = {c: values[:, index].swapaxes(0, 1) for c, values in tables.items()}  # (draws, questions, n)
     rows = []
     for m in measures:
-        each = (_standard_ranks(tables[m], index) * truth).mean(-1).mean(1)  # (draws,)
+        each = np.nan_to_num(spearman(resampled[m], resampled["change"])).mean(1)  # a constant ranks nothing
         low, high = np.quantile(each[1:], [0.025, 0.975])
         rows.append((m, each[0], min(low, each[0]), max(high, each[0]), count, len(tables["change"])))
     return pd.DataFrame(rows, columns=["measure", "correlation", "low", "high", "n", "questions"])
-
-
-def _standard_ranks(values: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """Ranks with mean 0 and variance 1 of values (questions, items) drawn by index (draws, items)."""
-    ranks = rankdata(values[:, index].swapaxes(0, 1), axis=-1)
-    ranks = ranks - ranks.mean(-1, keepdims=True)
-    deviation = ranks.std(-1, keepdims=True)
-    return np.divide(ranks, deviation, out=np.zeros_like(ranks), where=deviation > 0)
 
 
 # --- 5, 6: ties and unconfident samples -------------------------------------------------------------
@@ -944,13 +922,3 @@ def differences(found: Mapping[str, Mapping[str, Scores]], dtype: str, shown: in
     step = max(1, len(b) // shown)
     difference = (a - b).abs() / b.clamp_min(1e-300)
     return pd.DataFrame({"size": (size / size.max())[::step], "difference": difference[::step]})
-
-
-# --- words for results that may turn out either way ----------------------------------------------------
-
-
-def sentence(a: str, b: str, difference: tuple[float, float, float], what: str) -> str:
-    """A sentence on a minus b (mean, low, high) that says no more than the interval does."""
-    mean, low, high = difference
-    words = "lower than" if high < 0 else "higher than" if low > 0 else "not distinguishable from that"
-    return f"{what} after {a} is {words} after {b}: {mean:+.3f} [{low:+.3f}, {high:+.3f}]"

@@ -9,8 +9,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from fichapters.ch03.lab import draw, overlap, ranks_of, spearman, top
+from fichapters.ch03.lab import draw, overlap, top
 from fihelpers.answers import usual_answers
+from fihelpers.evaluate.stats import spearman
 from fihelpers.filters import Spectral
 from fihelpers.influence import SaturationWarning
 from fihelpers.models.language import LanguageModel, open_model
@@ -121,7 +122,7 @@ def _table(scores: Sequence[Mapping[str, Tensor]], seed: int) -> pd.DataFrame:
 
 def _agreement(name: str, a: Tensor, b: Tensor, seed: int) -> tuple[float, float]:
     common = overlap(top({name: a}, SHARE, seed), top({name: b}, SHARE, seed))
-    return common, spearman(ranks_of(a), ranks_of(b))
+    return common, float(spearman(*(values.flatten().double().cpu().numpy() for values in (a, b))))
 
 
 def _scores(
