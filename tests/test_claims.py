@@ -29,7 +29,7 @@ A = Claim("7", "a", "A claim.", "somewhere")
 @pytest.fixture(scope="module")
 def rows() -> pd.DataFrame:
     """What the results kept with the project say of every setting."""
-    return judges.judged(judges.load_claims(), judges.of_run(Path("no run")))
+    return judges.judged(judges.load_claims(), judges.of_run())
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from fichapters.ch04.digits import train
 from fichapters.ch11 import components as parts_lab
 from fichapters.ch11 import draw, lab
 from fichapters.ch11.components import COAR, GATE_FI, GATE_LENGTH, JOINT, Coordinates, Settings
-from fichapters.results import Record
 from fihelpers.answers import Groups, letters
 from fihelpers.influence import ceiling
 from fihelpers.models.language import LanguageModel
@@ -186,10 +185,10 @@ def test_digits_have_constant_exact_fi_and_units_that_matter() -> None:
 
 
 def test_what_is_quoted_of_other_chapters() -> None:
-    for chapter, name in lab.QUOTED.values():
-        assert isinstance(lab.from_book(chapter, name), Record)
+    for place in lab.QUOTED.values():
+        assert lab.from_book(**place).n
     with pytest.raises(KeyError, match="run that chapter"):
-        lab.from_book("07_sparsification", "nothing")
-    gaps = lab.against_grad_cam({key: lab.from_book(*place) for key, place in lab.QUOTED.items()})
+        lab.from_book("07_sparsification", "records", name="nothing")
+    gaps = lab.against_grad_cam({key: lab.from_book(**place) for key, place in lab.QUOTED.items()})
     assert gaps.measure.tolist() == [lab.EXACT, lab.DAMPED]
     assert gaps.difference.between(gaps.low, gaps.high).all()

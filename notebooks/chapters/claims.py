@@ -210,13 +210,14 @@ def _filter(measure: str) -> str:
 # --- where the numbers are
 
 
-def of_run(folder: Path) -> Read:
-    """Read a run's tables; of a chapter that it has no results of, those kept with the project."""
+def of_run(folder: Path | None = None) -> Read:
+    """Read a run's tables; of a chapter that it has no results of, or without a run, those of the book."""
 
     @cache
     def read(chapter: str, table: str) -> pd.DataFrame:
-        own = (folder / f"{chapter}.json").is_file()
-        return _read(folder if own else data_folder() / KEPT, chapter, table)
+        if folder is not None and (folder / f"{chapter}.json").is_file():
+            return _read(folder, chapter, table)
+        return _read(data_folder() / KEPT, chapter, table)
 
     return read
 

@@ -19,10 +19,9 @@ from tqdm import tqdm
 from fichapters.ch04.digits import Digits
 from fichapters.ch11 import components as lab
 from fichapters.ch11.components import COAR, Component, Coordinates, Settings
+from fichapters.claims import RECORDS, of_run
 from fichapters.parameters import check_value, nearest
-from fichapters.results import Record, load_results
 from fihelpers.answers import Answers, Groups, groups, letters
-from fihelpers.data import data_folder
 from fihelpers.evaluate.questions import Evaluator, Outcome
 from fihelpers.evaluate.stats import crossed_difference, mean_interval
 from fihelpers.influence import SaturationWarning, fi, fi_of_moments, moments_of_others
@@ -106,18 +105,29 @@ PAIRS = [  # of the reviewers' questions: the first relative should agree better
     *product((EXACT, DAMPED, lab.JOINT_DAMPED, lab.GATE_FI), (RANDOM, COAR)),
 ]
 DIGIT_PAIRS = [*product((EXACT, DAMPED, lab.GATE_FI), [RANDOM]), *product((DAMPED, lab.GATE_FI), [LENGTH])]
+
+
+def _record(chapter: str, name: str) -> dict[str, Any]:
+    return {"chapter": chapter, "table": RECORDS, "name": name}
+
+
+def _pair(first: str, minus: str) -> dict[str, Any]:
+    """What zeroing one percent by one measure does beyond another, in chapter 07."""
+    return {"chapter": "07_sparsification", "table": "pairs", "first": first, "minus": minus, "rate": 0.01}
+
+
 QUOTED = {  # numbers of other chapters that answer a reviewer, by the end of their names here
-    "path_jacobian": ("06_embedding_attacks", "ch06_lag_exact"),
-    "path_damped": ("06_embedding_attacks", "ch06_lag_damped"),
-    "exact_random": ("07_sparsification", "ch07_exact_random"),
-    "damped_random": ("07_sparsification", "ch07_damped_random"),
-    "length_snip": ("07_sparsification", "ch07_length_snip"),
-    "merged_better": ("09_merging", "ch09_beat_random"),
-    "cam": ("04_fragile_pixels", "ch04_gain_pixels_gradcam"),
-    "cam_exact": ("04_fragile_pixels", "ch04_gain_pixels_exact"),
-    "cam_damped": ("04_fragile_pixels", "ch04_gain_pixels_damped"),
-    "paths": ("04_fragile_pixels", "ch04_gain_pixels_path"),
-    "close": ("05_prompts_and_pixels", "ch05_close_all"),
+    "path_jacobian": _record("06_embedding_attacks", "ch06_lag_exact"),
+    "path_damped": _record("06_embedding_attacks", "ch06_lag_damped"),
+    "exact_random": _pair(EXACT, RANDOM),
+    "damped_random": _pair(DAMPED, RANDOM),
+    "length_snip": _pair(LENGTH, "SNIP"),
+    "merged_better": _record("09_merging", "ch09_beat_random"),
+    "cam": _record("04_fragile_pixels", "ch04_gain_pixels_gradcam"),
+    "cam_exact": _record("04_fragile_pixels", "ch04_gain_pixels_exact"),
+    "cam_damped": _record("04_fragile_pixels", "ch04_gain_pixels_damped"),
+    "paths": _record("04_fragile_pixels", "ch04_gain_pixels_path"),
+    "close": _record("05_prompts_and_pixels", "ch05_close_all"),
 }
 DIRECTIONS = ("natural gradient", "gradient", "its signs", "removal", "random")
 COLUMNS = {"Fisher length": "fisher", "Euclidean length": "euclid", "measured": "real"}  # that are recorded
@@ -731,7 +741,7 @@ def mean_overlap(
     return mean_interval(_overlaps(overlaps, source, measure, share))
 
 
-def against_grad_cam(quoted: Mapping[str, Record]) -> pd.DataFrame:
+def against_grad_cam(quoted: Mapping[str, Quoted]) -> pd.DataFrame:
     """Grad-CAM's gain over random pixels minus FI's, from chapter 04: intervals of their own, no pairing.
 
     Above zero FI's pixels hurt more. Columns measure, n, difference, low, high.
@@ -746,11 +756,27 @@ def against_grad_cam(quoted: Mapping[str, Record]) -> pd.DataFrame:
     return pd.DataFrame(lines, columns=["measure", "n", "difference", "low", "high"])
 
 
-def from_book(chapter: str, name: str) -> Record:
-    """A number of another chapter, as the book shows it. Raises KeyError that says which is missing."""
-    found = load_results(data_folder() / "results").get((chapter, name))
-    if found is None:
-        raise KeyError(
-            f"The book has no number {name!r} of {chapter}; run that chapter and keep its results."
-        )
-    return found
+@dataclass(frozen=True)
+class Quoted:
+    """A number of another chapter, with its interval where it has one."""
+
+    value: float
+    low: float | None
+    high: float | None
+    n: int
+
+
+def from_book(chapter: str, table: str, **where: object) -> Quoted:
+    """The number of another chapter in the one row of a kept table with these values, as the book shows it.
+
+    table: its name, with a column difference, or "records". Raises KeyError that says which is missing.
+    """
+    rows = of_run()(chapter, table)
+    found = rows[(rows[list(where)] == pd.Series(where)).all(axis=1)] if len(rows) else rows
+    if len(found) != 1:
+        place = ", ".join(f"{name} {value!r}" for name, value in where.items())
+        told = f"{len(found)} numbers of {chapter}, {table}, {place}"
+        raise KeyError(f"The book has {told}; run that chapter and keep its results.")
+    row = found.rename(columns={"difference": "value"}).iloc[0]
+    low, high = (None if pd.isna(end) else float(end) for end in (row.low, row.high))
+    return Quoted(float(row.value), low, high, int(row.n))
