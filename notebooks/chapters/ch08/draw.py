@@ -49,7 +49,7 @@ DASHES = ("-", (0, (4, 1.5)), (0, (1.5, 1)), (0, (6, 1.5, 1.5, 1.5)))
 def loss_sweep(table: pd.DataFrame, intact: float, chance: float | None) -> Figure:
     """Accuracy against stored bits a weight without protection, one panel for each set of matrices.
 
-    table: from `experiments.quantization.where_loss_begins`. intact: accuracy before
+    table: from `lab.where_loss_begins`. intact: accuracy before
     quantization, drawn as a line, as is `chance`, that of guessing.
     """
     parts = list(table.groupby("matrices", sort=False))
@@ -76,7 +76,7 @@ def protection_curves(
 ) -> Figure:
     """Accuracy against the share of rows kept, a row of panels for each case, a column for each family.
 
-    table: from `experiments.quantization.summary`; its t intervals are drawn as bands.
+    table: from `lab.summary`; its t intervals are drawn as bands.
     """
     figure, axes = new_figure(len(cases), 2, size=(WIDTH, 2.7 * len(cases) + 1.9), sharey=True, sharex=True)
     for line, case in zip(axes, cases, strict=True):
@@ -97,7 +97,7 @@ def protection_curves(
 def recovered_dots(tables: Mapping[str, Mapping[str, pd.DataFrame]], what: str) -> Figure:
     """The share of the loss that each score wins back, one panel a case (its title).
 
-    tables: case, then "accuracy" and "log P", then from `experiments.quantization.recovery`.
+    tables: case, then "accuracy" and "log P", then from `lab.recovery`.
     what: which channels, and in which shares.
     """
     figure, axes = new_figure(1, len(tables), size=(WIDTH, 4.9), sharey=True)
@@ -128,7 +128,7 @@ def recovered_dots(tables: Mapping[str, Mapping[str, pd.DataFrame]], what: str) 
 def subject_curves(table: pd.DataFrame, cases: Sequence[Any], chance: float | None) -> Figure:
     """The earlier version's comparison, a row of panels for each case, a column for each subject.
 
-    table: from `experiments.quantization.by_subject`.
+    table: from `lab.by_subject`.
     """
     subjects = list(dict.fromkeys(table.subject))
     figure, axes = new_figure(
@@ -161,8 +161,7 @@ def size_curves(
 ) -> Figure:  # fmt: skip
     """Accuracy against stored bits a weight: protection beside finer quantization of everything.
 
-    table: from `summary`; sized: from `sizes`; sweep: from `where_loss_begins`, all of
-    `experiments.quantization`.
+    table: from `lab.summary`; sized: from `lab.sizes`; sweep: from `lab.where_loss_begins`.
     """
     figure, axes = new_figure(1, len(cases), size=(WIDTH, 4.1), sharey=True)
     for ax, case in zip(axes[0], cases, strict=True):
@@ -193,7 +192,7 @@ def size_curves(
 def joint_strips(table: pd.DataFrame) -> Figure:
     """FI of every channel, matrix by matrix, one panel for each way to count it.
 
-    table: from `experiments.quantization.joint_influence`.
+    table: from `lab.joint_influence`.
     """
     ways = list(table.groupby("way", sort=False))
     figure, axes = new_figure(1, len(ways), size=(WIDTH, 3.0), sharey=True)

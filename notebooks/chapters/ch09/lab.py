@@ -320,14 +320,12 @@ class Experts:
 
     def put(self, asked: Asked, k: int) -> None:
         """Give the network the weights of a model or of a merge."""
-        weights = self.weights[asked.which] if isinstance(asked, Alone) else None
-        read = self.merger(asked, k).tensor if isinstance(asked, Setting) else None
-        layouts = (weights or self.weights["base"]).layouts
+        weights = self.weights[asked.which if isinstance(asked, Alone) else "base"]
+        read = weights.read if isinstance(asked, Alone) else self.merger(asked, k).tensor
         own = self.model.network.state_dict()
         with torch.no_grad():
-            for name in filter(own.__contains__, layouts):  # not what the network does without
-                value = read(name) if read is not None else weights.read(name)  # type: ignore[union-attr]
-                own[name].copy_(value)
+            for name in filter(own.__contains__, weights.layouts):  # not what the network does without
+                own[name].copy_(read(name))
 
     def scores(self, which: Which, k: int, calibrated_on: str = OWN) -> dict[str, AnyScores]:
         """Scores of one expert's linear weights, on calibration set number k; a large model's as files."""
@@ -701,8 +699,8 @@ def choose(search: Search, kept: Callable[[str], Kept | None] = lambda _: None) 
 
     kept: where what is tried is kept, by a name (`Chapter.kept`).
     """
-    ties = Ties(elect=options(search.p)["elect"])
-    starts = {"task arithmetic": Setting(TaskArithmetic()), "TIES": Setting(ties)}
+    plain = Ties(elect=options(search.p)["elect"])
+    starts = {"task arithmetic": Setting(TaskArithmetic()), "TIES": Setting(plain)}
     chosen = {"average": Setting(), "Fisher average": Setting(FisherAverage())}
     chosen |= search.best(starts, kept("search"))
     starts = {
@@ -711,7 +709,7 @@ def choose(search: Search, kept: Callable[[str], Kept | None] = lambda _: None) 
         for by in FILTERS.values()
     }
     chosen |= search.best(starts, kept("search_protected"))
-    task, ties = chosen["task arithmetic"].method, chosen["TIES"].method  # type: ignore[assignment]
+    task, ties = chosen["task arithmetic"].method, chosen["TIES"].method
     assert isinstance(task, TaskArithmetic) and isinstance(ties, Ties)
     chosen["DARE task"] = Setting(Dare(task_weight=task.task_weight))
     chosen["DARE TIES"] = Setting(

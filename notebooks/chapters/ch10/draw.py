@@ -19,7 +19,7 @@ MARKERS = {"FI": "o", "Jacobian norm": "s"}
 
 
 def parts(table: pd.DataFrame, title: str) -> Figure:
-    """Operations of every work by part, in forward passes. table: from `experiments.cost.count_table`."""
+    """Operations of every work by part, in forward passes. table: from `lab.count_table`."""
     figure, axes = new_figure(size=(WIDTH, 2.9))
     ax, left = axes[0, 0], np.zeros(len(table))
     names = [c for c in table.columns if c not in ("together", "leading")]
@@ -46,7 +46,7 @@ def ratio_dots(tables: Mapping[str, pd.DataFrame], counted: Mapping[str, float],
 
 
 def over_floor(table: pd.DataFrame) -> Figure:
-    """Time over the floor of every work, median and interval. table: from `experiments.cost.over_floor`."""
+    """Time over the floor of every work, median and interval. table: from `lab.over_floor`."""
     figure, axes = new_figure(size=(WIDTH, 2.7))
     ax = axes[0, 0]
     _dots(ax, table)
@@ -58,7 +58,7 @@ def over_floor(table: pd.DataFrame) -> Figure:
 
 
 def sweeps(table: pd.DataFrame, logarithmic: Sequence[str]) -> Figure:
-    """Seconds against every setting, median and range. table: from `experiments.cost.sweep_table`."""
+    """Seconds against every setting, median and range. table: from `lab.sweep_table`."""
     settings = list(dict.fromkeys(table.of))
     rows = -(-(len(settings) + 1) // 2)
     figure, axes = new_figure(rows, 2, size=(WIDTH, 2.6 * rows))
@@ -100,7 +100,7 @@ def pixel_dots(tables: Mapping[int, pd.DataFrame], counted: float, paper: float)
 
 
 def foreseen_bars(table: pd.DataFrame) -> Figure:
-    """Bytes and seconds predicted and measured. table: from `experiments.cost.foreseen`."""
+    """Bytes and seconds predicted and measured. table: from `lab.foreseen`."""
     kinds = list(dict.fromkeys(table.index.get_level_values("what")))
     figure, axes = new_figure(1, len(kinds), size=(WIDTH, 2.8), sharey=True)
     for ax, kind in zip(axes[0], kinds, strict=True):
@@ -119,7 +119,7 @@ def foreseen_bars(table: pd.DataFrame) -> Figure:
 def agreement_dots(tables: Mapping[str, pd.DataFrame]) -> Figure:
     """Overlap of the top 1 % and rank correlation of each layer, bfloat16 with float32, one row a table.
 
-    tables: by title, from `experiments.precision.agreement_by_answer`.
+    tables: by title, from `ch03.precision.agreement_by_answer`.
     """
     figure, axes = new_figure(1, 2, size=(WIDTH, 1.5 + 0.7 * len(tables)), sharey=True)
     columns = {"overlap": "share of the top 1 % in common", "spearman": "rank correlation (Spearman)"}
