@@ -135,7 +135,7 @@ def test_rank_agreement_is_spearmans_and_a_constant_has_none() -> None:
     assert found.minus("a", "flat") == pytest.approx((1, 1, 1))
     b = rng.random(30)
     truth = scores.a.corr(pd.Series(b), method="spearman")
-    assert lab.spearman(scores[["a"]].to_numpy(), b)[0] == pytest.approx(truth)
+    assert lab.rank_agreement(scores[["a"]].to_numpy(), b)[0] == pytest.approx(truth)
 
 
 def test_leverages_fi_and_the_best_direction_of_each_length(model: LanguageModel) -> None:

@@ -23,7 +23,7 @@ EVERY_CHAPTER = "all"  # the section of a profile that holds for each chapter th
 # parameters that may be None, each with an example of its other values
 OR_NONE: Mapping[str, Any] = {"REVISION": "main", "LAYERS": [0], "N_IMAGES": 1, "N_QUESTIONS": 1}
 # groups of settings whose names are not all in the default: what reads them checks them
-FREE = ("DOMAINS", "OPTIONS", "NONSENSE", "LARGE.hardware")
+FREE = ("DOMAINS", "OPTIONS", "LARGE.hardware")
 
 Section = Mapping[str, Any]
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import product
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import rankdata
 from torch import Tensor
 from tqdm import tqdm
 
@@ -20,10 +20,9 @@ from fichapters.ch04.digits import Digits
 from fichapters.ch11 import components as lab
 from fichapters.ch11.components import COAR, Component, Coordinates, Settings
 from fichapters.claims import RECORDS, of_run
-from fichapters.parameters import check_value, nearest
 from fihelpers.answers import Answers, Groups, groups, letters
 from fihelpers.evaluate.questions import Evaluator, Outcome
-from fihelpers.evaluate.stats import crossed_difference, mean_interval
+from fihelpers.evaluate.stats import spearman
 from fihelpers.influence import SaturationWarning, fi, fi_of_moments, moments_of_others
 from fihelpers.measures import MEASURES, Random, names_of
 from fihelpers.models.language import LanguageModel
@@ -34,6 +33,7 @@ from fihelpers.scores.hooks import class_grad_blocks, frozen, missed_by_hooks, n
 from fihelpers.scores.store import TURNED, Scores
 from fihelpers.scores.weights import score_weights
 from fihelpers.tasks import Example, Task, load_task
+from fihelpers.trials import Kept, Labels, Trials, Values, collect
 
 RESAMPLES = 400
 UNMOVED = 1e-3  # relative; what a score may differ by and still count as unchanged
@@ -152,17 +152,14 @@ def scored(
     return table.assign(**{ABLATION: lab.damage(model, examples, parts).mean(1)}), fit
 
 
-def spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Rank correlation of each column of a (parts, m) with b (parts,); 0 where a column is constant.
+def rank_agreement(scores: np.ndarray, damage: np.ndarray) -> np.ndarray:
+    """Rank correlation of each column of scores (parts, m) with damage (parts,); 0 where one is constant.
 
-    Differences of less than a millionth are ties: rounding is no ranking.
+    Scores that differ by less than a millionth of the largest are tied: rounding is no ranking.
     """
-    scale = np.abs(a).max(0, keepdims=True)
-    x = rankdata(np.round(a / np.where(scale > 0, scale, 1), 6), axis=0)
-    y = rankdata(b)
-    x, y = x - x.mean(0), y - y.mean()
-    size = np.sqrt((x**2).sum(0) * (y**2).sum())
-    return np.where(size > 0, (x * y[:, None]).sum(0) / np.where(size > 0, size, 1), 0.0)
+    scale = np.abs(scores).max(0, keepdims=True)
+    rounded = np.round(scores / np.where(scale > 0, scale, 1), 6)
+    return np.nan_to_num(spearman(rounded.T, damage))
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,8 +194,8 @@ def agreement(scores: pd.DataFrame, falls: np.ndarray, seed: int) -> Agreement:
     draws = []
     for _ in range(RESAMPLES):
         c, q = rng.integers(parts, size=parts), rng.integers(n, size=n)
-        draws.append(spearman(values[c], falls[c][:, q].mean(1)))
-    return Agreement(tuple(scores.columns), spearman(values, falls.mean(1)), np.array(draws))
+        draws.append(rank_agreement(values[c], falls[c][:, q].mean(1)))
+    return Agreement(tuple(scores.columns), rank_agreement(values, falls.mean(1)), np.array(draws))
 
 
 def _interval(value: float, draws: np.ndarray) -> tuple[float, float, float]:
@@ -232,14 +229,14 @@ def moved(
             old, new = before[name].to_numpy(), table[name].to_numpy()
             apart = np.abs(new - old) / np.maximum(np.abs(old), 1e-12 * np.abs(old).max())
             line[f"{how}: moved"] = float(apart.max())
-            line[f"{how}: order"] = float(spearman(new[:, None], spearman_key(old))[0])
+            line[f"{how}: order"] = float(rank_agreement(new[:, None], _rounded(old))[0])
         rows[name] = line
     made = pd.DataFrame.from_dict(rows, orient="index")
     made.loc[[lab.GATE_CHANGE, lab.GATE_LENGTH], ["rewritten: moved", "rewritten: order"]] = np.nan
     return made
 
 
-def spearman_key(values: np.ndarray) -> np.ndarray:
+def _rounded(values: np.ndarray) -> np.ndarray:
     """Values rounded to a millionth of the largest, so that rounding is no order."""
     return np.round(values / max(float(np.abs(values).max()), 1e-300), 6)
 
@@ -459,52 +456,25 @@ SOURCES = (REAL, OTHER, SHUFFLED, TOKENS)
 CUE = "\nAnswer:"
 
 
-@dataclass(frozen=True)
-class Nonsense:
-    """What is run: `seeds` calibration sets of n questions for each source, tested on the same questions.
+def nonsense_measures(p: SimpleNamespace) -> tuple[str, ...]:
+    """The measures that the text speaks of, and those that the settings NONSENSE have beside them."""
+    return names_of((EXACT, DAMPED, LENGTH, *p.NONSENSE["measures"]))
 
-    tried: of how many sets the choice is zeroed and protected, which takes far longer than choosing.
-    shares: of the linear weights that are zeroed, by each of `measures`. kept: the share of output rows that
-    keep 16 bits while all other linear weights are cut to `bits`.
+
+def check_nonsense(p: SimpleNamespace) -> None:
+    """Draw once whatever claim R5 will draw, so that a bad setting is refused before long work.
+
+    Raises ValueError for an unknown measure or number of bits, and what `load_task` raises.
     """
-
-    task: str
-    subjects: tuple[str, ...]
-    n: int
-    n_test: int
-    seeds: int
-    tried: int
-    shares: tuple[float, ...]
-    kept: float
-    bits: int
-    measures: tuple[str, ...] = (EXACT, DAMPED, LENGTH)
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "measures", names_of(self.measures))
+    nonsense_measures(p)
+    Scheme(p.NONSENSE["bits"])
+    _drawn(p, "val", 2 * p.NONSENSE["n"] // len(p.SUBJECTS), p.SEED)
+    _drawn(p, "test", p.NONSENSE["n_test"], p.SEED)
 
 
-def nonsense_plan(settings: Mapping[str, Any], task: str, subjects: Sequence[str], seed: int) -> Nonsense:
-    """The plan with these settings, by name; measures are run beside those that the chapter speaks of.
-
-    Raises ValueError for a setting that is missing, unknown or cannot be run, and what `load_task` raises.
-    """
-    known = [f.name for f in fields(Nonsense) if f.name not in ("task", "subjects", "seed")]
-    for name in settings:
-        if name not in known:
-            raise ValueError(f"NONSENSE has no {name!r}{nearest(name, known)}")
-    missing = [name for name in known if name != "measures" and name not in settings]
-    if missing:
-        raise ValueError(f"NONSENSE lacks {missing[0]!r}; give {', '.join(known[:-1])}.")
-    measures = settings.get("measures", [])
-    check_value("NONSENSE.measures", measures, list(Nonsense.measures))
-    given = {**settings, "shares": tuple(settings["shares"]), "measures": (*Nonsense.measures, *measures)}
-    plan = Nonsense(task, tuple(subjects), **given, seed=seed)
-    Scheme(plan.bits)
-    for subject in subjects:
-        load_task(task, subject, "val", 2 * plan.n // len(subjects), seed)
-        load_task(task, subject, "test", plan.n_test, seed)
-    return plan
+def _drawn(p: SimpleNamespace, split: str, n: int, seed: int) -> list[Sequence[Example]]:
+    """n questions of each subject."""
+    return [load_task(p.TASK, subject, split, n, seed).examples for subject in p.SUBJECTS]
 
 
 def nonsense(examples: Sequence[Example], source: str, model: LanguageModel, seed: int) -> list[Example]:
@@ -528,67 +498,61 @@ def nonsense(examples: Sequence[Example], source: str, model: LanguageModel, see
     return made
 
 
-def calibration_sets(model: LanguageModel, plan: Nonsense, k: int) -> dict[str, list[Example]]:
+def calibration_sets(model: LanguageModel, p: SimpleNamespace, k: int) -> dict[str, list[Example]]:
     """Set number k of each source; "other real questions" shares none with the "real questions"."""
-    each = [
-        load_task(plan.task, s, "val", 2 * plan.n // len(plan.subjects), plan.seed + k) for s in plan.subjects
-    ]
-    first = [e for task in each for e in task.examples[: len(task) // 2]]
-    second = [e for task in each for e in task.examples[len(task) // 2 :]]
-    made = {source: nonsense(first, source, model, plan.seed + k) for source in (SHUFFLED, TOKENS)}
+    each = _drawn(p, "val", 2 * p.NONSENSE["n"] // len(p.SUBJECTS), p.SEED + k)
+    first = [e for examples in each for e in examples[: len(examples) // 2]]
+    second = [e for examples in each for e in examples[len(examples) // 2 :]]
+    made = {source: nonsense(first, source, model, p.SEED + k) for source in (SHUFFLED, TOKENS)}
     return {REAL: first, OTHER: second, **made}
 
 
-def run_nonsense(model: LanguageModel, plan: Nonsense) -> tuple[pd.DataFrame, pd.DataFrame]:
+def calibrate_on_nonsense(model: LanguageModel, p: SimpleNamespace, kept: Kept) -> Trials:
     """Zero, and protect, the weights of highest score by calibration on sense and on nonsense (claim R5).
 
-    Returns rows (seed, source, measure, test, share, and for each tested question correct and log_prob, as
-    arrays), the intact model and the unprotected one first; and overlaps (seed, source, measure, share,
-    overlap with the choice by real questions).
+    NONSENSE has the numbers of questions (n, n_test) and of calibration sets (seeds), of which some are tried
+    (tried), since that takes far longer than choosing; the shares that are zeroed; and the share of output
+    rows that keep 16 bits (kept) while all other linear weights are cut to few (bits). Labels: test ("zero",
+    "protect", or "overlap": with the choice by real questions, one value), share, measure, and source, which
+    may be random, the same for every measure.
     """
-    tested = [
-        e for s in plan.subjects for e in load_task(plan.task, s, "test", plan.n_test, plan.seed).examples
-    ]
+    names, measures = linear_names(model.network), nonsense_measures(p)
+    tested = [e for examples in _drawn(p, "test", p.NONSENSE["n_test"], p.SEED) for e in examples]
     ask = Evaluator(model, tested, letters(model.tokenizer))
-    rows = [_row(0, "none", "intact", "intact", 0.0, ask())]
-    names = linear_names(model.network)
-    with quantized(model.network, pack_model(model, names, Scheme(plan.bits))):
-        rows.append(_row(0, "none", "unprotected", "protect", 0.0, ask()))
-    overlaps = []
-    for k in tqdm(range(plan.seeds), desc="nonsense", unit="calibration set", leave=False, delay=3):
+
+    def tries(k: int) -> Iterator[tuple[Labels, Outcome | Values]]:
         real: dict[tuple[str, float], Tensor] = {}
-        for source, examples in calibration_sets(model, plan, k).items():
-            scores = score_weights(model, examples, plan.measures, only=names, displaced=False)
-            for measure, found in scores.items():
-                if k < plan.tried:
-                    rows += _tests(model, plan, ask, found, (k, source, measure))
-                for share in plan.shares:
-                    chosen = _mask(found, share)
-                    common = real.setdefault((measure, share), chosen)
-                    overlaps.append((k, source, measure, share, float(chosen[common].double().mean())))
-        data_free = Scores(
-            {
-                n: Random(plan.seed + k).of_value(model.network.get_parameter(n), i)
-                for i, n in enumerate(names)
-            }
-        )
-        if k < plan.tried:
-            rows += _tests(model, plan, ask, data_free, (k, RANDOM, RANDOM))
-    columns = ["seed", "source", "measure", "share", "overlap"]
-    return pd.DataFrame(rows), pd.DataFrame(overlaps, columns=columns)
+        for source, examples in calibration_sets(model, p, k).items():
+            found = score_weights(model, examples, measures, only=names, displaced=False)
+            for measure, share in product(measures, p.NONSENSE["shares"]):
+                chosen = _mask(found[measure], share)
+                common = real.setdefault((measure, share), chosen)
+                labels = {"test": "overlap", "share": share, "measure": measure, "source": source}
+                yield labels, {"overlap": chosen[common].double().mean(0, keepdim=True).numpy()}
+            for measure in measures if k < p.NONSENSE["tried"] else ():
+                for test, outcome in _tests(model, p, ask, found[measure], k):
+                    yield {**test, "measure": measure, "source": source}, outcome
+        if k < p.NONSENSE["tried"]:
+            random, weight = Random(p.SEED + k), model.network.get_parameter
+            drawn = Scores({name: random.of_value(weight(name), i) for i, name in enumerate(names)})
+            for test, outcome in _tests(model, p, ask, drawn, k):
+                yield from (({**test, "measure": m, "source": RANDOM}, outcome) for m in measures)
+
+    return collect(ask, tries, sets=p.NONSENSE["seeds"], kept=kept)
 
 
 def _tests(
-    model: LanguageModel, plan: Nonsense, ask: Evaluator, scores: Scores, key: tuple[int, str, str]
-) -> Iterator[dict[str, object]]:
-    for share in plan.shares:
-        with zeroed(model.network, select(scores, share, seed=key[0])):
-            yield _row(*key, "zero", share, ask())
+    model: LanguageModel, p: SimpleNamespace, ask: Evaluator, scores: Scores, k: int
+) -> Iterator[tuple[dict[str, object], Outcome]]:
+    """What the choice by these scores does, zeroed and protected."""
+    for share in p.NONSENSE["shares"]:
+        with zeroed(model.network, select(scores, share, seed=k)):
+            yield {"test": "zero", "share": share}, ask()
     about = {key: value for key, value in scores.metadata.items() if key == TURNED}
     by_row = channel_scores(Scores(scores.values, about), "mean", "rows")
-    kept = select_channels(by_row, plan.kept, seed=key[0])
-    with quantized(model.network, pack_model(model, list(scores.values), Scheme(plan.bits), kept)):
-        yield _row(*key, "protect", plan.kept, ask())
+    rows = select_channels(by_row, p.NONSENSE["kept"], seed=k)
+    with quantized(model.network, pack_model(model, list(scores.values), Scheme(p.NONSENSE["bits"]), rows)):
+        yield {"test": "protect", "share": p.NONSENSE["kept"]}, ask()
 
 
 def _mask(scores: Scores, share: float) -> Tensor:
@@ -598,51 +562,22 @@ def _mask(scores: Scores, share: float) -> Tensor:
     return mask
 
 
-def _row(
-    seed: int, source: str, measure: str, test: str, share: float, outcome: Outcome
-) -> dict[str, object]:
-    return {
-        "seed": seed,
-        "source": source,
-        "measure": measure,
-        "test": test,
-        "share": share,
-        "correct": outcome.correct.double().numpy(),
-        "log_prob": outcome.log_prob.double().numpy(),
-    }
+def against_real(trials: Trials, p: SimpleNamespace, value: str) -> pd.DataFrame:
+    """Each source minus random weights, and minus the real questions, with intervals over sets and questions.
 
-
-def answers_of(rows: pd.DataFrame, source: str, measure: str, test: str, share: float, of: str) -> np.ndarray:
-    """Values (seeds, questions) of one line of the experiment. Raises ValueError where it was not run."""
-    part = rows[(rows.source == source) & (rows.measure == measure) & (rows.test == test)]
-    part = part[np.isclose(part.share, share)].sort_values("seed")
-    if part.empty:
-        raise ValueError(f"There is no line {source!r}, {measure!r}, {test!r} at {share:g}.")
-    return np.stack(part[of].to_list())
-
-
-def against_real(rows: pd.DataFrame, plan: Nonsense, of: str, seed: int) -> pd.DataFrame:
-    """Each source minus the real questions, and minus random weights, with intervals over sets and questions.
-
-    Columns test, share, measure, source, minus, n (questions), difference, low, high and value (the source's
-    own mean).
+    value: "accuracy" or "log_prob". Columns test, share, measure, source, minus, n (questions), difference,
+    low, high and value (the source's own mean).
     """
-    tests = [("zero", share) for share in plan.shares] + [("protect", plan.kept)]
+    pairs = [pair for pair in product(SOURCES, (RANDOM, REAL)) if pair != (REAL, REAL)]
+    tests = [*product(["zero"], p.NONSENSE["shares"]), ("protect", p.NONSENSE["kept"])]
     lines = []
-    for test, share in tests:
-        by_chance = answers_of(rows, RANDOM, RANDOM, test, share, of)
-        for measure in plan.measures:
-            sense = answers_of(rows, REAL, measure, test, share, of)
-            for source in SOURCES:
-                own = answers_of(rows, source, measure, test, share, of)
-                others = {RANDOM: by_chance} | ({} if source == REAL else {REAL: sense})
-                for name, other in others.items():
-                    found = crossed_difference(own, other, seed=seed, resamples=4000)
-                    lines.append(
-                        (test, share, measure, source, name, own.shape[1], *found, float(own.mean()))
-                    )
+    for (test, share), measure in product(tests, nonsense_measures(p)):
+        here = trials.where(test=test, share=share, measure=measure)
+        found = here.compare(pairs, label="source", value=value, seed=p.SEED, resamples=4000)
+        own = here.table("source", value=value).set_index("source")[value].loc[found["first"]].to_numpy()
+        lines.append(found.assign(test=test, share=share, measure=measure, value=own))
     columns = ["test", "share", "measure", "source", "minus", "n", "difference", "low", "high", "value"]
-    return pd.DataFrame(lines, columns=columns)
+    return pd.concat(lines, ignore_index=True).rename(columns={"first": "source"})[columns]
 
 
 def digit_scores(digits: Digits, n: int, settings: Settings) -> tuple[pd.DataFrame, np.ndarray, float]:
@@ -714,31 +649,27 @@ def duels(found: Agreement, pairs: Iterable[tuple[str, str]], among: str, n: int
     return pd.DataFrame(lines, columns=["among", "first", "minus", "n", "difference", "low", "high"])
 
 
-def overlap_gaps(overlaps: pd.DataFrame, plan: Nonsense) -> pd.DataFrame:
+def overlaps(trials: Trials) -> pd.DataFrame:
+    """Overlap with the choice by real questions: columns seed, source, measure, share, overlap."""
+    rows = trials.where(test="overlap").rows().rename(columns={"set": "seed"})
+    return rows[["seed", "source", "measure", "share", "overlap"]]
+
+
+def overlap_gaps(trials: Trials, p: SimpleNamespace) -> pd.DataFrame:
     """How many more of the top weights other real questions share with the first ones than nonsense does.
 
-    overlaps: from `run_nonsense`; paired by calibration set, with t intervals. Columns measure, source,
-    share, n (sets), difference, low, high.
+    Paired by calibration set, with t intervals, for the first share. Columns measure, source, share, n
+    (sets), difference, low, high.
     """
-    share = plan.shares[0]
-    lines = []
-    for measure in plan.measures:
-        for source in (SHUFFLED, TOKENS):
-            gap = _overlaps(overlaps, OTHER, measure, share) - _overlaps(overlaps, source, measure, share)
-            lines.append((measure, source, share, plan.seeds, *mean_interval(gap)))
-    return pd.DataFrame(lines, columns=["measure", "source", "share", "n", "difference", "low", "high"])
-
-
-def _overlaps(overlaps: pd.DataFrame, source: str, measure: str, share: float) -> np.ndarray:
-    part = overlaps[(overlaps.source == source) & (overlaps.measure == measure)]
-    return part[np.isclose(part.share, share)].sort_values("seed").overlap.to_numpy()
-
-
-def mean_overlap(
-    overlaps: pd.DataFrame, source: str, measure: str, share: float
-) -> tuple[float, float, float]:
-    """Mean over calibration sets of the overlap with the choice by real questions, and its t interval."""
-    return mean_interval(_overlaps(overlaps, source, measure, share))
+    pairs, first = [(OTHER, SHUFFLED), (OTHER, TOKENS)], p.NONSENSE["shares"][0]
+    here = trials.where(test="overlap", share=first)
+    found = [
+        here.where(measure=m).compare(pairs, "measure", label="source", value="overlap", over_sets=True)
+        for m in nonsense_measures(p)
+    ]
+    made = pd.concat(found, ignore_index=True).drop(columns="first").rename(columns={"minus": "source"})
+    made = made.assign(share=first, n=p.NONSENSE["seeds"])
+    return made[["measure", "source", "share", "n", "difference", "low", "high"]]
 
 
 def against_grad_cam(quoted: Mapping[str, Quoted]) -> pd.DataFrame:
