@@ -1,5 +1,8 @@
 """Chapter 11: components and their gates, relatives of FI on them, directions, leverage, and two classes."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,6 +17,7 @@ from fihelpers.answers import Groups, letters
 from fihelpers.influence import ceiling
 from fihelpers.models.language import LanguageModel
 from fihelpers.scores.weights import score_weights
+from fihelpers.trials import Kept
 
 SETTINGS = Settings(ablations=30, held=8, curved=2, attributed=2)
 EXAMPLES = tiny_examples(4)
@@ -171,6 +175,27 @@ def test_nonsense_keeps_the_words_or_the_length_and_the_cue(model: LanguageModel
         assert new.prompt.endswith(lab.CUE) and new.answer == old.answer
     first, again = (lab.nonsense(asked, lab.TOKENS, model, seed) for seed in (0, 0))
     assert [e.prompt for e in first] == [e.prompt for e in again] != [e.prompt for e in asked]
+
+
+def test_sense_and_nonsense_are_compared_with_random_weights(
+    model: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = [lab.replace(e, prompt=e.prompt + lab.CUE) for e in EXAMPLES]
+    monkeypatch.setattr(lab, "load_task", lambda *drawn: SimpleNamespace(examples=asked[: drawn[3]]))
+    settings = {"n": 2, "n_test": 2, "seeds": 3, "tried": 2, "shares": [0.1], "kept": 0.2, "bits": 4}
+    p = SimpleNamespace(TASK="any", SUBJECTS=["one"], SEED=0, NONSENSE={**settings, "measures": ["SNIP"]})
+    kept = Kept(tmp_path, "nonsense", None)
+    trials = lab.calibrate_on_nonsense(model, p, kept)
+    table = lab.against_real(trials, p, "log_prob")
+    assert len(table) == 2 * 4 * 7 and (table.n == 2).all()
+    rows = lab.overlaps(trials)
+    assert set(rows[rows.source == lab.REAL].overlap) == {1.0} and rows.seed.nunique() == 3
+    assert set(rows.measure) == {lab.EXACT, lab.DAMPED, lab.LENGTH, "SNIP"}
+    gaps = lab.overlap_gaps(trials, p)
+    assert len(gaps) == 2 * 4 and (gaps.n == 3).all() and gaps.difference.between(gaps.low, gaps.high).all()
+    again = lab.calibrate_on_nonsense(model, p, kept)
+    assert len(list(tmp_path.iterdir())) == 3  # a file for each set, read again
+    pd.testing.assert_frame_equal(lab.against_real(again, p, "log_prob"), table)
 
 
 def test_digits_have_constant_exact_fi_and_units_that_matter() -> None:
