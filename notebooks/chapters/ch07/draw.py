@@ -97,6 +97,7 @@ def reading_by_subject(
                 ys = [start, *part.accuracy]
                 ax.plot([0, *part.rate], ys, dash, color=colour, marker=marker, label=label)
             _finish(ax, subject, chance)
+            _percent(ax, 3)
         line[0].set_ylabel(f"accuracy\n({name})")
     axes[0, 0].legend(loc="center left", bbox_to_anchor=(0, 0.42))
     figure.supxlabel(
