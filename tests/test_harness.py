@@ -315,5 +315,5 @@ def test_bad_input_is_one_sentence(
 def test_a_folder_without_tasks_is_refused(mini: LanguageModel, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="has no tasks; give 'bundled'"):
         evaluate_with_harness(mini, "law", task_folder=tmp_path)
-    with pytest.raises(FileNotFoundError, match="no task folder"):
+    with pytest.raises(FileNotFoundError, match="absent has no tasks; give 'bundled'"):
         evaluate_with_harness(mini, "law", task_folder=tmp_path / "absent")

@@ -17,9 +17,10 @@ import random
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
+from logging.handlers import BufferingHandler
 from os import PathLike
 from pathlib import Path
 from statistics import NormalDist
@@ -29,13 +30,11 @@ import numpy as np
 import pandas as pd
 import torch
 import yaml
-from tqdm import tqdm
 
-from fihelpers.data import data_folder
 from fihelpers.evaluate.stats import wilson
 from fihelpers.extras import optional
-from fihelpers.models.language import LanguageModel, brief
-from fihelpers.tasks import BUNDLED, mcq
+from fihelpers.models.language import LanguageModel, brief, context_of
+from fihelpers.tasks import BUNDLED, mcq, question_reader
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +44,7 @@ BATCH_SIZE = 4  # the harness holds float32 log-probabilities of all tokens at a
 SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}  # the harness's own defaults
 SHOWN_NAMES = 5
 Z = NormalDist().inv_cdf(0.975)
+MESSAGES = 10**6  # of the harness that are kept
 CUT = ("Truncating", "Left truncation")
 EXPECTED = (  # what the harness says each time it is given a model in memory and a table in memory
     "`pretrained` model kwarg is not of type",
@@ -103,6 +103,7 @@ def evaluate_with_harness(
     """
     with optional():
         import lm_eval
+        from lm_eval.models.huggingface import HFLM
 
     names = [tasks] if isinstance(tasks, str) else list(tasks)
     _check(names, n, shots, batch_size)
@@ -111,14 +112,16 @@ def evaluate_with_harness(
             f"the tokenizer of model {model.name!r} has no end-of-text token, which the harness needs; "
             "set its eos_token."
         )
-    with _harness_ready(model) as (network, messages):
+    with _left_as_it_was(model.network) as records:
         loaded = _load(names, task_folder, shots)
         for task in loaded["tasks"].values():
             _prepare(task, shots)
         drawn = None if n is None else {name: _draw(task, n, seed) for name, task in loaded["tasks"].items()}
-        output = lm_eval.evaluate(network(batch_size), loaded, samples=drawn)
+        tokenizer = copy.deepcopy(model.tokenizer)  # the harness gives it a padding token
+        network = HFLM(pretrained=model.network, tokenizer=tokenizer, batch_size=batch_size)
+        output = lm_eval.evaluate(network, loaded, samples=drawn)
     assert output is not None  # None only on the further machines of a distributed run
-    settings = _settings(model, n, seed, batch_size, messages.cut)
+    settings = _settings(model, n, seed, batch_size, _was_cut(records, model))
     answers = _answers(output["samples"], model.name)
     return HarnessResult(_table(output, loaded["groups"], answers), answers, settings)
 
@@ -138,9 +141,9 @@ def _load(names: Sequence[str], task_folder: str | PathLike[str] | None, shots: 
     """The tasks and groups as `lm_eval.evaluate` takes them: {"tasks", "groups", "group_map"}."""
     from lm_eval.tasks import TaskManager
 
-    folder = None if task_folder is None else _question_folder(str(task_folder))
-    if folder is not None:
-        made = [_of_questions(name, *folder, shots or 0) for name in names]
+    if task_folder is not None and _holds_questions(str(task_folder)):
+        read = question_reader(str(task_folder))
+        made = [_of_questions(name, read, shots or 0) for name in names]
         return dict(TaskManager(include_defaults=False).load(made))
     places = [OUR_TASKS] if task_folder is None else [Path(task_folder).expanduser()]
     manager = TaskManager(include_defaults=False, include_path=places)
@@ -188,54 +191,47 @@ def _unknown(name: str, known: set[str]) -> ValueError:
     return ValueError(f"unknown task {name!r}; similar names are {', '.join(shown[:SHOWN_NAMES])}.")
 
 
-def _question_folder(name: str) -> tuple[Path, bool] | None:
-    """The folder of questions in the MMLU CSV layout and whether it is the bundled one; None for another."""
-    if name in BUNDLED:
-        return data_folder() / BUNDLED[name], True
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        known = " or ".join(map(repr, BUNDLED))
-        raise FileNotFoundError(f"no task folder {name!r}; give {known}, or an existing folder.")
-    return (folder, False) if any((folder / "test").glob("*_test.csv")) else None
+def _holds_questions(name: str) -> bool:
+    """Whether these are questions in the MMLU CSV layout, and not task files of the harness."""
+    return name in BUNDLED or any((Path(name).expanduser() / "test").glob("*_test.csv"))
 
 
-def _of_questions(name: str, folder: Path, bundled: bool, shots: int) -> Any:
+def _of_questions(name: str, read: Callable[..., mcq.Rows], shots: int) -> Any:
     """The harness's task of one subject, or the group "all" of all subjects."""
-    if name != ALL:
-        return _subject_task(name, folder, bundled, shots)
     from lm_eval.api.group import Group
     from lm_eval.config.group import AggMetricConfig
 
+    subject = None if name == ALL else name
+    asked = read(subject=subject, split="test")
+    solved = read(subject=subject, split="dev") if shots else {}
+    mcq.make_examples(asked, "test", solved, shots)  # raises for too few solved questions
+    tasks = [_subject_task(each, rows, solved.get(each, [])) for each, rows in asked.items()]
+    if subject is not None:
+        return tasks[0]
     group = Group(ALL, aggregate_metric_list=[AggMetricConfig("acc")], metadata={"version": 1.0})
-    for subject in mcq.read_folder(folder, None, "test", bundled):
-        group.add(_subject_task(subject, folder, bundled, shots))
+    for task in tasks:
+        group.add(task)
     return group
 
 
-def _subject_task(subject: str, folder: Path, bundled: bool, shots: int) -> Any:
+def _subject_task(subject: str, asked: Sequence[mcq.Row], solved: Sequence[mcq.Row]) -> Any:
     """One subject in the prompt that the harness gives MMLU, with its data in memory."""
     import lm_eval
     from datasets import Dataset
     from lm_eval.api.task import ConfigurableTask
 
-    asked = mcq.read_folder(folder, subject, "test", bundled)
-    solved = mcq.read_folder(folder, subject, "dev", bundled) if shots else {}
-    mcq.make_examples(asked, "test", solved, shots)  # raises for too few solved questions
-    parts = {"test": asked, "dev": solved} if shots else {"test": asked}
-    tables = {split: Dataset.from_list([vars(row) | {"choices": row.options} for row in rows[subject]])
-              for split, rows in parts.items()}  # fmt: skip
-
-    def data(**_: Any) -> dict[str, Any]:
-        return tables
-
+    parts = {"test": asked, "dev": solved} if solved else {"test": asked}
+    tables = {
+        split: Dataset.from_list([vars(row) | {"choices": row.options} for row in rows])
+        for split, rows in parts.items()
+    }
     template = Path(lm_eval.__file__).parent / "tasks" / "mmlu" / "default" / "_default_template_yaml"
     config = yaml.safe_load(template.read_text(encoding="utf-8"))
     del config["dataset_path"]
-    if not shots:
+    if not solved:
         del config["fewshot_split"]
-    title = subject.replace("_", " ")
-    config["description"] = f"The following are multiple choice questions (with answers) about {title}.\n\n"
-    return ConfigurableTask(config=config | {"task": subject, "custom_dataset": data})
+    own = {"task": subject, "description": mcq.header(subject), "custom_dataset": lambda **_: tables}
+    return ConfigurableTask(config=config | own)
 
 
 def _prepare(task: Any, shots: int | None) -> None:
@@ -252,101 +248,45 @@ def _draw(task: Any, n: int, seed: int) -> list[int]:
     return sorted(random.Random(seed).sample(range(total), n)) if n < total else list(range(total))
 
 
-class _Messages(logging.Handler):
-    """Takes what the harness logs: drops what it always says, notes cut prompts, passes on the rest."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.cut = False
-
-    def emit(self, record: logging.LogRecord) -> None:
-        message = record.getMessage()
-        if any(phrase in message for phrase in CUT):
-            self.cut = True
-        elif not any(phrase in message for phrase in EXPECTED):
-            log.warning("lm-evaluation-harness: %s", message)
-
-
 @contextmanager
-def _harness_ready(model: LanguageModel) -> Iterator[tuple[Callable[[int], Any], _Messages]]:
-    """The harness with its messages and bars in hand; the model, and all random numbers, are as before."""
-    from lm_eval.api import model as model_module
-    from lm_eval.api import task as task_module
-    from lm_eval.models import huggingface
-
-    messages = _Messages()
-    with ExitStack() as stack:
-        stack.enter_context(_listening(messages))
-        stack.enter_context(_same_modes(model.network))
-        stack.enter_context(_own_random_numbers(model.device))
-        for module in (model_module, task_module, huggingface):
-            stack.enter_context(_bars_that_go(module))
-        # The harness gives a tokenizer a padding token.
-        tokenizer = copy.deepcopy(model.tokenizer)
-
-        def network(batch_size: int) -> Any:
-            return huggingface.HFLM(pretrained=model.network, tokenizer=tokenizer, batch_size=batch_size)
-
-        yield network, messages
-    if messages.cut:
-        longest = getattr(model.network.config.get_text_config(), "max_position_embeddings", None)
-        warnings.warn(
-            f"prompts, with room for the answers, are longer than the {longest} tokens that model "
-            f"{model.name!r} can read, and the harness cut them on the left; use fewer shots.",
-            stacklevel=4,
-        )
-
-
-@contextmanager
-def _listening(messages: logging.Handler) -> Iterator[None]:
+def _left_as_it_was(network: torch.nn.Module) -> Iterator[list[logging.LogRecord]]:
+    """Yield what the harness logs. The network's mode and all random numbers are afterwards as before."""
     logger = logging.getLogger("lm_eval")
-    before = logger.propagate, logger.level
+    heard = BufferingHandler(MESSAGES)
+    training, propagate, level = network.training, logger.propagate, logger.level
+    python, numpy = random.getstate(), np.random.get_state()
+    logger.addHandler(heard)
     logger.propagate = False
     logger.setLevel(logging.WARNING)
-    logger.addHandler(messages)
-    try:
-        yield
-    finally:
-        logger.removeHandler(messages)
-        logger.propagate = before[0]
-        logger.setLevel(before[1])
-
-
-@contextmanager
-def _same_modes(network: torch.nn.Module) -> Iterator[None]:
-    """Every part is in training or evaluation mode as before."""
-    before = {module: module.training for module in network.modules()}
-    try:
-        yield
-    finally:
-        for module, training in before.items():
-            module.training = training
-
-
-@contextmanager
-def _own_random_numbers(device: torch.device) -> Iterator[None]:
-    """Random numbers from the harness's seeds; the caller's go on where they were."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with torch.random.fork_rng():
         random.seed(SEEDS["random"])
         np.random.seed(SEEDS["numpy"])
         torch.manual_seed(SEEDS["torch"])
         try:
-            yield
+            yield heard.buffer
         finally:
             random.setstate(python)
             np.random.set_state(numpy)
+            logger.removeHandler(heard)
+            logger.propagate = propagate
+            logger.setLevel(level)
+            network.train(training)
 
 
-@contextmanager
-def _bars_that_go(module: Any) -> Iterator[None]:
-    """Progress bars of a module of the harness that come late and leave nothing, as ours do."""
-    before = module.tqdm
-    module.tqdm = partial(tqdm, delay=3, leave=False)
-    try:
-        yield
-    finally:
-        module.tqdm = before
+def _was_cut(records: Sequence[logging.LogRecord], model: LanguageModel) -> bool:
+    """Whether the harness cut prompts, by what it logged, with a warning; passes on all that is unusual."""
+    messages = dict.fromkeys(record.getMessage() for record in records)
+    for message in messages:
+        if not any(phrase in message for phrase in (*CUT, *EXPECTED)):
+            log.warning("lm-evaluation-harness: %s", message)
+    cut = any(phrase in message for message in messages for phrase in CUT)
+    if cut:
+        warnings.warn(
+            f"prompts, with room for the answers, are longer than the {context_of(model.network)} tokens "
+            f"that model {model.name!r} can read, and the harness cut them on the left; use fewer shots.",
+            stacklevel=3,
+        )
+    return cut
 
 
 def _answers(samples: Mapping[str, Sequence[Mapping[str, Any]]], model_name: str) -> pd.DataFrame:
@@ -380,8 +320,8 @@ def _table(output: Mapping[str, Any], groups: Mapping[str, Any], answers: pd.Dat
             row = {"task": task, "metric": metric, "filter": name, "value": measured[f"{metric},{name}"]}
             row["stderr"] = stderr if isinstance(stderr, int | float) else math.nan
             row["low"], row["high"] = _interval(row["value"], row["stderr"], chosen[metric])
-            row |= {"n": len(chosen), "shots": output["n-shot"].get(task), "version": _version(task, output)}
-            rows.append(row)
+            row |= {"n": len(chosen), "shots": output["n-shot"].get(task)}
+            rows.append(row | {"version": str(output["versions"].get(task, "none"))})
     return pd.DataFrame(rows)
 
 
@@ -391,10 +331,6 @@ def _interval(value: float, stderr: float, of_each: pd.Series) -> tuple[float, f
     if len(right) and right.isin([0, 1]).all() and math.isclose(value, right.mean(), abs_tol=1e-12):
         return wilson(int(right.sum()), len(right))
     return value - Z * stderr, value + Z * stderr
-
-
-def _version(task: str, output: Mapping[str, Any]) -> str:
-    return str(output["versions"].get(task, "none"))
 
 
 def _settings(model: LanguageModel, n: int | None, seed: int, batch_size: int, cut: bool) -> dict[str, Any]:

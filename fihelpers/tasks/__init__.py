@@ -66,13 +66,14 @@ def _label(name: str) -> str:
 
 def _questions(name: str, subject: str | None, split: str, shots: int) -> Found:
     """Questions as text, each after solved ones."""
-    read = _question_reader(name)
+    read = question_reader(name)
     rows = read(subject=subject, split=split)
     solved = read(subject=subject, split="dev") if shots else {}
     return mcq.make_examples(rows, split, solved, shots), split, ()
 
 
-def _question_reader(name: str) -> partial[mcq.Rows]:
+def question_reader(name: str) -> partial[mcq.Rows]:
+    """What reads questions as text, by subject and split; raises FileNotFoundError for an unknown name."""
     if name == mcq.HUB:
         return partial(mcq.read_hub)
     if name in BUNDLED:

@@ -38,10 +38,14 @@ Rows = dict[str, list[Row]]  # subject -> its questions in the order of the file
 
 def format_prompt(subject: str, question: str, options: Sequence[str], shots: Sequence[Row] = ()) -> str:
     """Write the standard MMLU prompt, which ends in "Answer:"; shots are answered questions before it."""
-    title = subject.replace("_", " ")
-    header = f"The following are multiple choice questions (with answers) about {title}.\n\n"
     solved = [f"{_block(shot.question, shot.options)} {LETTERS[shot.answer]}\n\n" for shot in shots]
-    return header + "".join(solved) + _block(question, options)
+    return header(subject) + "".join(solved) + _block(question, options)
+
+
+def header(subject: str) -> str:
+    """What the MMLU prompt begins with."""
+    title = subject.replace("_", " ")
+    return f"The following are multiple choice questions (with answers) about {title}.\n\n"
 
 
 def _block(question: str, options: Sequence[str]) -> str:
