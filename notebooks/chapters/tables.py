@@ -52,11 +52,17 @@ def against(trials: Trials, reference: str, seed: int) -> pd.DataFrame:
 
 def as_text(table: pd.DataFrame, names: Mapping[str, str], digits: int = 3) -> pd.DataFrame:
     """Values with their intervals as text to read: a column for each of `names`, {column: title}, and n."""
-    made = {}
-    for name, title in names.items():
-        ends = zip(table[name], table[f"{name}_low"], table[f"{name}_high"], strict=True)
-        made[title] = [f"{v:+.{digits}f} [{a:+.{digits}f}, {b:+.{digits}f}]" for v, a, b in ends]
+    made = {
+        title: interval_text(table, name, f"{name}_low", f"{name}_high", digits)
+        for name, title in names.items()
+    }
     return pd.DataFrame(made, index=table.index).assign(n=table.n.astype(int).astype(str))
+
+
+def interval_text(table: pd.DataFrame, value: str, low: str, high: str, digits: int = 3) -> list[str]:
+    """Each line's value with its interval, as text."""
+    ends = zip(table[value], table[low], table[high], strict=True)
+    return [f"{v:+.{digits}f} [{a:+.{digits}f}, {b:+.{digits}f}]" for v, a, b in ends]
 
 
 def with_verdict(table: pd.DataFrame, **bounds: float) -> pd.DataFrame:
@@ -71,8 +77,10 @@ def duel_grid(table: pd.DataFrame) -> pd.DataFrame:
 
     table: columns fi, other, difference, low, high; below zero FI does more damage.
     """
-    lines = with_verdict(table, below=0).itertuples()
-    text = [f"{r.difference:+.3f} [{r.low:+.3f}, {r.high:+.3f}] {r.verdict}" for r in lines]
+    shown = zip(
+        interval_text(table, "difference", "low", "high"), with_verdict(table, below=0).verdict, strict=True
+    )
+    text = [" ".join(pair) for pair in shown]
     grid = table.assign(text=text).pivot(index="fi", columns="other", values="text")
     return grid.loc[list(dict.fromkeys(table.fi)), list(dict.fromkeys(table.other))]
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from fichapters.ch07.lab import draw_of
 from fichapters.papers import published
 from fichapters.stored import open_quantized, save_quantized, size_report
-from fichapters.tables import RESAMPLES, with_verdict
+from fichapters.tables import RESAMPLES, interval_text, with_verdict
 from fihelpers.evaluate.questions import Evaluator, Outcome
 from fihelpers.evaluate.stats import crossed_difference, resampled
 from fihelpers.filters import EXACT as EXACT_FILTER
@@ -719,7 +719,7 @@ def grid(tables: Mapping[str, pd.DataFrame], index: Sequence[str], column: str |
     """
     parts = {}
     for title, table in tables.items():
-        ends = [f"{r.difference:+.3f} [{r.low:+.3f}, {r.high:+.3f}]" for r in table.itertuples()]
+        ends = interval_text(table, "difference", "low", "high")
         said = with_verdict(table, above=0).verdict.where(table.lost, NOTHING_LOST)
         text = [f"{numbers} {word}" for numbers, word in zip(ends, said, strict=True)]
         told = table.assign(text=text).set_index([*index, *([column] if column else [])]).text

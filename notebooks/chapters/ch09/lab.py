@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from fichapters.estimates import estimate_merge
 from fichapters.parameters import nearest
-from fichapters.tables import RESAMPLES, with_verdict
+from fichapters.tables import RESAMPLES, interval_text, with_verdict
 from fihelpers.evaluate.questions import Evaluator
 from fihelpers.evaluate.stats import crossed_difference, crossed_ratio
 from fihelpers.jobs.preflight import Estimate, estimate_scores
@@ -637,12 +637,6 @@ def as_lines(table: pd.DataFrame, *shown: str) -> pd.DataFrame:
     return pd.DataFrame(made).set_index(table["first"].rename("")).round(3)
 
 
-def interval_text(table: pd.DataFrame, value: str, low: str, high: str) -> list[str]:
-    """Each line's value with its interval, as text."""
-    ends = zip(table[value], table[low], table[high], strict=True)
-    return [f"{v:+.3f} [{a:+.3f}, {b:+.3f}]" for v, a, b in ends]
-
-
 def price_text(price: pd.DataFrame, a: str, b: str) -> pd.DataFrame:
     """`price_of` to read: what A's domain, B's and the mean of both gain, with intervals."""
     made = {
@@ -907,9 +901,8 @@ def _in_groups(
     metadata = {}
     for number, group in enumerate(groups):
         random = Random(seed + 1000 * number)
-        known = {RANDOM: random, SQUARED_SCORE.name: SQUARED_SCORE}
-        measures = [known.get(name) or find_measure(name) for name in names]
-        for name, scores in score_weights(model, examples, measures, only=group, displaced=False).items():
+        measures = [random if name == RANDOM else find_measure(name) for name in names]
+        for name, scores in score_weights(model, examples, measures, only=group).items():
             values.setdefault(name, {}).update({key: value.cpu() for key, value in scores.values.items()})
             metadata[name] = scores.metadata
     return {name: Scores(tensors, metadata[name]) for name, tensors in values.items()}
