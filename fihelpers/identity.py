@@ -174,7 +174,7 @@ def _is_installed(module: ModuleType | None) -> bool:
     if module is None or module.__name__ == "__main__":
         return False
     file = getattr(module, "__file__", None)
-    if file is None or Path(file).is_relative_to(PACKAGE):
+    if file is None or Path(file).resolve().is_relative_to(PACKAGE):
         return True
     return any(Path(file).is_relative_to(place) for place in sysconfig.get_paths().values())
 
