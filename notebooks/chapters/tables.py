@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import pandas as pd
 from pandas.io.formats.style import Styler
@@ -25,15 +26,20 @@ def average(values: pd.Series, seed: int) -> tuple[float, float, float]:
 
 
 def measures_of(trials: Trials) -> list[str]:
-    """The measures in the order in which they were tried."""
+    """The measures in the order in which they were tried, "intact" among them."""
     return list(dict.fromkeys(trial.labels["measure"] for trial in trials.tried))
 
 
 def compare(
-    trials: Trials, pairs: Iterable[tuple[str, str]], *at: str, seed: int, value: str = "accuracy"
+    trials: Trials,
+    pairs: Iterable[tuple[Any, Any]],
+    *at: str,
+    seed: int,
+    value: str = "log_prob",
+    label: str = "measure",
 ) -> pd.DataFrame:
-    """`Trials.compare` with the resamples of the chapters about inputs."""
-    return trials.compare(pairs, *at, value=value, seed=seed, resamples=RESAMPLES)
+    """`Trials.compare` with the resamples of the chapters about inputs, of log P of the right answer."""
+    return trials.compare(pairs, *at, label=label, value=value, seed=seed, resamples=RESAMPLES)
 
 
 def against(trials: Trials, reference: str, seed: int) -> pd.DataFrame:

@@ -352,7 +352,7 @@ def duels(trials: Trials, mask: Mask, others: Sequence[str], seed: int) -> pd.Da
     """
     known = tables.measures_of(trials)
     pairs = [(name, other) for other in others for name in FI_SETTINGS if name in known]
-    found = tables.compare(at(trials, mask), pairs, "kind", "amount", seed=seed, value="log_prob")
+    found = tables.compare(at(trials, mask), pairs, "kind", "amount", seed=seed)
     columns = ["fi", "other", "kind", "amount", "n", "difference", "low", "high"]
     return found.rename(columns={"first": "fi", "minus": "other"})[columns]
 
@@ -395,7 +395,7 @@ def outcomes(trials: Trials, masks: Sequence[Mask], seed: int) -> pd.DataFrame:
             if name in tables.measures_of(here)
         ]
         pairs = [(RANDOM, INTACT), *((name, RANDOM) for name in guided)]
-        lines.append(tables.compare(here, pairs, "kind", "amount", seed=seed))
+        lines.append(tables.compare(here, pairs, "kind", "amount", seed=seed, value="accuracy"))
     columns = ["kind", "amount", "first", "second", "n", "difference", "low", "high"]
     return pd.concat(lines, ignore_index=True).rename(columns={"minus": "second"})[columns]
 

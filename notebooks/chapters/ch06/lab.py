@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from fichapters import tables
 from fichapters.ch06.regions import question_region
+from fichapters.tables import compare, measures_of
 from fihelpers.answers import Top
 from fihelpers.evaluate.stats import paired_difference, wilson
 from fihelpers.filters import Damped
@@ -331,23 +332,6 @@ def _outcomes(
 # --- tables of the attacks
 
 
-def measures_of(trials: Trials) -> list[str]:
-    """The measures in the order in which they were run, "intact" among them."""
-    return list(dict.fromkeys(trial.labels["measure"] for trial in trials.tried))
-
-
-def compare(
-    trials: Trials,
-    pairs: Iterable[tuple[object, object]],
-    *at: str,
-    seed: int,
-    value: str = "log_prob",
-    label: str = "measure",
-) -> pd.DataFrame:
-    """`Trials.compare` with the resamples of the book's tables, of log P of the right answer by default."""
-    return trials.compare(pairs, *at, label=label, value=value, seed=seed, resamples=tables.RESAMPLES)
-
-
 def wide(trials: Trials, move: Move, value: str) -> pd.DataFrame:
     """One value for each question (row) and measure (column) after one move; the first column is "intact".
 
@@ -366,17 +350,8 @@ def by_subject(trials: Trials, move: Move, value: str = "correct") -> pd.DataFra
 
 
 def against(trials: Trials, move: Move, reference: str, seed: int) -> pd.DataFrame:
-    """Every measure minus `reference`, question by question, after one move.
-
-    Index: measure. Columns: n, and for accuracy and log_prob the difference with its _low and _high.
-    """
-    here = trials.where(**vars(move))
-    pairs = [(name, reference) for name in measures_of(here) if name != reference]
-    found = {value: compare(here, pairs, seed=seed, value=value) for value in ("accuracy", "log_prob")}
-    made = {"measure": found["log_prob"]["first"], "n": found["log_prob"].n}
-    for value, table in found.items():
-        made |= {value: table.difference, f"{value}_low": table.low, f"{value}_high": table.high}
-    return pd.DataFrame(made).set_index("measure")
+    """Every measure minus `reference`, question by question, after one move: see `tables.against`."""
+    return tables.against(trials.where(**vars(move)), reference, seed)
 
 
 def duels(trials: Trials, moves: Iterable[Move], others: Sequence[str], seed: int) -> pd.DataFrame:
