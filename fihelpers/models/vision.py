@@ -20,14 +20,16 @@ from typing import Any
 import PIL
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 from transformers import AutoModelForImageTextToText, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 from fihelpers.identity import model_identity
 from fihelpers.images import check_aspect
 from fihelpers.models.language import (
     Batch,
+    brief,
     check_tokens,
     checked_logits,
     find_device,
@@ -43,47 +45,19 @@ from fihelpers.models.language import (
 PRECISION_BITS = 22  # of Pillow's 8-bit resampling: 32 bits less 8 for the pixel and 2 of head room
 BICUBIC = 3  # Pillow's number for it
 PILLOW = int(PIL.__version__.partition(".")[0])
-QWEN_CUTS = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}  # with the library's defaults
+QWEN_CUTS = ("patch_size", "merge_size", "temporal_patch_size")
 STEPS = ("do_resize", "do_rescale", "do_normalize")  # of the library's processors, all done here
-
-
-class _Rounded(torch.autograd.Function):
-    """Round to the grey levels 0..255 as Pillow does; the gradient passes as if nothing was changed."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(levels: Tensor) -> Tensor:
-        return torch.floor(levels + 0.5).clamp(0, 255)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad
 
 
 @lru_cache(maxsize=8)  # of a large photograph one takes 100 MB
 def resize_matrix(source: int, target: int) -> Tensor:
     """Return Pillow's bicubic antialias weights (target, source) in float64, rounded to 22 bits as Pillow's.
 
-    Each row sums to 1 up to that rounding. The kernel has a = -0.5 and widens where the image shrinks.
+    Each row sums to 1 up to that rounding. The kernel has a = -0.5 and widens where the image shrinks; torch
+    sums up its weights in Pillow's order, so that they round alike.
     """
-    scale = source / target
-    width = max(scale, 1.0)
-    centre = (torch.arange(target, dtype=torch.float64) + 0.5) * scale
-    first = (centre - 2 * width + 0.5).trunc().clamp(min=0)[:, None]
-    last = (centre + 2 * width + 0.5).trunc().clamp(max=source)[:, None]
-    pixel = torch.arange(source, dtype=torch.float64)
-    x = ((pixel - centre[:, None] + 0.5) * (1 / width)).abs()
-    near = (1.5 * x - 2.5) * x * x + 1
-    far = -0.5 * (((x - 5) * x + 8) * x - 4)
-    weights = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
-    weights = torch.where((pixel >= first) & (pixel < last), weights, 0.0)
-    # Summed one after another as Pillow does: another last digit may round to another weight.
-    weights = weights / weights.cumsum(-1)[:, -1:] * 2**PRECISION_BITS
+    pixels = torch.eye(source, dtype=torch.float64)[None, None]
+    weights = interpolate(pixels, (target, source), mode="bicubic", antialias=True)[0, 0] * 2**PRECISION_BITS
     rounded = torch.where(weights < 0, (weights - 0.5).trunc(), (weights + 0.5).trunc())
     return rounded / 2**PRECISION_BITS
 
@@ -104,8 +78,14 @@ def resize(images: Tensor, height: int, width: int) -> Tensor:
     for axis, length in passes:
         if length != result.shape[axis]:
             weights = resize_matrix(result.shape[axis], length).to(images.device)
-            result = _Rounded.apply(result @ weights.T if axis == -1 else weights @ result)
+            result = _rounded(result @ weights.T if axis == -1 else weights @ result)
     return result.to(images.dtype)
+
+
+def _rounded(levels: Tensor) -> Tensor:
+    """Rounded to the grey levels 0..255 as Pillow does; the gradient passes as if nothing was changed."""
+    whole = torch.floor(levels.detach() + 0.5).clamp(0, 255)
+    return whole + (levels - levels.detach())
 
 
 def _shrinks_down_first(lost_rows: int, lost_columns: int) -> bool:
@@ -257,17 +237,9 @@ def _batches(images: Tensor | Sequence[Tensor]) -> list[Tensor]:
     for i, shape in enumerate(shapes):
         if len(shape) != 3 or shape[0] != 3 or 0 in shape:
             raise ValueError(f"an image has the shape (3, height, width), got {shape} for image {i}.")
-    if isinstance(images, Tensor):
-        stacks = [images]
-    elif len(set(shapes)) == 1:
-        stacks = [torch.stack(list(images))]
-    else:
-        stacks = [image[None] for image in images]
+    alike = len(set(shapes)) == 1
+    stacks = [torch.stack(list(images))] if alike else [image[None] for image in images]
     return [stack if stack.is_floating_point() else stack.float() for stack in stacks]
-
-
-def _placed(images: Tensor | Sequence[Tensor], device: torch.device) -> Tensor | list[Tensor]:
-    return images.to(device) if isinstance(images, Tensor) else [image.to(device) for image in images]
 
 
 @dataclass(eq=False)
@@ -315,7 +287,7 @@ class VisionModel(ABC):
         if isinstance(prompts, str) or len(prompts) != len(images):
             given = "one text" if isinstance(prompts, str) else f"{len(prompts)} prompts"
             raise ValueError(f"each image needs a prompt, got {given} for {len(images)} images.")
-        inputs = self.preprocess(_placed(images, self.device))
+        inputs = self.preprocess([image.to(self.device) for image in images])
         layouts = [self.layout(*image.shape[-2:]) for image in images]
         batch, text = self._texts(tuple(prompts), tuple((at.rows, at.columns) for at in layouts))
         values = inputs.pop("pixel_values").to(self.network.dtype)
@@ -506,12 +478,9 @@ def _model_type(folder: Path, label: str) -> str:
 
 def _read_json(path: Path, label: str) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # neither JSON nor UTF-8
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:  # neither JSON nor UTF-8, nor an object
         raise ValueError(f"{path.name} of model {label!r} is damaged; fetch it again.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path.name} of model {label!r} is damaged; fetch it again.")
-    return content
 
 
 def _template(folder: Path, label: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -527,33 +496,34 @@ def _template(folder: Path, label: str, tokenizer: PreTrainedTokenizerBase) -> s
 
 
 def _open_preprocess(folder: Path, label: str, config: Any) -> Preprocess:
-    """Read the image processor's configuration, in whichever file and layout the model has it."""
-    old, new = folder / "preprocessor_config.json", folder / "processor_config.json"
-    said = _read_json(new, label).get("image_processor") if new.is_file() else None
-    if said is None:
-        if not old.is_file():
-            raise ValueError(f"model {label!r} has no {old.name}; give a folder saved with its processor.")
-        said = _read_json(old, label)
-    if not all(said.get(step, True) for step in STEPS) or said.get("resample", BICUBIC) != BICUBIC:
+    """Read the image processor's settings by the library, from whichever file the model has them in."""
+    clip = config.model_type == "llava"
+    try:
+        said = (CLIPImageProcessorPil if clip else Qwen2VLImageProcessorPil).from_pretrained(folder)
+    except Exception as error:  # of many types, for an absent or a damaged file
+        raise ValueError(
+            f"the image processor of model {label!r} cannot be opened ({brief(error)}); give a folder saved "
+            "with its processor."
+        ) from error
+    if not all(getattr(said, step) for step in STEPS) or said.resample != BICUBIC:
         raise ValueError(
             f"the processor of model {label!r} leaves out one of {', '.join(STEPS)} or does not resize "
             "bicubically; only processors that do are imitated."
         )
-    read = _clip_preprocess if config.model_type == "llava" else _qwen_preprocess
-    return read(said, config, label)
+    return (_clip_preprocess if clip else _qwen_preprocess)(said, config, label)
 
 
-def _common(said: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...], float]:
-    mean, std = said.get("image_mean", OPENAI_CLIP_MEAN), said.get("image_std", OPENAI_CLIP_STD)
-    return tuple(mean), tuple(std), float(said.get("rescale_factor", 1 / 255))
+def _common(said: Any) -> tuple[tuple[float, ...], tuple[float, ...], float]:
+    return tuple(said.image_mean), tuple(said.image_std), float(said.rescale_factor)
 
 
-def _qwen_preprocess(said: Mapping[str, Any], config: Any, label: str) -> QwenPreprocess:
-    """Sizes are in pixels: two numbers on their own (which count first), or in ``size`` under either name."""
-    size = said.get("size") or {}
-    low = said.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels") or 56 * 56
-    high = said.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels") or 28 * 28 * 1280
-    patch, merge, temporal = cuts = [said.get(name, usual) for name, usual in QWEN_CUTS.items()]
+def _qwen_preprocess(said: Any, config: Any, label: str) -> QwenPreprocess:
+    """Sizes are in pixels, in ``size`` under either name."""
+    low, high = (
+        said.size.shortest_edge or said.size.min_pixels,
+        said.size.longest_edge or said.size.max_pixels,
+    )
+    patch, merge, temporal = cuts = [getattr(said, name) for name in QWEN_CUTS]
     tower = config.vision_config
     if cuts != [tower.patch_size, tower.spatial_merge_size, tower.temporal_patch_size]:
         raise ValueError(
@@ -563,18 +533,11 @@ def _qwen_preprocess(said: Mapping[str, Any], config: Any, label: str) -> QwenPr
     return QwenPreprocess(*_common(said), patch, merge, temporal, low, high)
 
 
-def _clip_preprocess(said: Mapping[str, Any], config: Any, label: str) -> ClipPreprocess:
-    size, crop = said.get("size", 224), said.get("crop_size", 224)
-    shortest = size.get("shortest_edge") if isinstance(size, dict) else size
-    sides = (crop.get("height"), crop.get("width")) if isinstance(crop, dict) else (crop, crop)
-    tower = config.vision_config
-    crops = said.get("do_center_crop", True) and not said.get("do_pad")
-    if (
-        not crops
-        or shortest is None
-        or sides != (tower.image_size, tower.image_size)
-        or shortest < tower.image_size
-    ):
+def _clip_preprocess(said: Any, config: Any, label: str) -> ClipPreprocess:
+    tower, shortest, crop = config.vision_config, said.size.shortest_edge, said.crop_size
+    crops = said.do_center_crop and not said.do_pad
+    square = crop.height == crop.width == tower.image_size
+    if not crops or not square or shortest is None or shortest < tower.image_size:
         raise ValueError(
             f"the processor of model {label!r} does not resize the shorter side and cut out a square of "
             f"{tower.image_size} pixels; only such processors are imitated for LLaVA."
