@@ -1,25 +1,19 @@
 """How well a model answers the questions of a task (method.md, section 4)."""
 
-import logging
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from fihelpers.answers import Answers, FixedTop, Groups, usual_answers
-from fihelpers.models.language import Batch, LanguageModel, at_columns, brief, left_padded
+from fihelpers.models.language import Batch, LanguageModel
 from fihelpers.models.vision import VisionModel
 from fihelpers.scores.pixels import image_of, option_letters
 from fihelpers.tasks import Example
 
-log = logging.getLogger(__name__)
-
 BATCH_SIZE = 32
-_NARROWS: WeakKeyDictionary[LanguageModel, bool] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,9 +110,7 @@ class Evaluator:
             for prefix, batches in self._groups:
                 past = self.model.read(prefix)
                 for batch in batches:
-                    with _last_mlp_at(self.model, batch.last):
-                        logits = self.model.last_logits(batch, past)
-                    yield batch.index, logits
+                    yield batch.index, self.model.last_logits(batch, past)
                     bar.update(len(batch.index))
 
 
@@ -237,49 +229,3 @@ def _right_classes(examples: Sequence[Example], answers: Answers) -> Tensor:
                 "answer classes; use one class an option."
             )
     return torch.tensor([-1 if example.answer is None else example.answer for example in examples])
-
-
-@contextmanager
-def _last_mlp_at(model: LanguageModel, last: Tensor) -> Iterator[None]:
-    """Let the last block's MLP see one position of each row, ``last`` (B,), as nothing reads it elsewhere.
-
-    The sum with the residual stream broadcasts its output to the other positions, whose values are then wrong
-    and unused. That saves a seventh of the time of a small model. A network that is built otherwise, or reads
-    what follows the MLP along the tokens, is left as it is.
-    """
-    mlp = _last_mlp(model.network)
-    if mlp is None or not _narrows(model, mlp):
-        yield
-        return
-    with _narrowed(mlp, last):
-        yield
-
-
-@contextmanager
-def _narrowed(mlp: nn.Module, last: Tensor) -> Iterator[None]:
-    # Where the block calls its MLP by keyword, inputs is empty and nothing changes.
-    hook = mlp.register_forward_pre_hook(lambda _, inputs: tuple(at_columns(x, last) for x in inputs))
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-def _last_mlp(network: nn.Module) -> nn.Module | None:
-    layers = getattr(getattr(network, "base_model", None), "layers", None)
-    return getattr(layers[-1], "mlp", None) if layers else None
-
-
-@torch.no_grad()
-def _narrows(model: LanguageModel, mlp: nn.Module) -> bool:
-    """Whether the logits stay where the MLP sees last tokens alone, found once by comparing them."""
-    if model not in _NARROWS:
-        batch = left_padded((0,), (model.some_tokens(),), model.device)
-        try:
-            truth = model.last_logits(batch)
-            with _narrowed(mlp, batch.last):
-                _NARROWS[model] = model.alike(model.last_logits(batch), truth)
-        except Exception as error:  # inputs beside the hidden states, of all tokens, and whatever else
-            log.info("the last MLP of model %s reads all tokens (%s)", model.name, brief(error))
-            _NARROWS[model] = False
-    return _NARROWS[model]
