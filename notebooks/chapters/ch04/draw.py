@@ -66,7 +66,7 @@ def deletion_curves(
 ) -> Figure:
     """log P of the right answer (above) and accuracy (below) against the amount masked, by measure.
 
-    table: from `experiments.pixels.curves`; amounts are shares (percent) or counts, drawn at even steps.
+    table: from `lab.curves`; amounts are shares (percent) or counts, drawn at even steps.
     """
     figure, axes = new_figure(2, len(panels), size=(WIDTH, 6.4), sharey="row", sharex=True)
     steps = sorted(table.amount.unique())

@@ -24,7 +24,7 @@ MARKS = {"neutral": "o", "aggressive": "^", "safe": "s"}  # where kinds stand si
 def prompt_effects(table: pd.DataFrame) -> Figure:
     """Accuracy under every prompt, and the change of log P(y_hat) against no instruction.
 
-    table: from `experiments.prompts.accuracies`.
+    table: from `lab.accuracies`.
     """
     figure, axes = new_figure(1, 2, size=(7.2, 0.26 * len(table) + 1.6), sharey=True)
     left, right = axes[0]
@@ -46,7 +46,7 @@ def prompt_effects(table: pd.DataFrame) -> Figure:
 def distributions(bins: pd.DataFrame, titles: Mapping[str, str]) -> Figure:
     """Densities of pixels by log10 FI under the three kinds of instruction, a panel for each measure.
 
-    bins: rows of `experiments.prompts.Scan.bins`; titles: {measure: title}.
+    bins: rows of `lab.Scan.bins`; titles: {measure: title}.
     """
     figure, axes = new_figure(1, len(titles), size=(7.2, 3.0))
     for ax, (measure, title) in zip(axes[0], titles.items(), strict=True):
@@ -69,7 +69,7 @@ def distributions(bins: pd.DataFrame, titles: Mapping[str, str]) -> Figure:
 def contrast_forest(table: pd.DataFrame, labels: Mapping[str, str]) -> Figure:
     """How many times larger a statistic is than under neutral instructions, aggressive and safe beside.
 
-    table: from `experiments.prompts.contrasts`; labels: {statistic: words}, which sets the rows.
+    table: from `lab.contrasts`; labels: {statistic: words}, which sets the rows.
     """
     figure, axes = new_figure(1, 2, size=(7.2, 0.36 * len(labels) + 1.5), sharey=True, sharex=True)
     for ax, kind in zip(axes[0], ("aggressive", "safe"), strict=True):
@@ -92,7 +92,7 @@ def contrast_forest(table: pd.DataFrame, labels: Mapping[str, str]) -> Figure:
 def wording_forest(table: pd.DataFrame, titles: Mapping[str, str]) -> Figure:
     """Factor of each statistic under every prompt against no instruction, a panel for each statistic.
 
-    table: from `experiments.prompts.against_none`; titles: {statistic: title}.
+    table: from `lab.against_none`; titles: {statistic: title}.
     """
     names = list(dict.fromkeys(table.prompt))
     figure, axes = new_figure(1, len(titles), size=(7.2, 0.26 * len(names) + 1.6), sharey=True)
@@ -112,7 +112,7 @@ def wording_forest(table: pd.DataFrame, titles: Mapping[str, str]) -> Figure:
 def robustness(accuracy: pd.DataFrame, protection: pd.DataFrame) -> Figure:
     """Accuracy by kind of instruction in every condition, and what the instruction adds to the neutral one.
 
-    accuracy: from `experiments.prompts.by_condition`; protection: from `experiments.prompts.protection`.
+    accuracy: from `lab.by_condition`; protection: from `lab.protection`.
     """
     figure, axes = new_figure(1, 2, size=(7.2, 4.2), width_ratios=[1.15, 1])
     left, right = axes[0]
@@ -142,7 +142,7 @@ def robustness(accuracy: pd.DataFrame, protection: pd.DataFrame) -> Figure:
 def flip_bars(table: pd.DataFrame) -> Figure:
     """Share of answers that change when the top pixels or patches are black, with Wilson's intervals.
 
-    table: from `experiments.prompts.flip_table`.
+    table: from `lab.flip_table`.
     """
     colours = {"FI damped": "#9B6FC4", "FI exact": "#08306B", "random": GREY}
     groups = list(dict.fromkeys(zip(table["unit"], table["number"], strict=True)))
