@@ -86,6 +86,7 @@ def _add_score(commands: Any) -> None:
 def _score(options: argparse.Namespace) -> None:
     from fihelpers.filters import spectral_of
     from fihelpers.jobs import score as scoring
+    from fihelpers.measures import find_measure
     from fihelpers.models.language import find_device, open_model
     from fihelpers.tasks import load_task
     from fihelpers.threads import use_threads
@@ -93,7 +94,7 @@ def _score(options: argparse.Namespace) -> None:
     use_threads(options.threads)
     spectral = spectral_of(options.spectral)
     for name in options.measures:
-        scoring.measure_of(name, spectral)
+        find_measure(name, spectral)
     device = scoring.own_device(options.device, options.device_map)
     task = load_task(options.task, options.subject, options.split, options.n, options.seed, options.shots)
     with scoring.processes(find_device(device), len(task)) as team:

@@ -67,7 +67,7 @@ def test_joint_fi_of_channels_equals_autograd(axis, block, monkeypatch) -> None:
 def test_channels_of_turned_and_fused_weights_are_those_of_their_rows(kind: str, axis: str) -> None:
     model, examples, spectral = tiny_model(kind), tiny_examples(3), Damped(1e-2)
     names = linear_names(model.network)
-    weights = score_weights(model, examples, ["SNIP"], only=names)["squared score"]
+    weights = score_weights(model, examples, ["squared score"], only=names)["squared score"]
     sums = channel_scores(weights, axis=axis)
     twos = {name: torch.full_like(value, 2.0) for name, value in weights.values.items()}
     moved = displacement_scores(weights, twos, axis)
@@ -173,9 +173,11 @@ def test_sums_and_means_of_channels(axis) -> None:
 @pytest.mark.parametrize("axis", AXES)
 def test_displacement_scores_are_the_mean_change_of_each_sample(axis) -> None:
     model, examples = tiny_model("llama"), tiny_examples(3)
-    scores = score_weights(model, examples, ["SNIP"], only=NAMES)
+    scores = score_weights(model, examples, ["squared score", "Fisher diagonal"], only=NAMES)
     g = torch.Generator().manual_seed(0)
-    delta = {n: torch.randn(scores["SNIP"][n].shape, generator=g, dtype=torch.float64) for n in NAMES}
+    delta = {
+        n: torch.randn(scores["squared score"][n].shape, generator=g, dtype=torch.float64) for n in NAMES
+    }
     change = displacement_scores(scores["squared score"], delta, axis)
     length = displacement_scores(scores["Fisher diagonal"], delta, axis)
     truth = {n: [0.0, 0.0] for n in NAMES}
@@ -200,7 +202,7 @@ def test_displacement_scores_are_the_mean_change_of_each_sample(axis) -> None:
 def test_a_displacement_to_zero_gives_the_squares_of_snip() -> None:
     """For one sample: SNIP^2 is the predicted change of zeroing (method 1b.4)."""
     model, examples = tiny_model("qwen2"), tiny_examples(1)
-    scores = score_weights(model, examples, ["SNIP"], only=NAMES)
+    scores = score_weights(model, examples, ["squared score", "SNIP"], only=NAMES)
     delta = {n: -model.network.get_parameter(n).detach() for n in NAMES}
     change = displacement_scores(scores["squared score"], delta)
     for name in NAMES:

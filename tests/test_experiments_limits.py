@@ -15,6 +15,7 @@ from fichapters.ch03 import lab as limits
 from fihelpers.answers import Groups, letters
 from fihelpers.filters import Cut, Damped, Exact
 from fihelpers.influence import SaturationWarning, fi
+from fihelpers.measures import MEASURES
 from fihelpers.models.language import LanguageModel
 from fihelpers.scores.store import Scores
 from fihelpers.scores.weights import score_weights
@@ -34,7 +35,7 @@ def names(model: LanguageModel) -> list[str]:
 
 @pytest.fixture(scope="module")
 def scores(model: LanguageModel, names: list[str]) -> dict[str, Scores]:
-    return score_weights(model, EXAMPLES, only=names)
+    return score_weights(model, EXAMPLES, [*MEASURES, limits.SQUARED_SCORE], only=names)
 
 
 def test_blocks_are_counted_from_either_end(model: LanguageModel, names: list[str]) -> None:
@@ -122,7 +123,9 @@ def test_the_decomposition_holds_per_sample_and_bounds_groups(
     assert limits.row_inequality(model, EXAMPLES[:2], names).max() <= 1 + 1e-6
     ratio = limits.between_averages(scores)
     assert (ratio - 1).abs().median() > 1e-3
-    one = limits.between_averages(score_weights(model, EXAMPLES[:1], ["FI"], only=names))
+    one = limits.between_averages(
+        score_weights(model, EXAMPLES[:1], ["FI", limits.SQUARED_SCORE, "Fisher diagonal"], only=names)
+    )
     assert (one - 1).abs().max() < 1e-3  # an average of one sample is the sample
 
 

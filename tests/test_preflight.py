@@ -45,10 +45,10 @@ import json
 import sys
 import time
 from pathlib import Path
-from fihelpers.models import open_model
+from fihelpers.models.language import open_model
 from fihelpers.perturb.sparsify import linear_names
-from fihelpers.preflight import estimate_scores
-from fihelpers.scores import score_weights
+from fihelpers.jobs.preflight import estimate_scores
+from fihelpers.scores.weights import score_weights
 from fihelpers.tasks import load_task
 
 examples = load_task("bundled", "law", n=8).examples

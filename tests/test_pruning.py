@@ -130,7 +130,7 @@ def test_taylor_is_the_mean_square_of_snip_where_the_model_is_right() -> None:
     open_ended = [replace(e, answer=None) for e in examples]
     names = linear_names(model.network)
     taylor = score_pruning(model, open_ended, ["Taylor"], only=names)["Taylor"]
-    squared = score_weights(model, examples, ["SNIP"], only=names)["squared score"]
+    squared = score_weights(model, examples, ["squared score"], only=names)["squared score"]
     for name in names:
         weight = model.network.get_parameter(name).detach()
         torch.testing.assert_close(taylor[name], squared[name] * weight.square(), rtol=1e-4, atol=1e-12)

@@ -38,7 +38,6 @@ ROOT = Path(__file__).resolve().parent.parent
 N = 9
 DAMPED = Damped(1e-4)
 MEASURES = ["FI", "SNIP", "magnitude"]
-ALWAYS = ("squared score", "Fisher diagonal")  # which the library adds
 ARGUMENTS = ["-n", str(N), "--measures", *MEASURES, "--spectral", "damped 1e-4", "--checkpoint-every", "0"]
 
 
@@ -147,8 +146,9 @@ def stop_after(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_one_process_writes_the_scores_of_the_library(tmp_path: Path) -> None:
     model, task, out = tiny_model("llama"), tiny_task(), tmp_path / "scores.safetensors"
-    truth = score_weights(model, task.examples, MEASURES, DAMPED, batch_size=3)
-    paths = score_task(model, task, out, [*MEASURES, "squared score"], DAMPED, batch_size=4)
+    measures = [*MEASURES, "squared score"]
+    truth = score_weights(model, task.examples, measures, DAMPED, batch_size=3)
+    paths = score_task(model, task, out, measures, DAMPED, batch_size=4)
     assert [path.name for path in paths] == [
         "scores.FI-damped-0.0001.safetensors",
         "scores.SNIP.safetensors",
@@ -200,13 +200,12 @@ def compare_with_library(saved: Path, out: Path, dtype: str, tolerance: float) -
     """The scores of some processes against those of one, in other batches (method 1b.8)."""
     model, task = open_model(saved / "model", dtype=dtype), load_task(saved / "contexts.txt", n=N)
     for name, truth in score_weights(model, task.examples, MEASURES, DAMPED, batch_size=4).items():
-        if name not in ALWAYS:
-            ours = read(out, name.replace(" ", "-"))
-            assert farthest(truth, ours) < tolerance
-            assert {**ours.metadata, "per_example": ""} == {**truth.metadata, "per_example": ""}
-            assert json.loads(ours.metadata["per_example"]) == pytest.approx(
-                json.loads(truth.metadata["per_example"]), rel=1e-3
-            )
+        ours = read(out, name.replace(" ", "-"))
+        assert farthest(truth, ours) < tolerance
+        assert {**ours.metadata, "per_example": ""} == {**truth.metadata, "per_example": ""}
+        assert json.loads(ours.metadata["per_example"]) == pytest.approx(
+            json.loads(truth.metadata["per_example"]), rel=1e-3
+        )
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_bits(
@@ -395,7 +394,7 @@ def test_what_is_foreseen_is_printed_and_decides_the_way(
 
     monkeypatch.setattr(scoring, "accumulate", noted)
     places = ["score", str(saved / "model"), str(saved / "contexts.txt"), "--dtype", "float64", "--out"]
-    settings = {"measures": ["FI"], "classes": 9, "dtype": "float64", "every": True, "displaced": False}
+    settings = {"measures": ["FI"], "classes": 9, "dtype": "float64", "every": True}
     plans = [
         plan_scores(saved / "model", lengths=[6] * N, batch_size=N, save_memory=save, **settings)
         for save in (False, True)
@@ -419,7 +418,7 @@ def test_a_run_that_does_not_fit_is_refused_before_the_model_is_opened(
 ) -> None:
     places = [str(saved / "model"), str(saved / "contexts.txt"), "--out", str(tmp_path / "out.safetensors")]
     monkeypatch.setattr("fihelpers.models.language.open_network", None)  # opening would fail
-    settings = {"measures": ["FI"], "classes": 9, "every": True, "displaced": False}
+    settings = {"measures": ["FI"], "classes": 9, "every": True}
     whole = plan_scores(saved / "model", lengths=[6] * N, save_memory=True, **settings).memory_bytes
     single = plan_scores(saved / "model", lengths=[6] * N, save_memory=True, batch_size=1, **settings)
     for free, remedy in (

@@ -67,7 +67,7 @@ def test_every_measure_equals_autograd(kind: str, rounding: float) -> None:
     model, examples = tiny_model(kind), tiny_examples(6)
     if not rounding:
         norms_in_float64(model.network)
-    scores = score_weights(model, examples, batch_size=4)
+    scores = score_weights(model, examples, [*MEASURES, "squared score"], batch_size=4)
     sums: dict[tuple[str, str], Tensor] = {}
     for example in examples:
         grads, probs = autograd_class_grads(model, example.prompt)
@@ -225,11 +225,10 @@ def test_contexts_count_with_their_shares(missed: bool) -> None:
 
 def test_displacement_aware_values_follow_from_the_stored_means() -> None:
     model, examples = tiny_model("llama"), tiny_examples(3)
-    scores = score_weights(model, examples, ["SNIP"])
-    assert set(scores) == {"SNIP", "squared score", "Fisher diagonal"}
-    assert set(score_weights(model, examples, ["SNIP"], displaced=False)) == {"SNIP"}
+    scores = score_weights(model, examples, ["squared score"])
+    assert set(scores) == {"squared score"}
     name = "model.layers.0.mlp.up_proj.weight"
-    delta = 0.1 * torch.ones_like(scores["SNIP"][name])
+    delta = 0.1 * torch.ones_like(scores["squared score"][name])
     change = torch.zeros_like(delta)
     for example in examples:
         grads, probs = autograd_class_grads(model, example.prompt)
@@ -294,7 +293,7 @@ def test_measures_without_data_need_no_gradients(monkeypatch) -> None:
     model = tiny_model("llama")
     monkeypatch.setattr(weights, "class_grad_blocks", None)
     monkeypatch.setattr(weights, "missed_by_hooks", None)
-    found = score_weights(model, tiny_examples(2), ["magnitude"], displaced=False)
+    found = score_weights(model, tiny_examples(2), ["magnitude"])
     assert list(found) == ["magnitude"]
     for name, p in model.network.named_parameters():
         assert found["magnitude"][name].equal(p.detach().abs())

@@ -42,7 +42,6 @@ from fihelpers.models.language import (
 )
 from fihelpers.models.linear import linear_names
 from fihelpers.scores.hooks import BLOCK, transformer_blocks
-from fihelpers.scores.weights import DISPLACED
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +138,6 @@ def estimate_scores(
     classes: int = 4,
     layers: Collection[str] | None = None,
     every: bool = False,
-    displaced: bool = True,
     save_memory: bool = False,
     device: str = "cpu",
     device_map: str | None = None,
@@ -151,7 +149,7 @@ def estimate_scores(
     """What `score_weights` needs for the weights of linear layers, and for saving the scores below `out`.
 
     model_name: bundled name, folder or hub id. dtype: of the weights in memory; scores are float32 at least.
-    measures, displaced, save_memory: as for `score_weights`. tokens: of the longest prompt. lengths: of all
+    measures, save_memory: as for `score_weights`. tokens: of the longest prompt. lengths: of all
     prompts, in tokens; with them the seconds are predicted, from a calibration of a few seconds. classes: K.
     layers: names of linear layers such as "o_proj"; all by default. every: all parameters are scored, not
     only linear weights. device_map: "auto" spreads the model over all GPUs. processes: that share the prompts
@@ -163,9 +161,7 @@ def estimate_scores(
     and ConnectionError where the hub does not give the configuration.
     """
     source = source_of(model_name, revision)
-    chosen = {
-        m.name: m for m in (*map(find_measure, measures or MEASURES), *(DISPLACED if displaced else ()))
-    }
+    chosen = {m.name: m for m in map(find_measure, measures or MEASURES)}
     run = _Scoring(
         source,
         tuple(dict(source.network.named_parameters()) if every else linear_of(source, layers)),
@@ -207,8 +203,8 @@ def prompt_lengths(
     """How many tokens each prompt has; of a model on the hub the tokenizer alone is fetched."""
     name = str(model_name)
     if _is_here(name):
-        folder, label, _ = locate(name, revision, False)
-        tokenizer = open_tokenizer(folder, label, False)
+        folder, label, _ = locate(name, revision)
+        tokenizer = open_tokenizer(folder, label)
     else:
         try:
             tokenizer = AutoTokenizer.from_pretrained(
@@ -377,7 +373,7 @@ def source_of(name: str | PathLike[str], revision: str | None) -> Source:
     """A bundled model, a folder or a hub id; raises what `estimate_scores` raises."""
     name = str(name)
     if _is_here(name):
-        folder, label, _ = locate(name, revision, False)
+        folder, label, _ = locate(name, revision)
         weight_files(folder, label)
         network = _without_storage(_config(str(folder), None, label), label)
         return Source(label, network, _stored_itemsize(network), 0)

@@ -40,7 +40,7 @@ from fihelpers.measures import Measure, find_measure
 from fihelpers.models.language import Batch, LanguageModel
 from fihelpers.scores.hooks import named_parameters
 from fihelpers.scores.store import provenance, save_tensors
-from fihelpers.scores.weights import DISPLACED, Totals, accumulate
+from fihelpers.scores.weights import Totals, accumulate
 from fihelpers.tasks import Task
 
 CHECKPOINT_EVERY = 300.0  # seconds
@@ -132,7 +132,7 @@ def foresee(
             lengths = prompt_lengths(model_name, [example.prompt for example in task], revision)
             found[0] = plan_scores(
                 model_name,
-                measures=[measure_of(name, spectral) for name in measures],
+                measures=[find_measure(name, spectral) for name in measures],
                 revision=revision,
                 device=device,
                 device_map=device_map,
@@ -142,7 +142,6 @@ def foresee(
                 lengths=lengths,
                 classes=LETTERS if task.examples[0].options else LIKELIEST,
                 every=True,
-                displaced=False,
                 processes=team.count,
                 out=out.parent,
             ).check()
@@ -169,8 +168,8 @@ def score_task(
 ) -> list[Path]:
     """Score every weight as `score_weights` does, and write each measure's `Scores`; returns their paths.
 
-    measures: names as in `find_measure`, "FI" with the filter `spectral`, or "squared score". One goes to
-    `out`, of several each to its own file beside it: scores.safetensors becomes scores.SNIP.safetensors.
+    measures: names as in `find_measure`, "FI" with the filter `spectral`. One goes
+    to `out`, of several each to its own file beside it: scores.safetensors becomes scores.SNIP.safetensors.
     save_memory: go through the model block by block; the scores are the same but for rounding.
     checkpoint_every: seconds between checkpoints (0: one after every batch) in the folder `out`.checkpoint,
     from which the same call goes on; they go once the scores are written.
@@ -181,7 +180,7 @@ def score_task(
     if any(example.image for example in task):
         raise ValueError(f"task {task.name!r} asks about images; weights are scored on text.")
     classes = usual_answers(model.tokenizer, lettered=bool(task.examples[0].options))
-    chosen = {m.name: m for m in (measure_of(name, spectral) for name in measures)}
+    chosen = {m.name: m for m in (find_measure(name, spectral) for name in measures)}
     size = _even(len(task), team.count, batch_size)
     kept = Checkpoint(out, _settings(model, task, chosen, classes, size, team), checkpoint_every, team)
     with _told_of_losses(kept):
@@ -271,11 +270,6 @@ class Checkpoint:
                 f"{path} is of another run ({key} {was}, not {now}); repeat that run's settings, choose "
                 "another --out, or remove it."
             )
-
-
-def measure_of(name: str, spectral: Spectral) -> Measure:
-    """A measure that a file of scores may hold, by its name. Raises ValueError for an unknown one."""
-    return next((m for m in DISPLACED if m.name == name), None) or find_measure(name, spectral)
 
 
 def _even(n: int, count: int, at_most: int) -> int:

@@ -16,15 +16,7 @@ from fihelpers.answers import Answers, usual_answers
 from fihelpers.extras import EXTRAS, missing
 from fihelpers.filters import EXACT, Spectral
 from fihelpers.influence import moments_of_turned, turned_classes, warn_if_saturated
-from fihelpers.measures import (
-    FISHER,
-    MEASURES,
-    SQUARED_SCORE,
-    DataFree,
-    Influence,
-    Measure,
-    find_measure,
-)
+from fihelpers.measures import MEASURES, DataFree, Influence, Measure, find_measure
 from fihelpers.models.language import Batch, LanguageModel
 from fihelpers.scores.hooks import (
     Block,
@@ -39,7 +31,6 @@ from fihelpers.scores.kernels.formulas import Formula, formula
 from fihelpers.scores.store import Scores, provenance
 from fihelpers.tasks import Example
 
-DISPLACED = (SQUARED_SCORE, FISHER)
 Adder = Callable[[Factors, Tensor, Tensor, Sequence[Formula], Tensor], Tensor]
 
 TILED = frozenset({"cpu", "cuda"})  # types of devices on which linear layers are scored tile by tile
@@ -55,16 +46,14 @@ def score_weights(
     answers: Answers | None = None,
     only: Collection[str] | None = None,
     batch_size: int = 16,
-    displaced: bool = True,
     save_memory: bool = False,
 ) -> dict[str, Scores]:
     """Mean over a calibration set of each measure of every weight (method 1, 1b.4 and 3).
 
-    measures: names of the registry or Measure objects, all by default; "FI" takes the filter `spectral`.
+    measures: names that `find_measure` knows or Measure objects, by default all of the registry; "FI" takes
+        the filter `spectral`.
     answers: the answer classes; by default letters, or the 8 likeliest tokens and the rest for plain text.
     only: names of the parameters to score; all by default.
-    displaced: also keep "squared score" and "Fisher diagonal" (the means of s_y_hat^2 and of G), from which
-        scores for any displacement follow.
     save_memory: keep the activations of one transformer block at a time, at the cost of one more forward
         pass. With batch_size=1 little more is held than the weights and the scores.
 
@@ -79,15 +68,7 @@ def score_weights(
     batches = model.batches([e.prompt for e in examples], batch_size)
     contexts = [(batch, torch.ones(len(batch.index))) for batch in batches]
     return score_contexts(
-        model,
-        contexts,
-        examples,
-        measures,
-        spectral,
-        classes,
-        only,
-        displaced=displaced,
-        save_memory=save_memory,
+        model, contexts, examples, measures, spectral, classes, only, save_memory=save_memory
     )
 
 
@@ -100,7 +81,6 @@ def score_contexts(
     classes: Answers,
     only: Collection[str] | None = None,
     *,
-    displaced: bool = True,
     save_memory: bool = False,
 ) -> dict[str, Scores]:
     """`score_weights` for given batches of contexts, of which an example may have several.
@@ -108,8 +88,7 @@ def score_contexts(
     contexts: each batch, whose index holds the places of its contexts' examples, with the shares (B,) with
     which they count in the scores of their examples; the shares of an example add up to 1.
     """
-    wanted = [find_measure(m, spectral) for m in measures or MEASURES]
-    chosen = {m.name: m for m in (*wanted, *(DISPLACED if displaced else ()))}
+    chosen = {m.name: m for m in (find_measure(m, spectral) for m in measures or MEASURES)}
     totals = Totals(chosen, named_parameters(model.network, only), len(examples))
     steps = accumulate(model, contexts, totals, classes, save_memory=save_memory)
     short = len(contexts) < 8

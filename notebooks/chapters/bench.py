@@ -115,7 +115,6 @@ def fi_of_weights(questions: Questions, batch_size: int, save_memory: bool = Fal
         FILTER,
         CLASSES,
         linear_names(model.network),
-        displaced=False,
         save_memory=save_memory,
     )
     return dict(scores[f"FI {FILTER}"].values)

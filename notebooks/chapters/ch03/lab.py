@@ -45,7 +45,7 @@ EARLIER = "earlier blocks"
 LAST_KV = "last block, k and v"
 LAST_REST = "last block, the others"
 JACOBIAN2 = "squared Jacobian norm"
-SQUARED_SCORE = "squared score"  # under this name `score_weights` keeps the mean of s_y_hat^2
+SQUARED_SCORE = "squared score"  # the mean of s_y_hat^2
 
 KEYS = {  # short names, for the names of records
     "intact": "intact",
@@ -419,7 +419,7 @@ def rankings(
 
     The last two are the ends to compare with.
     """
-    found = score_weights(model, examples, [*map(Influence, tried), Random(seed)], only=names)
+    found = score_weights(model, examples, [*map(Influence, tried), SQUARED_SCORE, Random(seed)], only=names)
     by_filter = {Influence(f).name: found[Influence(f).name] for f in tried}
     return by_filter | {JACOBIAN2: found[SQUARED_SCORE], "random": found["random"]}
 

@@ -133,7 +133,7 @@ def _scores(
     names = linear_names(model.network)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SaturationWarning)  # no one reads these maps
-        found = score_weights(model, examples, ["FI"], spectral, only=names, displaced=False)
+        found = score_weights(model, examples, ["FI"], spectral, only=names)
     return found[f"FI {spectral}"]
 
 

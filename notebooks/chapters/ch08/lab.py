@@ -93,7 +93,7 @@ KEEP_BY: dict[Axis, tuple[str, ...]] = {  # mean input ranks columns only, and s
     "rows": tuple(k for k in SHORT if k not in (MEAN_INPUT, HESSIAN)),
     "columns": tuple(k for k in SHORT if k != MEAN_OUTPUT),
 }
-OF_WEIGHTS = (EXACT, DAMPED, "Jacobian norm", "SNIP", "Fisher diagonal", MAGNITUDE)
+OF_WEIGHTS = (EXACT, DAMPED, "Jacobian norm", "SNIP", SQUARED_SCORE.name, FISHER.name, MAGNITUDE)
 DATA_FREE = (MAGNITUDE, ERROR)  # look at no question: the same for all calibration sets
 KEYS = ("matrices", "bits", "axis", "keep", "share")  # the labels of a trial
 VALUES = {"accuracy": "accuracy", "log P": "log_prob"}  # what is compared, as titles name it

@@ -266,7 +266,7 @@ def fi_of(
     questions: Questions,
     batch_size: int,
     classes: int = 4,
-    displaced: bool = False,
+    measures: Sequence[str] = ("FI",),
     save_memory: bool = False,
 ) -> None:
     """Mean damped FI of every linear weight, for any number of classes."""
@@ -279,11 +279,10 @@ def fi_of(
         model,
         contexts,
         examples,
-        ["FI"],
+        measures,
         FILTER,
         answers,
         linear,
-        displaced=displaced,
         save_memory=save_memory,
     )
 
@@ -568,10 +567,11 @@ def _slopes(ask: Callable[[Tensor], Tensor], image: Tensor, places: Tensor, step
 
 # --- predicted before it starts
 
-RUNS = {  # what `score_weights` is asked for, FI alone
-    "FI, at once": {"displaced": False, "save_memory": False},
-    "FI, block by block": {"displaced": False, "save_memory": True},
-    "FI and two moments": {"displaced": True, "save_memory": False},
+MOMENTS = ["FI", "squared score", "Fisher diagonal"]
+RUNS: dict[str, dict[str, Any]] = {  # what `score_weights` is asked for
+    "FI, at once": {"measures": ["FI"], "save_memory": False},
+    "FI, block by block": {"measures": ["FI"], "save_memory": True},
+    "FI and two moments": {"measures": MOMENTS, "save_memory": False},
 }
 
 
@@ -600,7 +600,7 @@ def print_runs(size: Size, tokens: int, prompts: int) -> None:
     """Print what `foreseen` returns, as JSON, but for the ratios; in a process that does nothing else."""
     model = size.model()
     shape, questions = Shape.of(model), Questions.draw(model, tokens, prompts)
-    fi_of(Questions.draw(Size(64, 128, 2, 2).model(), 8, 1), 1, displaced=True, save_memory=True)
+    fi_of(Questions.draw(Size(64, 128, 2, 2).model(), 8, 1), 1, measures=MOMENTS, save_memory=True)
     lines: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         model.network.save_pretrained(folder)
@@ -608,15 +608,13 @@ def print_runs(size: Size, tokens: int, prompts: int) -> None:
             peak, seconds = _taken(questions, asked)
             estimate = estimate_scores(
                 folder,
-                measures=["FI"],
                 batch_size=1,
                 lengths=[tokens] * prompts,
                 out=folder,
-                displaced=asked["displaced"],
-                save_memory=asked["save_memory"],
+                **asked,
             )
             held = SCORE_BYTES * shape.parameters
-            least = held + (3 if asked["displaced"] else 1) * SCORE_BYTES * shape.linear
+            least = held + len(asked["measures"]) * SCORE_BYTES * shape.linear
             memory = {"predicted": estimate.memory_bytes / 1e6, "measured": (held + peak) / 1e6}
             memory["over_least"] = (held + peak) / least
             lines.append({"run": run, "what": "memory, MB", **memory})
@@ -624,7 +622,7 @@ def print_runs(size: Size, tokens: int, prompts: int) -> None:
     print(json.dumps(lines))
 
 
-def _taken(questions: Questions, asked: Mapping[str, bool]) -> tuple[int, float]:
+def _taken(questions: Questions, asked: Mapping[str, Any]) -> tuple[int, float]:
     """Peak bytes beyond what this process held before (the model), and seconds."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -445,9 +445,7 @@ def warned(model: LanguageModel, examples: Sequence[Example], classes: Answers) 
     """Whether the suite warns of saturation when it scores all linear weights with these classes."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        score_weights(
-            model, examples, [EXACT], answers=classes, only=linear_names(model.network), displaced=False
-        )
+        score_weights(model, examples, [EXACT], answers=classes, only=linear_names(model.network))
     return any(issubclass(w.category, SaturationWarning) for w in caught)
 
 
@@ -523,7 +521,7 @@ def calibrate_on_nonsense(model: LanguageModel, p: SimpleNamespace, kept: Kept) 
     def tries(k: int) -> Iterator[tuple[Labels, Outcome | Values]]:
         real: dict[tuple[str, float], Tensor] = {}
         for source, examples in calibration_sets(model, p, k).items():
-            found = score_weights(model, examples, measures, only=names, displaced=False)
+            found = score_weights(model, examples, measures, only=names)
             for measure, share in product(measures, p.NONSENSE["shares"]):
                 chosen = _mask(found[measure], share)
                 common = real.setdefault((measure, share), chosen)
