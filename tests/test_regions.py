@@ -45,7 +45,7 @@ def test_the_region_of_plain_text_is_all_of_it() -> None:
 
 def test_the_region_of_bundled_questions_spells_them() -> None:
     folder = data_folder() / "models" / "mini-lm"
-    model: Any = SimpleNamespace(tokenizer=open_tokenizer(folder, "mini-lm", False), name="mini-lm")
+    model: Any = SimpleNamespace(tokenizer=open_tokenizer(folder, "mini-lm"), name="mini-lm")
     for shots in (0, 2):
         for example in load_task("bundled", n=12, shots=shots):
             region = question_region(model, example)

@@ -86,7 +86,7 @@ class ModelWeights:
     @cached_property
     def vocabulary(self) -> dict[str, int]:
         """Ids of the tokens."""
-        tokenizer = open_tokenizer(self.folder, self.label, False) if self.folder else self._open.tokenizer
+        tokenizer = open_tokenizer(self.folder, self.label) if self.folder else self._open.tokenizer
         return dict(tokenizer.get_vocab())
 
     def read(self, name: str, rows: int | None = None) -> Tensor:
@@ -113,7 +113,7 @@ def open_weights(
         tensors = {**dict(network.named_parameters()), **_saved_buffers(network)}
         config = network.config.to_dict()
         return ModelWeights(model.name, model.revision, None, config, (TensorDict(tensors),), model)
-    folder, label, commit = locate(str(model), revision, False)
+    folder, label, commit = locate(str(model), revision)
     files = TensorGroup([TensorFile(path, label) for path in weight_files(folder, label)])
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     loaded = _loaded(folder, files, label)

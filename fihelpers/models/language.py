@@ -48,7 +48,6 @@ ALIKE = {
     2: 3e-2,
 }  # how far logits may be apart for it, of their largest, by bytes of a number
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 class Framed(str):
@@ -409,23 +408,22 @@ def open_model(
     revision: str | None = None,
     device: str = "cpu",
     dtype: str = "float32",
-    trust_remote_code: bool = False,
     device_map: str | Mapping[str, Any] | None = None,
 ) -> LanguageModel:
     """Open a bundled model by name, a local folder, or a hub id such as ``Qwen/Qwen2-0.5B``.
 
-    Only safetensors are read. Bundled files are checked against the manifest. A hub id without a
-    revision, or with a branch name, is resolved to the commit it names now, which is logged and recorded.
-    ``device_map`` (accelerate's: "auto", or names of modules and their devices) spreads a model that is too
-    large for one device, instead of ``device``. Raises FileNotFoundError for an unknown name, ValueError for
-    a damaged, incomplete or pickled checkpoint, an unknown dtype, an absent device or a model that does not
-    fit on the devices, and ConnectionError if the hub does not answer.
+    Only safetensors are read, and no code that comes with a model is run. Bundled files are checked against
+    the manifest. A hub id without a revision, or with a branch name, is resolved to the commit it names now,
+    which is logged and recorded. ``device_map`` (accelerate's: "auto", or names of modules and their devices)
+    spreads a model that is too large for one device, instead of ``device``. Raises FileNotFoundError for an
+    unknown name, ValueError for a damaged, incomplete or pickled checkpoint, an unknown dtype, an absent
+    device or a model that does not fit on the devices, and ConnectionError if the hub does not answer.
     """
     kind, place = find_dtype(dtype), find_device(device)
-    folder, label, commit = locate(str(name), revision, trust_remote_code)
+    folder, label, commit = locate(str(name), revision)
     sha256 = weights_sha256(folder, label)
-    tokenizer = open_tokenizer(folder, label, trust_remote_code)
-    network = open_network(folder, label, kind, trust_remote_code, device_map=device_map)
+    tokenizer = open_tokenizer(folder, label)
+    network = open_network(folder, label, kind, device_map=device_map)
     if device_map is None:
         network = network.to(place)  # type: ignore[arg-type]
     check_placed(network, label)
@@ -469,11 +467,11 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def locate(name: str, revision: str | None, trust_remote_code: bool) -> tuple[Path, str, str | None]:
+def locate(name: str, revision: str | None) -> tuple[Path, str, str | None]:
     """Return the folder of the model, the name to record and the hub commit."""
     folder = data_folder() / "models" / name if name in bundled_models() else Path(name).expanduser()
     if not folder.is_dir() and HUB_ID.fullmatch(name):
-        return _download(name, revision, trust_remote_code)
+        return _download(name, revision)
     if not folder.is_dir():
         if "/" not in name:
             data_folder()  # without one, say so rather than that the name is unknown
@@ -488,22 +486,19 @@ def locate(name: str, revision: str | None, trust_remote_code: bool) -> tuple[Pa
     return folder, folder.resolve().name, None
 
 
-def _download(name: str, revision: str | None, trust_remote_code: bool) -> tuple[Path, str, str]:
+def _download(name: str, revision: str | None) -> tuple[Path, str, str]:
     """Fetch a model of the hub at the commit that the revision names now; returns as `locate`."""
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import snapshot_download
 
-    patterns = [*HUB_FILES, "*.py"] if trust_remote_code else HUB_FILES
-    commit = revision or ""
     try:
-        if not COMMIT.fullmatch(commit):
-            commit = str(HfApi().model_info(name, revision=revision).sha)
-            log.info("model %s: using commit %s", name, commit)
-        return Path(snapshot_download(name, revision=commit, allow_patterns=patterns)), name, commit
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
     except Exception as error:  # the hub client raises many types; the remedy is the same
         raise ConnectionError(
             f"no local folder is called {name!r} and the hub did not give it ({type(error).__name__}); "
             "check the name, the revision and the network."
         ) from error
+    log.info("model %s: using commit %s", name, folder.name)
+    return folder, name, folder.name
 
 
 def weight_files(folder: Path, label: str) -> list[Path]:
@@ -534,7 +529,7 @@ def weights_sha256(folder: Path, label: str) -> str:
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 
-def open_tokenizer(folder: Path, label: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def open_tokenizer(folder: Path, label: str) -> PreTrainedTokenizerBase:
     """Open the tokenizer in a folder; raises ValueError, naming the model, where there is no usable one."""
     # Without any file, transformers would make up an empty tokenizer.
     if not any((folder / file).is_file() for file in TOKENIZER_FILES):
@@ -542,7 +537,7 @@ def open_tokenizer(folder: Path, label: str, trust_remote_code: bool) -> PreTrai
     try:
         if _has_own_tokenizer(folder):
             return PreTrainedTokenizerFast.from_pretrained(folder)
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises many types for a folder without a usable tokenizer
         raise ValueError(f"the tokenizer of model {label!r} cannot be opened: {brief(error)}") from error
 
@@ -562,7 +557,6 @@ def open_network(
     folder: Path,
     label: str,
     dtype: torch.dtype,
-    trust_remote_code: bool,
     kind: Any = AutoModelForCausalLM,
     device_map: str | Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
@@ -576,7 +570,7 @@ def open_network(
                 folder,
                 use_safetensors=True,
                 dtype=dtype,
-                trust_remote_code=trust_remote_code,
+                trust_remote_code=False,
                 output_loading_info=True,
                 device_map=device_map,
             )

@@ -447,7 +447,6 @@ def open_vision_model(
     revision: str | None = None,
     device: str = "cpu",
     dtype: str = "float32",
-    trust_remote_code: bool = False,
 ) -> VisionModel:
     """Open a bundled vision-language model by name, a local folder, or a hub id.
 
@@ -455,12 +454,11 @@ def open_vision_model(
     model of another family than :data:`FAMILIES`, and a processor that does more or other than is done here.
     """
     weights, place = find_dtype(dtype), find_device(device)
-    folder, label, commit = locate(str(name), revision, trust_remote_code)
+    folder, label, commit = locate(str(name), revision)
     sha256 = weights_sha256(folder, label)
     family = FAMILIES[_model_type(folder, label)]
-    tokenizer = open_tokenizer(folder, label, trust_remote_code)
-    kind = AutoModelForImageTextToText
-    network = open_network(folder, label, weights, trust_remote_code, kind).to(place).eval()  # type: ignore[arg-type]
+    tokenizer = open_tokenizer(folder, label)
+    network = open_network(folder, label, weights, AutoModelForImageTextToText).to(place).eval()  # type: ignore[arg-type]
     preprocess = _open_preprocess(folder, label, network.config)
     template = _template(folder, label, tokenizer)
     return family(network, tokenizer, label, commit, sha256, preprocess, template)

@@ -73,11 +73,11 @@ def read_alpaca_hub(split: str) -> list[Example]:
 
 def from_hub(name: str) -> tuple[Path, str]:
     """A file of the hub's AlpacaEval at its present commit, and that; ConnectionError without an answer."""
-    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub import hf_hub_download
 
     with asking_hub(ALPACA, "its file"):
-        commit = HfApi().dataset_info(ALPACA).sha
-        return Path(hf_hub_download(ALPACA, name, repo_type="dataset", revision=commit)), str(commit)
+        path = Path(hf_hub_download(ALPACA, name, repo_type="dataset"))
+    return path, path.parent.name
 
 
 Reader = Callable[[str], list[Example]]

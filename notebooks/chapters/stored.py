@@ -145,7 +145,7 @@ def open_quantized(folder: Path, device: str = "cpu") -> LanguageModel:
         raise ValueError(
             f"the quantized model {label!r} cannot be opened: {brief(error)}; save it again."
         ) from error
-    tokenizer = open_tokenizer(folder, label, trust_remote_code=False)
+    tokenizer = open_tokenizer(folder, label)
     sha256 = weights_sha256(folder, label)
     network.to(place)  # type: ignore[arg-type]
     return LanguageModel(network.eval(), tokenizer, label, None, sha256)
