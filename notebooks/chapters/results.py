@@ -15,6 +15,8 @@ from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, Protocol, SupportsFloat
 
+from IPython import get_ipython
+
 from fichapters.parameters import executed, profiles_folder, read_profile, settle
 from fihelpers import __version__
 from fihelpers.data import (
@@ -25,7 +27,9 @@ from fihelpers.data import (
     package_sha256,
     write_atomically,
 )
+from fihelpers.models.language import LanguageModel
 from fihelpers.models.linear import linear_share
+from fihelpers.models.vision import VisionModel
 from fihelpers.threads import use_threads
 from fihelpers.trials import Kept
 
@@ -34,9 +38,7 @@ if TYPE_CHECKING:
 
 SHARED = ("chapter", "profile", "versions")  # what all records of one file have in common
 KEPT = "results"  # in the data folder: the results of the book's own run
-ROUNDING = 1e-6  # relative; the same machine may sum in another order
 RAW = ".raw.csv"  # how the names of tables end that are not kept
-NO_INTERVAL = 1e-2  # relative; for a number without interval on another machine
 
 
 class Model(Protocol):
@@ -83,7 +85,7 @@ class Chapter:
         self._folder = folder
         self._versions = versions()
         self._records: dict[str, Record] = {}
-        self._linear_shares: dict[str, float] = {}
+        self._models: dict[str, dict[str, Any]] = {}
         self._save()
 
     @property
@@ -147,16 +149,19 @@ class Chapter:
             versions=self._versions,
         )
         _check(record)
-        self._note_linear_share(model)
+        self._note(model)
         self._records[name] = record
         self._save()
         _glue(record)
         return record
 
-    def _note_linear_share(self, model: Model | None) -> None:
-        if model is None or model.name in self._linear_shares or not hasattr(model, "network"):
+    def _note(self, model: Model | None) -> None:
+        """Say of a model which one it is, and which share of its matrices "all linear layers" are."""
+        if model is None or model.name in self._models or not hasattr(model, "network"):
             return
-        self._linear_shares[model.name] = round(linear_share(model.network), 6)
+        share = round(linear_share(model.network), 6)
+        about = {"revision": model.revision, "sha256": model.sha256, "linear_share": share}
+        self._models[model.name] = about
 
     def kept(self, name: str) -> Kept:
         """Where the trials of an experiment are kept, for :func:`fihelpers.trials.collect`.
@@ -173,8 +178,15 @@ class Chapter:
         return Kept(Path(folder), f"{self.name}.{_name(name)}", about)
 
     def keep(self, name: str, frame: "pd.DataFrame") -> None:
-        """Keep a table as ``{chapter}.{name}.csv``, for the book's results, its claims and other programs."""
+        """Keep a table as ``{chapter}.{name}.csv``, for the book's results, its claims and other programs.
+
+        The chapter's file says which models the notebook has open then.
+        """
+        for value in getattr(get_ipython(), "user_ns", {}).values():
+            if isinstance(value, LanguageModel | VisionModel):
+                self._note(value)
         self.table(name, frame)
+        self._save()
 
     def table(self, name: str, frame: "pd.DataFrame", *, raw: bool = False) -> None:
         """Write a whole table as ``{chapter}.{name}.csv`` beside the records, its index too if named.
@@ -193,7 +205,7 @@ class Chapter:
             "profile": self.p.PROFILE,
             "parameters": vars(self.p),
             "versions": self._versions,
-            "linear_share": self._linear_shares,
+            "models": self._models,
             "records": [{k: v for k, v in record.items() if k not in SHARED} for record in records],
         }
         text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
@@ -208,8 +220,6 @@ def begin(chapter: str) -> Chapter:
     ``results/{profile}`` in the working directory. Raises ValueError for a parameter that the chapter does
     not declare, as papermill only warns of it, and FileNotFoundError for an unknown profile.
     """
-    from IPython import get_ipython
-
     shell = get_ipython()
     if shell is None:
         raise ValueError(f"begin({chapter!r}) was called outside a notebook.")
@@ -248,32 +258,6 @@ def results_beside(folder: Path, pattern: str) -> dict[str, Path]:
     """Files of results by name: those of a run's folder, and for the rest those kept in the data folder."""
     folders = (data_folder() / KEPT, Path(folder))  # a later one replaces an earlier one
     return {path.name: path for place in folders for path in sorted(place.glob(pattern))}
-
-
-def compare(
-    old: Mapping[tuple[str, str], Record], new: Mapping[tuple[str, str], Record], same_machine: bool
-) -> list[str]:
-    """Return one sentence for each record that is missing, unexpected or different; none if all hold.
-
-    On the same kind of machine values must be equal (counts exactly, others but for rounding). On another one
-    a value must lie within the old interval; without an interval counts must be equal and others within 1 %.
-    """
-    differences = [f"{' '.join(key)} is missing" for key in old.keys() - new.keys()]
-    differences += [f"{' '.join(key)} was not there before" for key in new.keys() - old.keys()]
-    for key in old.keys() & new.keys():
-        was, now = old[key], new[key].value
-        if not _holds(was, now, same_machine):
-            interval = "" if same_machine or was.low is None else f" in [{was.low}, {was.high}]"
-            differences.append(f"{' '.join(key)} was {was.value}{interval} and is {now}")
-    return sorted(differences)
-
-
-def _holds(was: Record, now: float, same_machine: bool) -> bool:
-    if same_machine or was.low is None or was.high is None:
-        tolerance = ROUNDING if same_machine else NO_INTERVAL
-        exact = isinstance(was.value, int) and isinstance(now, int)
-        return was.value == now if exact else math.isclose(was.value, now, rel_tol=tolerance)
-    return was.low <= now <= was.high
 
 
 def _name(name: str) -> str:
