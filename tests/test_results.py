@@ -98,7 +98,7 @@ def test_begin_settles_the_running_notebook(
     write_chapter()
     cells = ['PROFILE = "embedded"\nSEED = 4\nN = 3', '# Parameters\nPROFILE = "smoke"']
     shell = SimpleNamespace(history_manager=SimpleNamespace(input_hist_parsed=cells))
-    monkeypatch.setattr("IPython.get_ipython", lambda: shell)
+    monkeypatch.setattr("fichapters.results.get_ipython", lambda: shell)
     run = begin("01_tiny")
     assert vars(run.p) == {"PROFILE": "smoke", "SEED": 4, "N": 2}
     run.record("x", 1, n=1)
