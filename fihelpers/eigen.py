@@ -1,13 +1,11 @@
 """The small eigen-problems behind FI of a group: at most K - 1 or p directions each, solved in float64.
 
-Each group of dimensions has one problem of its own, and there may be millions of groups: problems of up to
-three directions are solved in closed form and those of up to eight by a Cholesky factor where it settles what
-the filter does, all groups at once.
+Each group of dimensions has one problem of its own, and there may be millions of groups: those of up to eight
+directions are solved by a Cholesky factor where it settles what the filter does, all groups at once.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,7 +17,7 @@ from fihelpers.filters import EXACT, Cut, Damped, Exact, Spectral
 ROUNDING = 1e-14  # relative error of the small eigen-problems, which are solved in float64
 CLEAR = 1e-9  # mu / mu_max (or lam / mu_max) above which rounding does not decide which directions count
 MARGIN = 1.001  # by how much a bound on an eigenvalue clears a filter's cut, so that rounding cannot decide
-IN_CACHE = 2**15  # groups whose eigenvalues are found at once: their hundred steps stay in the cache
+IN_CACHE = 2**15  # groups whose eigenvalues are found at once: what is made of them stays in the cache
 UNROLLED = 8  # the largest problem that is written out, n^3 / 6 steps over all groups at once
 
 
@@ -161,85 +159,9 @@ def by_eigenvalues(problem: Problem, chosen: Tensor, spectral: Spectral, dtype: 
 
 def _eigen(m: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues of symmetric (n, n, *rest), squared coordinates of a vector (n, *rest) along them."""
-    if m.shape[0] == 1:
-        return m[0], vector.square()
-    if m.shape[0] == 2:
-        return _rotate(m[0, 0], m[1, 1], m[0, 1], vector[0], vector[1])
-    if m.shape[0] == 3:
-        return _closed_form(m, vector)
     values, vectors = torch.linalg.eigh(m.movedim((0, 1), (-2, -1)))
     squares = torch.einsum("...ji,j...->i...", vectors, vector).square()
     return values.movedim(-1, 0), squares
-
-
-def _rotate(a: Tensor, b: Tensor, c: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Closed form of [[a, c], [c, b]]: its eigenvalues, squared coordinates of (x, y).
-
-    One Jacobi rotation. The vector is rotated by it, so its length is kept whatever the rounding.
-    """
-    half = (b - a) / 2
-    reach = half.abs() + torch.hypot(half, c)
-    t = torch.where(reach > 0, c / reach, 0)  # tangent of the angle, at most 1
-    t = torch.where(half < 0, -t, t)
-    cosine = torch.rsqrt(1 + t * t)
-    u, v = cosine * (x - t * y), cosine * (y + t * x)
-    return torch.stack([a - t * c, b + t * c]), torch.stack([u * u, v * v])
-
-
-def _closed_form(m: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
-    """Closed form of symmetric 3 x 3 problems (K = 4, or p = 3), m: (3, 3, *rest), root: (3, *rest).
-
-    The best separated eigenvalue comes from the cubic and its vector from a row of the adjugate;
-    a reflection takes that vector out, and the 2 x 2 rest is one rotation. Every step is orthogonal,
-    so the leverages add up to |root|^2 and FI cannot pass its ceiling.
-    """
-    mean = _trace(m) / 3
-    scale = m.abs().amax((0, 1))
-    inverse = torch.where(scale > 0, 1 / scale, 1)
-    a, b, c = ((m[i, i] - mean) * inverse for i in range(3))
-    d, e, f = m[0, 1] * inverse, m[0, 2] * inverse, m[1, 2] * inverse
-    spread = (dot((a, b, c), (a, b, c)) / 6 + dot((d, e, f), (d, e, f)) / 3).sqrt()
-    half_det = (a * (b * c - f * f) - d * (d * c - e * f) + e * (d * f - b * e)) / 2
-    ratio = torch.where(spread > 0, half_det / spread**3, 1)
-    # arccos needs an argument in [-1, 1]; rounding of equal eigenvalues leaves it
-    angle = torch.acos(ratio.clamp(-1, 1)) / 3
-    lone = 2 * spread * torch.where(ratio >= 0, angle, angle + 2 * math.pi / 3).cos()
-    return _deflate(m, root, _adjugate_direction(a - lone, b - lone, c - lone, d, e, f))
-
-
-def _adjugate_direction(a: Tensor, b: Tensor, c: Tensor, d: Tensor, e: Tensor, f: Tensor) -> list[Tensor]:
-    """Unit null vector (three times *rest) of the singular matrix [[a, d, e], [d, b, f], [e, f, c]].
-
-    The adjugate is the null vector's outer product; its longest column is the best conditioned.
-    """
-    ab, ac, bc = d * f - b * e, d * e - a * f, e * f - c * d
-    best = [b * c - f * f, bc, ab]
-    length = dot(best, best)
-    for column in ([bc, a * c - e * e, ac], [ab, ac, a * b - d * d]):
-        longer = (other := dot(column, column)) > length
-        best = [torch.where(longer, new, old) for new, old in zip(column, best, strict=True)]
-        length = torch.where(longer, other, length)
-    length = length.sqrt()
-    found = length > 0
-    return [torch.where(found, x / length, 1.0 if i == 0 else 0.0) for i, x in enumerate(best)]
-
-
-def _deflate(m: Tensor, root: Tensor, n: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Spectrum of m with one eigenvector n known: reflect n onto the first axis, rotate the rest."""
-    u = [n[0] + torch.where(n[0] < 0, -1.0, 1.0), n[1], n[2]]
-    size = (2 / dot(u, u)).sqrt()
-    u = [x * size for x in u]
-    along = dot(u, root)
-    x = [old - part * along for old, part in zip(root, u, strict=True)]
-    image = [dot(row, u) for row in m]
-    half = dot(u, image) / 2
-    w = [old - part * half for old, part in zip(image, u, strict=True)]
-
-    def turned(i: int, j: int) -> Tensor:
-        return m[i, j] - u[i] * w[j] - w[i] * u[j]
-
-    mu, leverage = _rotate(turned(1, 1), turned(2, 2), turned(1, 2), x[1], x[2])
-    return torch.cat([turned(0, 0)[None], mu]), torch.cat([x[0].square()[None], leverage])
 
 
 def outer(rows: Tensor) -> Tensor:
