@@ -1,25 +1,25 @@
 """How sure one can be of a mean, a share or a difference (method.md, section 4)."""
 
 from functools import lru_cache
-from math import isfinite, sqrt
+from math import sqrt
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.stats import binomtest, rankdata
 from scipy.stats import t as student_t
 
+LEVEL = 0.95
 BLOCK = 5_000_000  # resampled values held at once by the bootstrap (40 MB)
 
 
-def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Return Wilson's score interval (low, high) of a proportion.
+def wilson(successes: int, n: int) -> tuple[float, float]:
+    """Return Wilson's score interval (low, high) of a proportion, of 95 % as all in this module.
 
-    Raises ValueError unless 0 <= successes <= n, n >= 1 and 0 < level < 1.
+    Raises ValueError unless 0 <= successes <= n and n >= 1.
     """
-    _check_level(level)
     if n < 1 or not 0 <= successes <= n:
         raise ValueError(f"{successes} successes of {n} is no proportion; give 0 <= successes <= n, n >= 1.")
-    low, high = binomtest(successes, n).proportion_ci(level, method="wilson")
+    low, high = binomtest(successes, n).proportion_ci(LEVEL, method="wilson")
     return float(low), float(high)
 
 
@@ -29,15 +29,16 @@ def paired_difference(
     *,
     seed: int,
     resamples: int = 10_000,
-    level: float = 0.95,
+    level: float = LEVEL,
 ) -> tuple[float, float, float]:
     """Return the mean of a - b over questions and its bootstrap interval: (mean difference, low, high).
 
     a and b (N,) belong to the same questions, in the same order (correct or not, log-probabilities);
     questions are resampled, with the percentiles of the resampled means as the interval.
-    Raises ValueError for empty, unequal or non-finite input.
+    Raises ValueError for empty, unequal or non-finite input, and for a level that is none.
     """
-    _check_level(level)
+    if not 0 < level < 1:
+        raise ValueError(f"the level of an interval must lie between 0 and 1, got {level}.")
     left, right = _values(a, "a"), _values(b, "b")
     if len(left) != len(right):
         raise ValueError(f"a has {len(left)} values and b has {len(right)}; pair them question by question.")
@@ -49,12 +50,11 @@ def paired_difference(
     rows = max(1, BLOCK // n)
     blocks = [min(rows, resamples - start) for start in range(0, resamples, rows)]
     means = np.concatenate([difference[rng.integers(n, size=(block, n))].mean(1) for block in blocks])
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(difference.mean()), float(low), float(high)
+    return float(difference.mean()), *_ends(means, level)
 
 
 def crossed_difference(
-    a: ArrayLike, b: ArrayLike, *, seed: int, resamples: int = 10_000, level: float = 0.95
+    a: ArrayLike, b: ArrayLike, *, seed: int, resamples: int = 10_000
 ) -> tuple[float, float, float]:
     """Return the mean of a - b over seeds and questions and its interval: (mean difference, low, high).
 
@@ -62,17 +62,15 @@ def crossed_difference(
     that the interval covers the choice of the calibration sets and of the questions.
     Raises ValueError for input that is empty, unequal or not finite.
     """
-    _check_level(level)
     left, right = _crossed(a, b)
     difference = left - right
     set_weights, question_weights = resampled(*difference.shape, seed, resamples)
     means = ((set_weights @ difference) * question_weights).sum(1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(difference.mean()), float(low), float(high)
+    return float(difference.mean()), *_ends(means)
 
 
 def crossed_ratio(
-    a: ArrayLike, b: ArrayLike, *, seed: int, resamples: int = 10_000, level: float = 0.95
+    a: ArrayLike, b: ArrayLike, *, seed: int, resamples: int = 10_000
 ) -> tuple[float, float, float]:
     """Return by what share the mean of a exceeds that of b and its interval: (relative gain, low, high).
 
@@ -80,14 +78,17 @@ def crossed_ratio(
     both means come from the same draws. Where b has nothing right, half an answer stands for it.
     Raises ValueError for input that is empty, unequal or not finite.
     """
-    _check_level(level)
     left, right = _crossed(a, b)
     least = 0.5 / left.size
     weights = resampled(*left.shape, seed, resamples)
     above, below = (((weights[0] @ values) * weights[1]).sum(1) for values in (left, right))
     gains = above / np.maximum(below, least) - 1
-    low, high = np.quantile(gains, [(1 - level) / 2, (1 + level) / 2])
-    return float(left.mean() / max(right.mean(), least) - 1), float(low), float(high)
+    return float(left.mean() / max(right.mean(), least) - 1), *_ends(gains)
+
+
+def _ends(means: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
 
 
 def _crossed(a: ArrayLike, b: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
@@ -108,17 +109,16 @@ def resampled(sets: int, n: int, seed: int, resamples: int) -> tuple[np.ndarray,
     return set_weights, question_weights
 
 
-def mean_interval(values: ArrayLike, level: float = 0.95) -> tuple[float, float, float]:
+def mean_interval(values: ArrayLike) -> tuple[float, float, float]:
     """Return the mean of a few values, such as one a seed, and its t interval: (mean, low, high).
 
     Raises ValueError for fewer than two values, which have no spread, or non-finite ones.
     """
-    _check_level(level)
     numbers = _values(values, "values")
     n = len(numbers)
     if n < 2:
         raise ValueError(f"an interval needs at least two values, got {n}; use more seeds.")
-    half = float(student_t.ppf((1 + level) / 2, n - 1)) * float(numbers.std(ddof=1)) / sqrt(n)
+    half = float(student_t.ppf((1 + LEVEL) / 2, n - 1)) * float(numbers.std(ddof=1)) / sqrt(n)
     mean = float(numbers.mean())
     return mean, mean - half, mean + half
 
@@ -141,8 +141,3 @@ def _values(values: ArrayLike, name: str) -> np.ndarray:
     if not np.isfinite(numbers).all():
         raise ValueError(f"{name} holds NaN or infinity at position {np.isfinite(numbers).argmin()}.")
     return numbers
-
-
-def _check_level(level: float) -> None:
-    if not (isfinite(level) and 0 < level < 1):
-        raise ValueError(f"the level of an interval must lie between 0 and 1, got {level}.")
