@@ -21,6 +21,7 @@ from fichapters.runs import ChapterError, chapters, find_chapter, run_chapter
 from fichapters.schedule import run_all
 from fihelpers.__main__ import main
 
+ROOT_NOTEBOOK = Path(__file__).resolve().parent.parent / "notebooks" / "07_sparsification.ipynb"
 OUT = Path("build/runs/smoke")
 RECORD = 'run.record("n", run.p.N, n=1)'
 
@@ -120,6 +121,26 @@ def test_the_key_sees_all_that_a_run_depends_on(
     assert key(READS="*.claims.csv") == reading[-1]
     assert len(set(reading)) == len(reading)
     assert key() == keys[-1]  # a chapter that reads no results does not mind them
+
+
+def test_a_chapter_depends_on_what_it_imports_of_the_chapters(
+    write_chapter: WriteChapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notebook = write_chapter("from fichapters.ch02 import draw\nimport fichapters.style")
+    files = {
+        "ch01/lab.py": "", "ch01/check.py": "from fichapters import exercises\n", "ch02/__init__.py": "",
+        "ch02/draw.py": "from fichapters.tables import show\n", "ch02/lab.py": "", "style.py": "",
+        "tables.py": "", "exercises.py": "", "results.py": "", "bench.py": "", "web/a.js": "",
+    }  # fmt: skip
+    for name, content in files.items():
+        (tmp_path / "package" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "package" / name).write_text(content)
+    used = runs.used_files(notebook, tmp_path / "package")
+    unused = {"ch02/lab.py", "bench.py"}
+    assert {path.relative_to(tmp_path / "package").as_posix() for path in used} == files.keys() - unused
+    real = {path.relative_to(runs.CHAPTERS).as_posix() for path in runs.used_files(ROOT_NOTEBOOK)}
+    assert {"ch07/lab.py", "ch07/draw.py", "results.py", "style.py", "parameters.py"} <= real
+    assert not {"ch04/lab.py", "bench.py", "sweeps.py", "runs.py"} & real
 
 
 def test_a_failure_leaves_the_last_success_alone(write_chapter: WriteChapter) -> None:

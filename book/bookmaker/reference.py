@@ -101,7 +101,7 @@ def meaning(name: str, module: str) -> str | None:
     """
     try:
         found = reduce(getattr, name.split("."), sys.modules[module])
-        candidates = [f"{found.__module__}.{found.__qualname__}"]  # type: ignore[attr-defined]
+        candidates = [f"{found.__module__}.{found.__qualname__}"]
     except AttributeError:
         candidates = [name] if UNLIKE_AN_ARGUMENT.search(name) else []
     known = known_names()

@@ -21,7 +21,6 @@ from fichapters.parameters import executed, profiles_folder, read_profile, settl
 from fihelpers import __version__
 from fihelpers.data import (
     MANIFEST,
-    PACKAGE,
     data_folder,
     file_sha256,
     package_sha256,
@@ -102,15 +101,6 @@ class Chapter:
     def records(self) -> Mapping[str, Record]:
         """The numbers recorded so far, by name."""
         return MappingProxyType(self._records)
-
-    @property
-    def cache(self) -> Path:
-        """The folder for finished parts of long work, so that an interrupted run can go on.
-
-        What an earlier state of the package computed lies in another one.
-        """
-        folder = os.environ.get("FIHELPERS_CACHE") or self._folder / "cache"
-        return Path(folder) / package_sha256(PACKAGE, Path(__file__).resolve().parent)[:16]
 
     def record(
         self,

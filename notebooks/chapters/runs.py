@@ -5,6 +5,7 @@ A run leaves ``{chapter}.ipynb``, ``{chapter}.json`` (records), ``{chapter}.*.cs
 everything the run depends on; while it holds, the chapter is not run again.
 """
 
+import ast
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -142,7 +144,7 @@ def keep_results(out: Path, results: Path) -> None:
 
 
 def _key(notebook: Path, settings: Mapping[str, Any], out: Path) -> str:
-    """Hash of notebook, package, versions, shipped data, parameters, and files that these name.
+    """Hash of notebook, library, what it uses of the chapters, versions, data, parameters, files these name.
 
     For a chapter that reads others' results, those that it would find beside `out` count as well.
     """
@@ -151,7 +153,8 @@ def _key(notebook: Path, settings: Mapping[str, Any], out: Path) -> str:
     others = {name: path for name, path in read.items() if not name.startswith(f"{notebook.stem}.")}
     parts = {
         "notebook": file_sha256(notebook),
-        "package": package_sha256(PACKAGE, CHAPTERS),
+        "library": package_sha256(PACKAGE),
+        "chapters": {path.name: file_sha256(path) for path in used_files(notebook)},
         "versions": [sys.version, *(version(name) for name in ("torch", "transformers"))],
         "data": file_sha256(data_folder() / MANIFEST),
         "parameters": settings,
@@ -159,6 +162,48 @@ def _key(notebook: Path, settings: Mapping[str, Any], out: Path) -> str:
         "results": {name: file_sha256(path) for name, path in others.items()},
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def used_files(notebook: Path, chapters: Path = CHAPTERS) -> list[Path]:
+    """The files of the chapters' package that a notebook uses: what it imports, directly or not.
+
+    A chapter's own folder counts whole, as do files that are no modules, such as those of widgets.
+    """
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    todo = [name for source in code for name in _imported(source)]
+    own = chapters / f"ch{notebook.stem[:2]}"
+    found = {path for path in lasting_files(chapters) if path.suffix != ".py" or path.parent == own}
+    todo += [name for path in found if path.suffix == ".py" for name in _imports_of(path)]
+    while todo:
+        place = chapters.joinpath(*todo.pop().split(".")[1:])
+        for path in (place.with_suffix(".py"), place / "__init__.py"):
+            if path.is_file() and path not in found:
+                found.add(path)
+                todo += _imports_of(path)
+    return sorted(found)
+
+
+def _imports_of(path: Path) -> tuple[str, ...]:
+    return _read_imports(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _read_imports(path: Path, _mtime: int) -> tuple[str, ...]:
+    return tuple(_imported(path.read_text(encoding="utf-8")))
+
+
+def _imported(source: str) -> Iterator[str]:
+    """The modules of the chapters' package that a source imports, and what might be one."""
+    try:
+        nodes = list(ast.walk(ast.parse(source)))
+    except SyntaxError:  # of a notebook's cell; running it will say so
+        return
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(str(__package__)):
+            yield from (str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names))
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.startswith(f"{__package__}."))
 
 
 def _texts(settings: Mapping[str, Any]) -> Iterator[str]:
