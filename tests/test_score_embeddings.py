@@ -15,7 +15,6 @@ from fihelpers.models.language import LanguageModel
 from fihelpers.scores.inputs import (
     EmbeddingBatch,
     embedding_batches,
-    score_embedding_batches,
     score_embeddings,
 )
 from fihelpers.tasks import Example
@@ -120,15 +119,15 @@ def test_random_scores_depend_on_the_example_only() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.filterwarnings("ignore::fihelpers.influence.SaturationWarning")  # tokens are saturated
 def test_fi_never_passes_its_ceiling(kind: str, over: str, answers: Top | None, dtype: torch.dtype) -> None:
-    batches = list(embedding_batches(tiny_model(kind, dtype), tiny_examples(6), answers, batch_size=4))
-    tops = {i: ceiling(b.grads.probs[:, k]) for b in batches for k, i in enumerate(b.index)}
     measures = ["FI", "FI cut 0.001", "FI damped 0.0001"]
-    for name, scores in score_embedding_batches(batches, measures, over=over).items():  # type: ignore[arg-type]
-        for i, values in enumerate(scores):
-            assert values.dtype == (dtype if dtype == torch.float64 else torch.float32)
-            assert values.isfinite().all() and (values >= 0).all()
-            assert (values <= tops[i] * (1 + 1e-5)).all()
-            assert values.max() > 0, name
+    for batch in embedding_batches(tiny_model(kind, dtype), tiny_examples(6), answers, batch_size=4):
+        tops = ceiling(batch.grads.probs)
+        for name, scores in batch.scores(measures, over).items():  # type: ignore[arg-type]
+            for top, values in zip(tops, scores, strict=True):
+                assert values.dtype == (dtype if dtype == torch.float64 else torch.float32)
+                assert values.isfinite().all() and (values >= 0).all()
+                assert (values <= top * (1 + 1e-5)).all()
+                assert values.max() > 0, name
 
 
 def test_tokens_under_four_letters_are_saturated_and_one_warning_says_so() -> None:
@@ -223,5 +222,6 @@ def test_a_batch_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     batches = list(embedding_batches(tiny_model("qwen2"), tiny_examples(5), batch_size=2))
     assert calls == 0
     for measures in (["FI"], ["SNIP", "random"], ["FI damped 0.0001"]):
-        score_embedding_batches(batches, measures)
+        for batch in batches:
+            batch.scores(measures)
     assert calls == len(batches) == 3

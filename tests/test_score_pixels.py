@@ -14,7 +14,7 @@ from fihelpers.answers import Groups, Top
 from fihelpers.filters import Damped
 from fihelpers.influence import SaturationWarning, ceiling, gram
 from fihelpers.models.vision import VisionModel, open_vision_model
-from fihelpers.scores.pixels import PixelBatch, pixel_batches, score_batches, score_pixels
+from fihelpers.scores.pixels import PixelBatch, pixel_batches, score_pixels
 from fihelpers.tasks import Example
 
 SIZES = ((16, 16), (24, 16), (19, 21))  # the last is resized by every kind
@@ -47,13 +47,13 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> VisionModel:
 @pytest.mark.parametrize("over", ["pixel", "channel", "patch", "token"])
 @pytest.mark.parametrize("answers", [None, Top(7)], ids=str)
 def test_fi_never_passes_its_ceiling(model: VisionModel, over: Any, answers: Top | None) -> None:
-    batches = list(pixel_batches(model, examples((6, 5)), answers))
-    tops = {i: ceiling(b.grads.probs[:, k]) for b in batches for k, i in enumerate(b.index)}
-    for name, maps in score_batches(batches, ["FI", "FI cut 0.001"], over=over, patch=5).items():
-        for i, values in enumerate(maps):
-            assert values.isfinite().all() and (values >= 0).all()
-            assert (values <= tops[i] * (1 + 1e-5)).all()
-            assert values.max() > 0, name
+    for batch in pixel_batches(model, examples((6, 5)), answers):
+        tops = ceiling(batch.grads.probs)
+        for name, maps in batch.scores(["FI", "FI cut 0.001"], over, patch=5).items():
+            for top, values in zip(tops, maps, strict=True):
+                assert values.isfinite().all() and (values >= 0).all()
+                assert (values <= top * (1 + 1e-5)).all()
+                assert values.max() > 0, name
 
 
 def test_pixels_under_four_letters_are_saturated_and_one_warning_says_so(qwen: VisionModel) -> None:

@@ -269,7 +269,7 @@ class StoredTensors:
     def _unstored(self, name: str, reason: str) -> ValueError:
         return ValueError(
             f"{name} of a {type(self.network).__name__} cannot be stored so that transformers loads it again "
-            f"({reason}); merged_model keeps the merged model in memory."
+            f"({reason}); Merger gives the merged tensors in memory."
         )
 
 

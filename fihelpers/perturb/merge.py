@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 import errno
-import hashlib
 import json
 import math
 import shutil
@@ -87,7 +86,7 @@ def merge_models(
     merger = Merger(base, a, b, method, protection, fishers)
     source = merger.first.folder
     if source is None:
-        raise ValueError("A model in memory cannot be written from; give its folder, or use merged_model.")
+        raise ValueError("A model in memory cannot be written from; give its folder, or use Merger.")
     out = Path(out)
     with new_folder(out) as folder:
         layouts, make = merger.stored()
@@ -100,26 +99,6 @@ def merge_models(
         write_weights(folder, layouts, make, shard_bytes)
         (folder / "README.md").write_text(merger.card(out.name), encoding="utf-8")
     return out
-
-
-def merged_model(
-    base: LanguageModel,
-    a: AnyModel,
-    b: AnyModel,
-    method: str | Method = "average",
-    protection: Protection | None = None,
-    *,
-    fishers: tuple[AnyScores, AnyScores] | None = None,
-) -> LanguageModel:
-    """A merged copy of the open model `base`, whose hash is of the merged tensors; the rest as above."""
-    state = Merger(base, a, b, method, protection, fishers).state()
-    network = copy.deepcopy(base.network)
-    network.load_state_dict(state, strict=False)  # a tied weight has only one of its names in `state`
-    total = hashlib.sha256()
-    for name, value in sorted(state.items()):
-        total.update(name.encode() + value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    label = f"{find_method(method).name} of {open_weights(a).label} and {open_weights(b).label}"
-    return LanguageModel(network, base.tokenizer, label, None, total.hexdigest())
 
 
 class Merger:

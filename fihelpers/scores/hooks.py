@@ -30,7 +30,7 @@ BLOCK = 2**20  # elements of class gradients formed at a time: 4 MB of float32, 
 ROWS = 512  # one matrix product of so many rows is as fast as several of fewer: then samples come in turn
 CHECKED = 8  # tokens of the prompt on which hooks are compared with autograd
 
-Directions = Callable[[Tensor, Tensor, Tensor], Tensor]
+Directions = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,8 +108,8 @@ def class_grad_blocks(
     """All class gradients of a batch, one block of rows at a time; the next takes the place of the last.
 
     parameters, missed: from `named_parameters` and `missed_by_hooks`; the model is `frozen`.
-    directions: maps log P of the classes other than y_hat (B, K-1), their P (K-1, B) and P(y_hat) (B,) to
-        what is differentiated instead, (B, D).
+    directions: maps log P of the classes other than y_hat (B, K-1), their P (K-1, B), P(y_hat) (B,) and log P
+        of all classes (B, K) to what is differentiated instead, (B, D).
     save_memory: keep the activations of one transformer block at a time, at the cost of one more forward
         pass. Raises ValueError for a model without such blocks.
     take: is offered the factors of each linear layer's weight; where it returns True there are no blocks.
@@ -159,8 +159,10 @@ class _Question:
         row = torch.arange(p.shape[1] - 1, device=p.device).expand(len(p), -1)
         index = row + (row >= y)
         self.others, self.chosen = p.gather(1, index).T, p.gather(1, y)[:, 0]
-        log_p = log_p.gather(1, index)
-        return log_p if self.directions is None else self.directions(log_p, self.others, self.chosen)
+        of_others = log_p.gather(1, index)
+        if self.directions is None:
+            return of_others
+        return self.directions(of_others, self.others, self.chosen, log_p)
 
     def block(self, name: str, rows: slice, grads: Tensor, samples: slice) -> Block:
         key = (samples.start, samples.stop)
@@ -549,7 +551,7 @@ def missed_by_hooks(
     backward pass with autograd is compared parameter by parameter; each gradient is dropped at once.
     """
     longest = max(batches, key=lambda batch: batch.input_ids.shape[1])
-    ask = _Question(model, _end(longest), classes, lambda log_p, others, chosen: log_p[:, :1])
+    ask = _Question(model, _end(longest), classes, lambda log_p, *_: log_p[:, :1])
     uses: Uses = {}
     for found in (_by_layers if save_memory else _at_once)(ask, parameters):
         _merge(uses, found)

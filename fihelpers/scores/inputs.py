@@ -222,7 +222,7 @@ def score_embeddings(
     """
     chosen = [examples] if isinstance(examples, Example) else examples
     batches = embedding_batches(model, chosen, answers, batch_size)
-    return score_embedding_batches(batches, measures, spectral, over=over)
+    return gathered(batches, lambda batch: batch.scores(measures, over, spectral), measures, spectral)
 
 
 def embedding_batches(
@@ -231,8 +231,8 @@ def embedding_batches(
     """Put the prompts of similar length together; arguments as in :func:`score_embeddings`.
 
     ``batches = list(embedding_batches(...))`` keeps the class gradients, K * tokens * hidden floats an
-    example, so that :func:`score_embedding_batches` can be called again and again with other measures,
-    filters and groupings.
+    example, so that their `scores` can be asked for again and again with other measures, filters and
+    groupings.
     """
     if not examples:
         raise ValueError("there are no examples to score; give at least one.")
@@ -248,17 +248,6 @@ def embedding_batches(
             index = tuple(batch.index.tolist())
             yield EmbeddingBatch(model, index, tuple(examples[i] for i in index), batch, embeddings, fixed)
             bar.update(len(index))
-
-
-def score_embedding_batches(
-    batches: Iterable[EmbeddingBatch],
-    measures: Sequence[str | Measure] = ("FI",),
-    spectral: Spectral = EXACT,
-    *,
-    over: EmbeddingGrouping = "dimension",
-) -> dict[str, list[Tensor]]:
-    """Score what :func:`embedding_batches` made; arguments, result and warnings as in `score_embeddings`."""
-    return gathered(batches, lambda batch: batch.scores(measures, over, spectral), measures, spectral)
 
 
 def gathered(

@@ -8,7 +8,7 @@ range of grey levels: pixel values are scaled to [0, 1].
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Literal, get_args
@@ -196,7 +196,13 @@ def score_pixels(
     """
     chosen = [examples] if isinstance(examples, Example) else examples
     batches = pixel_batches(model, chosen, answers, batch_size)
-    return score_batches(batches, measures, spectral, over=over, patch=patch)
+    from_grads = [m for m in measures if m not in (INTEGRATED_GRADIENTS, GRAD_CAM)]
+    return gathered(
+        batches,
+        lambda batch: batch.scores(measures, over, patch=patch, spectral=spectral),
+        from_grads,
+        spectral,
+    )
 
 
 def pixel_batches(
@@ -205,7 +211,7 @@ def pixel_batches(
     """Put examples with images of one size and equally many options together; arguments as in `score_pixels`.
 
     ``batches = list(pixel_batches(...))`` keeps the class gradients, K * 3 * H * W floats an example, so that
-    :func:`score_batches` can be called again and again with other measures, filters and groupings.
+    their `scores` can be asked for again and again with other measures, filters and groupings.
     """
     if not examples or batch_size < 1:
         raise ValueError(f"give at least one example and a batch size of at least 1, not {batch_size}.")
@@ -219,23 +225,6 @@ def pixel_batches(
             for members in groups.values():
                 yield _pixel_batch(model, examples, members, answers)
                 bar.update(len(members))
-
-
-def score_batches(
-    batches: Iterable[PixelBatch],
-    measures: Sequence[str | Measure] = ("FI",),
-    spectral: Spectral = EXACT,
-    *,
-    over: Grouping = "pixel",
-    patch: int = 8,
-) -> dict[str, list[Tensor]]:
-    """Score what :func:`pixel_batches` made; arguments, result and warnings as in :func:`score_pixels`."""
-
-    def score(batch: PixelBatch) -> dict[str, Tensor]:
-        return batch.scores(measures, over, patch=patch, spectral=spectral)
-
-    from_grads = [m for m in measures if m not in (INTEGRATED_GRADIENTS, GRAD_CAM)]
-    return gathered(batches, score, from_grads, spectral)
 
 
 def image_of(example: Example) -> Tensor:

@@ -15,16 +15,15 @@ from tqdm import tqdm
 
 from fihelpers.answers import Answers, Groups, usual_answers
 from fihelpers.models.language import Batch, LanguageModel
-from fihelpers.models.linear import as_rows, from_rows
-from fihelpers.scores.hooks import not_finite, requiring
+from fihelpers.models.linear import from_rows
+from fihelpers.scores.hooks import Directions, class_grad_blocks, frozen, missed_by_hooks
 from fihelpers.scores.store import Scores, provenance
-from fihelpers.scores.watched import Layers, batch_size_for, layer_sums, linear_layers, watching
+from fihelpers.scores.watched import Layers, batch_size_for, layer_sums, linear_layers
 from fihelpers.tasks import Example
 
 METHODS = ("Wanda", "SparseGPT", "Taylor")
 DAMPING = 0.01  # of the mean diagonal of X X^T, as in SparseGPT's published code
 HELD = 2**29  # elements of X X^T held at once (2 GB in float32); layers beyond them wait for another pass
-BLOCK = 2**19  # elements of per-sample gradients formed at a time, to stay in cache
 
 
 def score_pruning(
@@ -52,8 +51,8 @@ def score_pruning(
         is also the embedding, which has inputs of another kind.
 
     Returns {method: Scores}, in float32 or better. Raises ValueError for an empty calibration set, an unknown
-    method or name, a weight that is not a linear layer's alone, or a layer that is never called, and
-    FloatingPointError for NaN or infinite logits, inputs or gradients.
+    method or name, a weight that is not a linear layer's alone, or a layer whose inputs are asked for and
+    that is never called, and FloatingPointError for NaN or infinite logits, inputs or gradients.
     """
     unknown = [m for m in methods if m not in METHODS]
     if unknown or not methods:
@@ -128,64 +127,30 @@ def _taylor(
     layers: Layers,
     classes: Answers,
 ) -> dict[str, Tensor]:
-    """Mean over examples of (g W)^2, from one backward pass a batch."""
-    weights = {name: one.rows for name, one in layers.items()}
-    totals = {name: torch.zeros_like(w, dtype=_working(w)) for name, w in weights.items()}
-    right = torch.tensor([_right(e, classes) for e in examples])
-    for batch in tqdm(batches, desc="scoring", unit="batch", leave=False, disable=len(batches) < 8):
-        for name, rows, grads in _sample_grads(model, batch, classes, layers, right[batch.index]):
-            squares = (grads * weights[name][rows].to(grads.dtype)).square().sum(0)
-            if not torch.isfinite(squares).all():
-                raise not_finite(name)
-            totals[name][rows] += squares
-    means = {name: total / len(examples) for name, total in totals.items()}
-    return {n: from_rows(mean, layers[n].weight.shape, layers[n].turned) for n, mean in means.items()}
+    """Mean over examples of (g W)^2, from the gradients that `fihelpers.scores.hooks` streams."""
+    parameters = {name: one.weight for name, one in layers.items()}
+    totals = {
+        name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+        for name, p in parameters.items()
+    }
+    with frozen(model.network):
+        missed = missed_by_hooks(model, batches, classes, parameters)
+        for batch in tqdm(batches, desc="scoring", unit="batch", leave=False, disable=len(batches) < 8):
+            right = _right(model, examples, batch, classes)
+            along: Directions = lambda *of, right=right: of[-1].gather(-1, right)  # noqa: E731
+            for block in class_grad_blocks(model, batch, classes, parameters, missed, along):
+                moved = block.grads[0] * parameters[block.name].detach()[block.rows]
+                totals[block.name][block.rows] += moved.square().sum(0)
+    return {name: total / len(examples) for name, total in totals.items()}
 
 
-def _right(example: Example, classes: Answers) -> int:
-    """The right class, or -1 where there is none among these classes."""
-    lettered = isinstance(classes, Groups) and len(example.options) == classes.size
-    return example.answer if lettered and example.answer is not None else -1
-
-
-def _sample_grads(
-    model: LanguageModel, batch: Batch, classes: Answers, layers: Layers, right: Tensor
-) -> Iterator[tuple[str, slice, Tensor]]:
-    """Blocks of rows of each weight with the loss gradients (B, rows, in) of a batch's samples."""
-    calls: list[tuple[str, Tensor, Tensor]] = []
-    within = {
-        name: one.weight for name, one in layers.items() if not one.modules
-    }  # then a batch is one sample
-
-    def see(name: str, expert: int, x: Tensor, out: Tensor) -> None:
-        if not out.requires_grad:
-            out.requires_grad_(True)
-        calls.append((name, x.detach(), out))
-
-    hooked = {name: one for name, one in layers.items() if one.modules}
-    with torch.enable_grad(), watching(model.network, hooked, see), requiring(within.values()):
-        logits = model.last_logits(batch)
-        chosen = torch.where(right >= 0, right, classes.choice(logits.detach()).cpu()).to(logits.device)
-        loss = -classes.log_probs(logits).gather(-1, chosen[:, None]).sum()
-        ends = [*(out for _, _, out in calls), *within.values()]
-        grads = list(torch.autograd.grad(loss, ends, materialize_grads=True))
-    for name, grad in zip(within, grads[len(calls) :], strict=True):
-        yield name, slice(None), as_rows(grad, layers[name].turned)[None]
-    for name, one in hooked.items():
-        uses = [(x, g) for (seen, x, _), g in zip(calls, grads, strict=False) if seen == name]
-        if not uses:
-            raise ValueError(f"The layer of {name} is never called; leave its weight out.")
-        step = max(1, BLOCK // (len(right) * one.inputs))
-        for start in range(0, len(one.rows), step):
-            rows = slice(start, start + step)
-            yield name, rows, torch.stack([_of_rows(x, g[..., rows]) for x, g in uses]).sum(0)
-
-
-def _of_rows(x: Tensor, g: Tensor) -> Tensor:
-    """Gradients (B, rows, in) of some rows: the sum over positions of g (B, ..., rows) by x (B, ..., in)."""
-    dtype = _working(x)
-    return torch.einsum("bto,bti->boi", *(t.reshape(len(t), -1, t.shape[-1]).to(dtype) for t in (g, x)))
-
-
-def _working(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+def _right(model: LanguageModel, examples: Sequence[Example], batch: Batch, classes: Answers) -> Tensor:
+    """The right classes (B, 1) of a batch, the model's own choice where these classes hold none."""
+    with torch.no_grad():
+        right = classes.choice(model.last_logits(batch))
+    for row, place in enumerate(batch.index.tolist()):
+        example = examples[place]
+        lettered = isinstance(classes, Groups) and len(example.options) == classes.size
+        if lettered and example.answer is not None:
+            right[row] = example.answer
+    return right[:, None]

@@ -159,7 +159,7 @@ class Totals:
             "tops": self.tops,
         }
 
-    def directions(self, log_p: Tensor, others: Tensor, chosen: Tensor) -> Tensor:
+    def directions(self, log_p: Tensor, others: Tensor, chosen: Tensor, _: Tensor) -> Tensor:
         """What to differentiate: see `turned_classes`, and the sum of log P where a measure reads it."""
         turned = turned_classes(log_p, others, chosen)
         return torch.cat([turned, log_p.sum(-1, keepdim=True)], -1) if self.others else turned
