@@ -59,8 +59,8 @@ def test_the_published_file_is_read(real_data: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[{", "is not JSON in UTF-8"),
-        ({"instruction": "a"}, "holds no list"),
+        ("[{", "is not JSON"),
+        ({"instruction": "a"}, "holds no JSON list"),
         (["a"], "row 1 is str"),
         ([{"instruction": " "}], "row 1 has no text under 'instruction'"),
         ([{"output": "b"}], "row 1 has no text under 'instruction'"),

@@ -337,7 +337,7 @@ def test_text_that_cannot_be_a_task_is_refused(
 
 
 def test_a_missing_text_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no text file .*none\.txt"):
+    with pytest.raises(FileNotFoundError, match=r"no file .*none\.txt"):
         load_task(tmp_path / "none.txt")
 
 

@@ -16,7 +16,6 @@ __all__ = ["Example", "Task", "image_prompt", "load_task", "with_instruction"]
 ALL = "all"
 BUNDLED = {"bundled": "mcq", "bundled-experts": "experts"}  # questions as text, by their folder in data/
 JSON, TEXT = ".json", ".txt"
-HUB_IMAGES = {images.SCIENCEQA: images.read_scienceqa_hub, images.PUZZLEVQA: images.read_puzzlevqa_hub}
 
 Found = tuple[Sequence[Example], str, Sequence[str]]  # examples, their split, and what was left out and why
 
@@ -57,8 +56,7 @@ def load_task(
 
 
 def _label(name: str) -> str:
-    known = (*BUNDLED, mcq.HUB, images.BUNDLED, *HUB_IMAGES, instructions.BUNDLED, instructions.ALPACA)
-    if name in known:
+    if name in (*BUNDLED, mcq.HUB, *READERS):
         return name
     label = Path(name).expanduser().resolve().name
     return label.removesuffix(".tsv").removesuffix(JSON).removesuffix(TEXT)
@@ -84,8 +82,8 @@ def question_reader(name: str) -> partial[mcq.Rows]:
         f"no task {name!r}: give {', '.join(map(repr, BUNDLED))}, {mcq.HUB!r}, a folder in the MMLU CSV "
         "layout or a .txt file; "
         f"for images {images.BUNDLED!r}, a .tsv file in the layout of MMBench, a folder of ScienceQA or "
-        f"PuzzleVQA, {' or '.join(map(repr, HUB_IMAGES))}; for instructions {instructions.BUNDLED!r}, "
-        f"{instructions.ALPACA!r} or a .json file in its layout."
+        f"PuzzleVQA, {images.SCIENCEQA!r} or {images.PUZZLEVQA!r}; for instructions "
+        f"{instructions.BUNDLED!r}, {instructions.ALPACA!r} or a .json file in its layout."
     )
 
 
@@ -94,16 +92,10 @@ def _reader(name: str) -> Callable[[str | None, str], Found] | None:
     path = Path(name).expanduser()
     if name.endswith(TEXT):
         return lambda subject, split: (text.read_text(path, subject), ALL, ())
-    if name == instructions.BUNDLED:
-        return partial(_instructions, instructions.read_bundled)
-    if name == instructions.ALPACA:
-        return partial(_instructions, instructions.read_alpaca_hub)
+    if name in READERS:
+        return READERS[name]
     if name.endswith(JSON):
         return partial(_instructions, partial(instructions.read_alpaca, path))
-    if name == images.BUNDLED:
-        return partial(_image_questions, images.read_bundled)
-    if name in HUB_IMAGES:
-        return partial(_image_questions, HUB_IMAGES[name])
     if name.endswith(".tsv"):
         return partial(_image_questions, partial(images.read_mmbench, path))
     if (path / images.SCIENCEQA_FILE).is_file():
@@ -118,6 +110,16 @@ def _instructions(read: instructions.Reader, subject: str | None, split: str) ->
 
 
 def _image_questions(read: Callable[[str], images.Source], subject: str | None, split: str) -> Found:
-    source = read(split)
-    examples, skipped = images.make_examples(source.rows, subject)
-    return examples, source.split, skipped
+    rows, split = read(split)
+    examples, skipped = images.make_examples(rows, subject)
+    return examples, split, skipped
+
+
+# what is read by its name, not as a file or folder
+READERS: dict[str, Callable[[str | None, str], Found]] = {
+    instructions.BUNDLED: partial(_instructions, instructions.read_bundled),
+    instructions.ALPACA: partial(_instructions, instructions.read_alpaca_hub),
+    images.BUNDLED: partial(_image_questions, images.read_bundled),
+    images.SCIENCEQA: partial(_image_questions, images.read_scienceqa_hub),
+    images.PUZZLEVQA: partial(_image_questions, images.read_puzzlevqa_hub),
+}

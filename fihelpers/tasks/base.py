@@ -7,7 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
+Kind = TypeVar("Kind", dict, list)
 SHOWN_REASONS = 3  # of the rows left out, where none is left
 
 
@@ -98,12 +100,32 @@ def check_subject(subject: str | None, known: Iterable[str]) -> None:
         raise ValueError(f"unknown subject {subject!r}; use one of {', '.join(known)}.")
 
 
-def read_utf8(path: Path) -> str:
-    """The text of a file, every line end as LF. Raises ValueError where it is not UTF-8."""
+def read_utf8(path: Path, remedy: str) -> str:
+    """The text of a file, every line end as LF.
+
+    Raises FileNotFoundError, with the remedy, for a missing file, and ValueError for one that is not UTF-8.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {str(path)!r}; {remedy}.")
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path.name} is not UTF-8 text ({error.reason}); save it as UTF-8.") from error
+
+
+def read_json(path: Path, kind: type[Kind], remedy: str) -> Kind:
+    """The object (dict) or list that a JSON file holds.
+
+    Raises what :func:`read_utf8` raises, and ValueError, with the remedy, for a file of anything else.
+    """
+    text = read_utf8(path, remedy)
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path.name} is not JSON ({error}); fetch it again.") from error
+    if not isinstance(content, kind):
+        raise ValueError(f"{path.name} holds no JSON {'list' if kind is list else 'object'}; {remedy}.")
+    return content
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """Instructions to answer in free text: the bundled ones, and AlpacaEval's JSON from a file or the hub."""
 
-import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import yaml
 
 from fihelpers.data import check_file, data_folder
-from fihelpers.tasks.base import Example, asking_hub, check_subject
+from fihelpers.tasks.base import Example, asking_hub, check_subject, read_json
 
 log = logging.getLogger(__name__)
 
@@ -50,14 +49,7 @@ def read_alpaca(path: Path, split: str) -> list[Example]:
     The subject is the row's data set, and ``reference`` is its output, another model's answer. Raises
     FileNotFoundError for a missing file and ValueError for one of another layout, naming the row.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {str(path)!r}; give a .json file in the layout of AlpacaEval.")
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:  # UnicodeDecodeError is one, too
-        raise ValueError(f"{path.name} is not JSON in UTF-8 ({error}); fetch it again.") from error
-    if not isinstance(rows, list):
-        raise ValueError(f"{path.name} holds no list of instructions; give one in the layout of AlpacaEval.")
+    rows = read_json(path, list, "give a .json file in the layout of AlpacaEval")
     return _examples(rows, path.name, split, NO_DATASET)
 
 

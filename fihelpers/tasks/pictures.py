@@ -14,14 +14,14 @@ from tqdm import tqdm
 from fihelpers.data import check_file, data_folder
 from fihelpers.extras import optional
 from fihelpers.images import check_image, decode_base64, is_data_url
-from fihelpers.tasks.base import Example, asking_hub, check_subject, read_utf8
+from fihelpers.tasks.base import Example, asking_hub, check_subject, read_json, read_utf8
 from fihelpers.tasks.tables import TableRow, read_tsv
 
 LETTERS = "ABCDEF"
 BUNDLED = "bundled-images"
 BUNDLED_SPLITS = ("val", "test")
 SCIENCEQA = "derek-thomas/ScienceQA"
-SCIENCEQA_FILE = "problems.json"
+SCIENCEQA_FILE, SPLITS_FILE = "problems.json", "pid_splits.json"
 SCIENCEQA_SPLITS = {"dev": "train", "val": "val", "test": "test"}
 SCIENCEQA_HUB_SPLITS = {"dev": "train", "val": "validation", "test": "test"}
 PUZZLEVQA = "declare-lab/PuzzleVQA"
@@ -52,12 +52,7 @@ class Row:
     make: Callable[[], Example]
 
 
-@dataclass(frozen=True)
-class Source:
-    """The rows of a file, folder or hub data set, and the split they belong to."""
-
-    rows: Sequence[Row]
-    split: str
+Source = tuple[Sequence[Row], str]  # the rows of a file, folder or hub data set, and the split they belong to
 
 
 def image_prompt(question: str, options: Sequence[str], hint: str = "", instruction: str = "") -> str:
@@ -120,7 +115,7 @@ def read_bundled(split: str) -> Source:
         Row(f"row {number}", record["subject"], partial(_example, *(record[name] for name in columns)))
         for number, record in enumerate(records, start=1)
     ]
-    return Source(rows, split)
+    return rows, split
 
 
 def read_mmbench(path: Path, split: str) -> Source:
@@ -147,7 +142,7 @@ def read_mmbench(path: Path, split: str) -> Source:
         for number, row in enumerate(table, start=1)
         if len(splits) < 2 or row.fault or _cell(row, "split") == split
     ]
-    return Source(rows, split)
+    return rows, split
 
 
 def read_scienceqa(folder: Path, split: str) -> Source:
@@ -155,16 +150,21 @@ def read_scienceqa(folder: Path, split: str) -> Source:
 
     Its "train" answers to our dev. Raises FileNotFoundError or ValueError for a missing or malformed file.
     """
-    problems, splits = (_read_json(folder / name) for name in (SCIENCEQA_FILE, "pid_splits.json"))
+    problems, splits = (
+        read_json(folder / name, dict, "give a folder of ScienceQA") for name in (SCIENCEQA_FILE, SPLITS_FILE)
+    )
     name = SCIENCEQA_SPLITS[split]
     if not isinstance(splits.get(name), list):
-        raise ValueError(f"pid_splits.json lists no split {name!r}; use one of {', '.join(splits)}.")
-    rows = []
-    for key in map(str, splits[name]):
-        problem = problems.get(key)
-        make = partial(_scienceqa, problem, f"{split}/{key}", partial(_scienceqa_file, folder, key, problem))
-        rows.append(Row(f"question {key}", _subject(problem), make))
-    return Source(rows, split)
+        raise ValueError(f"{SPLITS_FILE} lists no split {name!r}; use one of {', '.join(splits)}.")
+
+    def image(key: str, problem: object) -> bytes:
+        return _read_image(folder, f"images/{_get(problem, 'split')}/{key}/", _get(problem, "image"))
+
+    rows = [
+        _scienceqa(f"question {key}", problems.get(key), f"{split}/{key}", partial(image, key))
+        for key in map(str, splits[name])
+    ]
+    return rows, split
 
 
 def read_scienceqa_hub(split: str) -> Source:
@@ -172,11 +172,11 @@ def read_scienceqa_hub(split: str) -> Source:
 
     Raises ConnectionError if the hub does not answer.
     """
-    rows = []
-    for number, record in enumerate(_ask_hub(SCIENCEQA, SCIENCEQA_HUB_SPLITS[split]), start=1):
-        make = partial(_scienceqa, record, f"{split}/{number}", partial(_hub_image, record))
-        rows.append(Row(f"row {number}", _subject(record), make))
-    return Source(rows, split)
+    records = enumerate(_ask_hub(SCIENCEQA, SCIENCEQA_HUB_SPLITS[split]), start=1)
+    rows = [
+        _scienceqa(f"row {number}", record, f"{split}/{number}", _hub_image) for number, record in records
+    ]
+    return rows, split
 
 
 def read_puzzlevqa(folder: Path, split: str) -> Source:
@@ -186,11 +186,11 @@ def read_puzzlevqa(folder: Path, split: str) -> Source:
     """
     rows = []
     for path in sorted(folder.glob("*.json")):
-        for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        for number, line in enumerate(read_utf8(path, "restore it").split("\n"), start=1):
             if line.strip():
-                make = partial(_puzzlevqa_line, folder, line, path.stem, number)
+                make = partial(_puzzle_of_line, folder, line, path.stem, number)
                 rows.append(Row(f"{path.name}, line {number}", path.stem, make))
-    return Source(rows, ONE_SPLIT)
+    return rows, ONE_SPLIT
 
 
 def read_puzzlevqa_hub(split: str) -> Source:
@@ -204,9 +204,8 @@ def read_puzzlevqa_hub(split: str) -> Source:
         path = str((record["image"] or {}).get("path") or "")
         named = PUZZLE_IMAGE.fullmatch(Path(path).name)
         subject = named[1] if named else NO_SUBJECT
-        make = partial(_puzzlevqa, record, subject, number, partial(_hub_image, record))
-        rows.append(Row(f"row {number}", subject, make))
-    return Source(rows, ONE_SPLIT)
+        rows.append(Row(f"row {number}", subject, partial(_puzzle, record, subject, number, _hub_image)))
+    return rows, ONE_SPLIT
 
 
 def _example(
@@ -304,36 +303,32 @@ def _cell(row: TableRow, name: str) -> str:
     return "" if text.casefold() == "nan" else text
 
 
-def _scienceqa(record: object, id: str, read: Callable[[], bytes]) -> Example:
-    if _get(record, "image") is None:
-        raise NoImageError("the question has no image.")
-    return _example(
-        id,
-        _subject(record),
-        _get(record, "question"),
-        _get(record, "choices"),
-        _get(record, "answer"),
-        read(),
-        str(_get(record, "hint") or ""),
-    )
+def _scienceqa(where: str, record: object, id: str, image: Callable[[object], bytes]) -> Row:
+    """The row of one question, whose image ``image(record)`` reads."""
+    named = record.get("subject") if isinstance(record, Mapping) else None
+    subject = str(named or NO_SUBJECT)
+
+    def make() -> Example:
+        if _get(record, "image") is None:
+            raise NoImageError("the question has no image.")
+        texts = (_get(record, name) for name in ("question", "choices", "answer"))
+        return _example(id, subject, *texts, image(record), str(_get(record, "hint") or ""))
+
+    return Row(where, subject, make)
 
 
-def _scienceqa_file(folder: Path, key: str, problem: object) -> bytes:
-    return _read_image(folder, f"images/{_get(problem, 'split')}/{key}/", _get(problem, "image"))
-
-
-def _puzzlevqa_line(folder: Path, line: str, subject: str, number: int) -> Example:
+def _puzzle_of_line(folder: Path, line: str, subject: str, number: int) -> Example:
     try:
         record = json.loads(line)
     except ValueError as error:
         raise ValueError(f"the line is not JSON ({error}); correct it.") from error
-    return _puzzlevqa(record, subject, number, lambda: _read_image(folder, "", _get(record, "image")))
+    return _puzzle(record, subject, number, lambda found: _read_image(folder, "", _get(found, "image")))
 
 
-def _puzzlevqa(record: object, subject: str, number: int, read: Callable[[], bytes]) -> Example:
+def _puzzle(record: object, subject: str, number: int, image: Callable[[object], bytes]) -> Example:
     answer = _as_text(_get(record, "answer"))
     question, options = _get(record, "question"), _get(record, "options")
-    return _example(f"{subject}/{number}", subject, question, options, answer, read())
+    return _example(f"{subject}/{number}", subject, question, options, answer, image(record))
 
 
 def _hub_image(record: object) -> bytes:
@@ -365,27 +360,6 @@ def _get(record: object, name: str) -> Any:
     if name not in record:
         raise ValueError(f"the field {name!r} is missing; add it.")
     return record[name]
-
-
-def _subject(record: object) -> str:
-    subject = record.get("subject") if isinstance(record, Mapping) else None
-    return str(subject) if subject else NO_SUBJECT
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(_read_text(path))
-    except ValueError as error:
-        raise ValueError(f"{path.name} is not JSON ({error}); correct it.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path.name} holds no JSON object; correct it.")
-    return content
-
-
-def _read_text(path: Path) -> str:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path.parent.name} has no {path.name}; add it.")
-    return read_utf8(path)
 
 
 def _ask_hub(name: str, split: str) -> Iterator[dict[str, Any]]:

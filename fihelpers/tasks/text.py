@@ -14,12 +14,12 @@ def read_text(path: Path, subject: str | None = None) -> list[Example]:
     The model's own next token stands in for the answer, so the examples have none.
     Raises FileNotFoundError for a missing file, and ValueError for a subject or a file that is not UTF-8.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no text file {str(path)!r}; give one with a context a line.")
     if subject not in (None, SUBJECT):
         raise ValueError(f"{path.name} is plain text, without subject {subject!r}; leave the subject out.")
     return [
         Example(f"{SUBJECT}/{number}", SUBJECT, line, (), None, line)
-        for number, line in enumerate(read_utf8(path).split("\n"), start=1)
+        for number, line in enumerate(
+            read_utf8(path, "give a text with a context a line").split("\n"), start=1
+        )
         if line.strip()
     ]
