@@ -173,9 +173,7 @@ def read_scienceqa_hub(split: str) -> Source:
     Raises ConnectionError if the hub does not answer.
     """
     records = enumerate(_ask_hub(SCIENCEQA, SCIENCEQA_HUB_SPLITS[split]), start=1)
-    rows = [
-        _scienceqa(f"row {number}", record, f"{split}/{number}", _hub_image) for number, record in records
-    ]
+    rows = [_scienceqa(f"row {i}", record, f"{split}/{i}", _hub_image) for i, record in records]
     return rows, split
 
 
@@ -311,8 +309,9 @@ def _scienceqa(where: str, record: object, id: str, image: Callable[[object], by
     def make() -> Example:
         if _get(record, "image") is None:
             raise NoImageError("the question has no image.")
-        texts = (_get(record, name) for name in ("question", "choices", "answer"))
-        return _example(id, subject, *texts, image(record), str(_get(record, "hint") or ""))
+        question, options, answer = (_get(record, name) for name in ("question", "choices", "answer"))
+        hint = str(_get(record, "hint") or "")
+        return _example(id, subject, question, options, answer, image(record), hint)
 
     return Row(where, subject, make)
 

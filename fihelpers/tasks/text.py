@@ -16,10 +16,9 @@ def read_text(path: Path, subject: str | None = None) -> list[Example]:
     """
     if subject not in (None, SUBJECT):
         raise ValueError(f"{path.name} is plain text, without subject {subject!r}; leave the subject out.")
+    lines = read_utf8(path, "give a text with a context a line").split("\n")
     return [
         Example(f"{SUBJECT}/{number}", SUBJECT, line, (), None, line)
-        for number, line in enumerate(
-            read_utf8(path, "give a text with a context a line").split("\n"), start=1
-        )
+        for number, line in enumerate(lines, start=1)
         if line.strip()
     ]
