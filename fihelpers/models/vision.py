@@ -318,8 +318,8 @@ class VisionModel(ABC):
         """Return the text that stands in for a chat template."""
 
     @abstractmethod
-    def _positions(self, batch: Batch, shapes: Sequence[tuple[int, int]]) -> Tensor:
-        """Return the position ids of a batch whose images have these numbers of token rows and columns."""
+    def _placed(self, batch: Batch, image: Tensor) -> dict[str, Tensor]:
+        """Return the input that says where tokens stand; ``image`` (B, T) holds where those of images do."""
 
     @abstractmethod
     def _tower(self) -> nn.Module:
@@ -370,7 +370,7 @@ class VisionModel(ABC):
         # The network looks for its image token in the padding, too.
         tokens = batch.input_ids.masked_fill(batch.attention_mask == 0, int(image == 0))
         text_inputs = {"input_ids": tokens, "attention_mask": batch.attention_mask}
-        return batch, text_inputs | {"position_ids": self._positions(batch, shapes)}
+        return batch, text_inputs | self._placed(batch, tokens == image)
 
 
 class QwenVision(VisionModel):
@@ -382,17 +382,8 @@ class QwenVision(VisionModel):
         ids = [config.vision_start_token_id, config.image_token_id, config.vision_end_token_id]
         return "".join(self.tokenizer.convert_ids_to_tokens(ids)) + prompt
 
-    def _positions(self, batch: Batch, shapes: Sequence[tuple[int, int]]) -> Tensor:
-        merge = self.network.config.vision_config.spatial_merge_size
-        grid = torch.tensor([[1, rows * merge, columns * merge] for rows, columns in shapes])
-        images = (batch.input_ids == self.network.config.image_token_id) & (batch.attention_mask == 1)
-        positions: Tensor = self.network.model.get_rope_index(
-            batch.input_ids,
-            mm_token_type_ids=images.int(),
-            image_grid_thw=grid.to(self.device),
-            attention_mask=batch.attention_mask,
-        )[0]
-        return positions
+    def _placed(self, batch: Batch, image: Tensor) -> dict[str, Tensor]:
+        return {"mm_token_type_ids": image.int()}  # the network places them itself
 
     def _tower(self) -> nn.Module:
         tower: nn.Module = self.network.model.visual
@@ -416,8 +407,8 @@ class LlavaVision(VisionModel):
         placeholder = self.tokenizer.convert_ids_to_tokens(self.network.config.image_token_id)
         return f"{placeholder}\n{prompt}"
 
-    def _positions(self, batch: Batch, shapes: Sequence[tuple[int, int]]) -> Tensor:
-        return batch.position_ids
+    def _placed(self, batch: Batch, image: Tensor) -> dict[str, Tensor]:
+        return {"position_ids": batch.position_ids}
 
     def _tower(self) -> nn.Module:
         tower: nn.Module = self.network.model.multi_modal_projector
