@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
+from fichapters.packed import quantize_model
 from fichapters.stored import open_quantized, save_quantized
 from fihelpers.answers import letters
 from fihelpers.evaluate.questions import answer_all
@@ -25,7 +26,6 @@ from fihelpers.perturb.merge_methods import Protection
 from fihelpers.perturb.quantize import (
     Scheme,
     pack_model,
-    quantize_model,
     quantized,
 )
 from fihelpers.scores.store import Scores

@@ -17,6 +17,7 @@ from tiny import tiny_model
 from transformers import AutoConfig, Qwen2Config, Qwen2ForCausalLM, T5Config
 
 from fichapters.estimates import estimate_merge, estimate_quantization
+from fichapters.packed import quantize_model
 from fichapters.stored import save_quantized, size_report
 from fihelpers.data import data_folder
 from fihelpers.jobs import preflight
@@ -27,7 +28,6 @@ from fihelpers.perturb.quantize import (
     Kept,
     Scheme,
     pack_model,
-    quantize_model,
 )
 from fihelpers.perturb.sparsify import linear_names
 

@@ -21,6 +21,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, T5Config, T5ForCo
 
 from fichapters import stored
 from fichapters.estimates import estimate_quantization
+from fichapters.packed import Quantized, packed_layers, quantize_model
 from fichapters.stored import open_quantized, save_quantized, size_report
 from fihelpers.models.language import LanguageModel, open_model
 from fihelpers.perturb import quantize
@@ -28,13 +29,10 @@ from fihelpers.perturb.quantize import (
     BITS,
     Kept,
     Packed,
-    Quantized,
     Scheme,
     pack,
     pack_model,
-    packed_layers,
     quantization_error,
-    quantize_model,
     quantized,
     select_channels,
 )
@@ -44,11 +42,10 @@ from fihelpers.scores.weights import score_weights
 
 ORACLES = Path(sys.prefix) / "oracles"
 SCHEMES = [
-    Scheme(bits, mapping, group, per)
+    Scheme(bits, mapping, group)
     for bits in BITS
     for mapping in ("symmetric", "asymmetric")
     for group in (None, 4)
-    for per in ("rows", "columns")
     if bits > 1 or mapping == "symmetric"
 ]
 TORCHAO = """
@@ -132,10 +129,7 @@ def test_nothing_protected_equals_torchao(tmp_path: Path) -> None:
     command = [sys.executable, "-c", TORCHAO, str(tmp_path / "in.pt"), str(tmp_path / "out.pt")]
     subprocess.run(command, check=True, env=environment, capture_output=True)
     for (bits, mapping, group), truth in zip(cases, torch.load(tmp_path / "out.pt"), strict=True):
-        by_rows = pack(weight, Scheme(bits, mapping, group)).unpack()
-        assert by_rows.equal(truth), (bits, mapping, group)
-        by_columns = pack(weight.T, Scheme(bits, mapping, group, per="columns")).unpack()
-        assert by_columns.equal(truth.T)
+        assert pack(weight, Scheme(bits, mapping, group)).unpack().equal(truth), (bits, mapping, group)
 
 
 def test_levels_by_hand() -> None:
@@ -158,7 +152,7 @@ def test_levels_by_hand() -> None:
 def test_every_weight_goes_to_the_nearest_level(scheme: Scheme) -> None:
     weight = weights()
     packed = pack(weight, scheme)
-    matrix, found = (t.T if scheme.per == "columns" else t for t in (weight, packed.unpack()))
+    matrix, found = weight, packed.unpack()
     steps = packed.scales.float().repeat_interleave(matrix.shape[1] // packed.scales.shape[1], 1)
     zero = 2 ** (scheme.bits - 1) if packed.zeros is None else packed.zeros.float()
     ends = [(code - zero) * packed.scales.float() for code in (0, 2**scheme.bits - 1)]
@@ -223,8 +217,7 @@ def test_the_error_is_what_quantization_adds() -> None:
 def test_sizes_are_those_of_the_tensors(scheme: Scheme) -> None:
     rows, columns = 24, 32
     plain = size_report({"w": pack(weights(), scheme)})
-    channels, length = (rows, columns) if scheme.per == "rows" else (columns, rows)
-    groups = channels * (length // (scheme.group or length))
+    groups = rows * (columns // (scheme.group or columns))
     scale = 3 if scheme.mapping == "asymmetric" else 2
     assert plain.packed == plain.unprotected == rows * columns * scheme.bits // 8 + scale * groups
     assert (plain.kept, plain.extra, plain.share, plain.sixteen_bit) == (0, 0, 0, 2 * rows * columns)
@@ -232,8 +225,8 @@ def test_sizes_are_those_of_the_tensors(scheme: Scheme) -> None:
     kept = size_report({"w": pack(weights(), scheme, range(6), "rows")})
     assert kept.share == 0.25 and kept.kept == 6 * (2 * columns + 4)
     assert kept.unprotected == plain.packed and kept.extra == kept.packed - plain.packed
-    # codes of 6 rows are saved, and with scales a row those of the rows as well
-    saved = 6 * columns * scheme.bits // 8 + (6 * scale * groups // rows if scheme.per == "rows" else 0)
+    # codes and scales of 6 rows are saved
+    saved = 6 * columns * scheme.bits // 8 + 6 * scale * groups // rows
     assert kept.extra == kept.kept - saved
 
 
@@ -484,7 +477,6 @@ def test_channels_are_selected_by_their_scores() -> None:
         ({"bits": 4, "mapping": "affine"}, "not 'affine'"),
         ({"bits": 1, "mapping": "asymmetric"}, "1 bit is a sign"),
         ({"bits": 4, "group": 0}, "at least 1 weight, not 0"),
-        ({"bits": 4, "per": "tensor"}, "not 'tensor'"),
     ],
 )
 def test_schemes_out_of_range(bad, message) -> None:
@@ -496,8 +488,6 @@ def test_bad_matrices_are_named() -> None:
     weight = weights()
     with pytest.raises(ValueError, match="32 weights does not divide into groups of 5"):
         pack(weight, Scheme(4, group=5))
-    with pytest.raises(ValueError, match="24 weights does not divide into groups of 16"):
-        pack(weight, Scheme(4, group=16, per="columns"))
     with pytest.raises(ValueError, match="no channel 24 among 24 rows"):
         pack(weight, Scheme(4), [0, 24])
     with pytest.raises(ValueError, match="no channel -1 among 32 columns"):
@@ -522,7 +512,7 @@ def test_bad_models_are_named() -> None:
     for unknown in ("nope", "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"):
         with pytest.raises(ValueError, match=f"no linear layer whose own weight is '{unknown}'"):
             pack_model(model, [*names, unknown], Scheme(4))
-    with pytest.raises(ValueError, match=f"{names[0]}: A channel of 12 weights"):
+    with pytest.raises(ValueError, match=f"{names[0]}: A row of 12 weights"):
         pack_model(model, names, Scheme(4, group=5))
     with pytest.raises(ValueError, match=f"{names[1]}' are kept, but"):
         pack_model(model, names[:1], Scheme(4), Kept("rows", {names[1]: torch.tensor([0])}))

@@ -10,11 +10,10 @@ all experts (`fihelpers.models.linear`).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cache, partial
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -40,8 +39,7 @@ class Scheme:
     bits: 1, 2, 3, 4 or 8. 1 bit is the sign times the mean magnitude.
     mapping: "symmetric", 2^bits levels around 0 whose step is the largest magnitude over (2^bits - 1) / 2, or
         "asymmetric", the levels spread from the smallest to the largest weight (0 is always a level).
-    per: the channel that shares a scale, an output row or an input column of W (out, in).
-    group: how many successive weights of that channel share a scale; None for the whole channel.
+    group: how many successive weights of an output row share a scale; None for the whole row.
 
     Raises ValueError for other values.
     """
@@ -49,7 +47,6 @@ class Scheme:
     bits: int
     mapping: Literal["symmetric", "asymmetric"] = "symmetric"
     group: int | None = None
-    per: Axis = "rows"
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -59,12 +56,11 @@ class Scheme:
         if self.bits == 1 and self.mapping != "symmetric":
             raise ValueError("1 bit is a sign times a magnitude, which is symmetric; choose that mapping.")
         if self.group is not None and self.group < 1:
-            raise ValueError(f"A group holds at least 1 weight, not {self.group}; None is a whole channel.")
-        check_axis(self.per)
+            raise ValueError(f"A group holds at least 1 weight, not {self.group}; None is a whole row.")
 
     def __str__(self) -> str:
         groups = "" if self.group is None else f" in groups of {self.group}"
-        return f"{self.bits} bit {self.mapping}, {self.per}{groups}"
+        return f"{self.bits} bit {self.mapping}{groups}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,10 +102,10 @@ def select_channels(
 class Packed:
     """One quantized matrix W (out, in).
 
-    codes: uint8, the bits of the codes (`_pack_bits`); scales: float16 (channels, groups), the mean
+    codes: uint8, the bits of the codes (`_pack_bits`); scales: float16 (rows, groups), the mean
     magnitude for 1 bit; zeros: uint8 like scales, the code of 0, None for "symmetric"; kept: int32, the
     positions of the protected channels along `axis`; kept_values: their 16-bit weights, a channel a row.
-    Where the scheme goes by rows and rows are kept (or columns and columns), the kept have no scales.
+    Kept rows have no scales.
     """
 
     scheme: Scheme
@@ -130,12 +126,12 @@ class Packed:
         body = _decode(
             codes, self.scales[:, groups], None if self.zeros is None else self.zeros[:, groups], self.scheme
         )
-        whole = torch.empty(place.shape, dtype=dtype, device=codes.device)
+        whole = torch.empty(self.shape, dtype=dtype, device=codes.device)
         whole.index_copy_(place.along, place.rest, body.to(dtype))
         if self.kept is not None and self.kept_values is not None:
             values = self.kept_values if place.along == 0 else self.kept_values.T
             whole.index_copy_(place.along, self.kept.long(), values.to(dtype))
-        return whole.T.contiguous() if place.flipped else whole
+        return whole
 
     def tensors(self) -> dict[str, Tensor]:
         """What is stored, by the names of the fields."""
@@ -148,11 +144,11 @@ class Packed:
 
 
 class _Layout:
-    """Where the weights of a matrix lie once its scaled channels are rows: kept ones and the rest.
+    """Where the weights of a matrix lie: kept ones and the rest.
 
-    shape: of the turned matrix; along: the axis that the kept channels count; rest: the other positions on
-    that axis; rows: how many rows have codes; columns: the columns that have codes; groups and group: how
-    many groups a row has, and how many columns each.
+    along: the axis that the kept channels count; rest: the other positions on that axis; rows: how many rows
+    have codes; columns: the columns that have codes; groups and group: how many groups a row has, and how
+    many columns each.
     """
 
     def __init__(
@@ -163,21 +159,19 @@ class _Layout:
         kept: Tensor | None,
         device: torch.device,
     ) -> None:
-        self.flipped = scheme.per == "columns"
-        self.shape = (shape[1], shape[0]) if self.flipped else shape
-        self.along = int((axis == "rows") == self.flipped)
-        free = torch.ones(self.shape[self.along], dtype=torch.bool, device=device)
+        self.along = 0 if axis == "rows" else 1
+        free = torch.ones(shape[self.along], dtype=torch.bool, device=device)
         if kept is not None:
             free[kept.long()] = False
         self.rest = free.nonzero()[:, 0]
-        self.rows = len(self.rest) if self.along == 0 else self.shape[0]
-        self.columns = self.rest if self.along == 1 else torch.arange(self.shape[1], device=device)
-        self.group = scheme.group or self.shape[1]
-        self.groups = self.shape[1] // self.group
-        if self.shape[1] % self.group:
+        self.rows = len(self.rest) if self.along == 0 else shape[0]
+        self.columns = self.rest if self.along == 1 else torch.arange(shape[1], device=device)
+        self.group = scheme.group or shape[1]
+        self.groups = shape[1] // self.group
+        if shape[1] % self.group:
             raise ValueError(
-                f"A channel of {self.shape[1]} weights does not divide into groups of {self.group}; choose a "
-                "divisor, or None for one scale a channel."
+                f"A row of {shape[1]} weights does not divide into groups of {self.group}; choose a "
+                "divisor, or None for one scale a row."
             )
 
 
@@ -187,7 +181,7 @@ def pack(
     """Quantize one matrix W (out, in), but for the channels `kept` along `axis`.
 
     Kept channels stay in the weight's own type where that has 16 bits, else in float16.
-    Raises ValueError for a group that does not divide the channel, channels that are absent or named twice,
+    Raises ValueError for a group that does not divide the row, channels that are absent or named twice,
     a tensor that is no matrix, or weights beyond float16's range; FloatingPointError for NaN or infinity.
     """
     check_axis(axis)
@@ -199,7 +193,7 @@ def pack(
     shape = (weight.shape[0], weight.shape[1])
     index = _checked(kept, shape[0 if axis == "rows" else 1], axis, weight.device)
     place = _Layout(scheme, shape, axis, index, weight.device)
-    matrix = (weight.T if place.flipped else weight).float()
+    matrix = weight.float()
     body = matrix[place.rest] if place.along == 0 else _without(matrix, index)
     scales, zeros = _ranges(body, place, scheme)
     if not torch.isfinite(scales).all():
@@ -236,7 +230,7 @@ def pack_model(
     Raises ValueError for an unknown name, kept channels of a weight that is not quantized, or chosen by the
     scores of another model; and what `pack` raises, naming the weight.
     """
-    weights = _weights(model.network, names)
+    weights = own_weights(model.network, names)
     if kept is not None:
         _check_kept(kept, weights, model)
     packed = {}
@@ -253,144 +247,19 @@ def pack_model(
 def quantized(network: nn.Module, packed: Mapping[str, Packed]) -> Iterator[nn.Module]:
     """The network with its weights as the packed ones stand for; on leaving they are as before, bit for bit.
 
-    Without gradients, its logits are those of the packed model (`quantize_model`), bit for bit, without
+    Without gradients, its logits are those of a network that holds the packed weights, bit for bit, without
     unpacking at every call.
     """
-    weights = _weights(network, packed)
+    weights = own_weights(network, packed)
     before: dict[Tensor, Tensor] = {weight.parameter: weight.parameter.data for weight in weights.values()}
     try:
         for name, weight in weights.items():
-            weight.parameter.data = weight.form(_fitting(packed[name], weight, name)).unpack(packed[name])
+            weight.parameter.data = weight.unpacked(packed[name])
         before |= laid_by_torch(network)
         yield network
     finally:
         for tensor, data in before.items():
             tensor.data = data
-
-
-@dataclass(frozen=True)
-class _Form:
-    """A parameter that is packed: its shape and type, whether it lies turned, and how its rows are packed."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    turned: bool
-    scheme: Scheme
-    rows: tuple[int, int]
-    axis: Axis
-
-    def unpack(self, packed: Packed) -> Tensor:
-        return from_rows(packed.unpack(self.dtype), self.shape, self.turned)
-
-
-class Quantized(nn.Module):
-    """What a module of any class becomes that holds packed weights: one of a subclass of both.
-
-    Each packed parameter is buffers, `packed_<parameter>_<field>`, and an attribute of its old name that
-    unpacks them: once in a call of the module, however often its forward reads it, else at every look.
-    """
-
-    _forms: dict[str, _Form]  # by the parameter's name
-    _of: type[nn.Module]  # the class before
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if "_seen" in vars(self):
-            return super().__call__(*args, **kwargs)
-        vars(self)["_seen"] = {}
-        try:
-            return super().__call__(*args, **kwargs)
-        finally:
-            vars(self).pop("_seen", None)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantized:
-        """Move to a device, or multiply in another type: what is packed keeps its own types."""
-        before = {
-            _buffer(local, field): tensor
-            for local in self._forms
-            for field, tensor in _packed(self, local).tensors().items()
-        }
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = self.get_buffer(name)
-            setattr(self, name, new if new.dtype == old.dtype else old.to(new.device))
-        for local, form in self._forms.items():
-            self._forms[local] = replace(form, dtype=fn(torch.empty(0, dtype=form.dtype)).dtype)
-        return self
-
-    def __reduce_ex__(self, protocol: Any) -> Any:  # its class has no name to be found by
-        return _new_quantized, (self._of, tuple(self._forms)), vars(self)
-
-    def extra_repr(self) -> str:
-        about = [super().extra_repr(), *(f"{local}: {form.scheme}" for local, form in self._forms.items())]
-        return "; ".join(filter(None, about))
-
-
-@cache
-def _quantized_class(of: Any, parameters: tuple[str, ...]) -> type[Quantized]:
-    """The class of modules of a class whose parameters of these names are packed."""
-    unpacked = {local: property(partial(_unpack, local=local)) for local in parameters}
-    about = {"_of": of, "__module__": of.__module__, "__qualname__": of.__qualname__, "__doc__": of.__doc__}
-    return type(of.__name__, (Quantized, of), {**unpacked, **about})
-
-
-def _new_quantized(of: Any, parameters: tuple[str, ...]) -> Quantized:
-    kind = _quantized_class(of, parameters)
-    return kind.__new__(kind)
-
-
-def _unpack(module: Quantized, local: str) -> Tensor:
-    seen: dict[str, Tensor] = vars(module).get("_seen", {})
-    if local not in seen:
-        learns = torch.is_grad_enabled()
-        with torch.inference_mode(False):
-            whole = module._forms[local].unpack(_packed(module, local)).detach()
-        # torch lays out a product, and rounds it, by whether the weight asks for a gradient, as parameters do
-        seen[local] = whole if learns else whole.requires_grad_()
-    return seen[local]
-
-
-def _packed(module: Quantized, local: str) -> Packed:
-    form = module._forms[local]
-    stored: dict[str, Any] = {field: getattr(module, _buffer(local, field), None) for field in STORED}
-    return Packed(form.scheme, form.rows, form.axis, **stored)
-
-
-def _buffer(local: str, field: str) -> str:
-    return f"packed_{local}_{field}"
-
-
-def _packed_parameters(network: nn.Module) -> Iterator[tuple[str, Quantized, str]]:
-    """The names of packed weights, each with its module and its name there."""
-    for path, module in network.named_modules():
-        if isinstance(module, Quantized):
-            for local in module._forms:
-                yield f"{path}.{local}" if path else local, module, local
-
-
-def quantize_model(network: nn.Module, packed: Mapping[str, Packed]) -> None:
-    """Put packed weights in the place of the linear layers' own, for good: the original ones are let go."""
-    weights = _weights(network, packed)
-    forms = {name: weight.form(_fitting(packed[name], weight, name)) for name, weight in weights.items()}
-    for name, weight in weights.items():
-        module, local = weight.module, weight.local
-        of: Any = module._of if isinstance(module, Quantized) else type(module)
-        packed_forms = {**vars(module).get("_forms", {}), local: forms[name]}
-        del module._parameters[local]
-        module.__class__ = _quantized_class(of, tuple(packed_forms))
-        vars(module)["_forms"] = packed_forms
-        for field, tensor in packed[name].tensors().items():
-            module.register_buffer(_buffer(local, field), tensor)
-    laid_by_torch(network)
-
-
-def packed_layers(network: nn.Module) -> dict[str, Packed]:
-    """The packed weights of a quantized network, by the names that they had."""
-    return {name: _packed(module, local) for name, module, local in _packed_parameters(network)}
-
-
-def unpacked_dtypes(network: nn.Module) -> dict[str, torch.dtype]:
-    """The types in which a quantized network multiplies by its packed weights, by the names that they had."""
-    return {name: module._forms[local].dtype for name, module, local in _packed_parameters(network)}
 
 
 def _checked(
@@ -480,9 +349,10 @@ def code_bytes(bits: int, count: int) -> int:
 
 
 @dataclass(frozen=True, eq=False)
-class _Weight:
-    """A parameter by which its module multiplies, and whether it lies turned."""
+class OwnWeight:
+    """A parameter by which its module multiplies, and no other, and whether it lies turned."""
 
+    name: str
     module: nn.Module
     local: str
     turned: bool
@@ -502,13 +372,24 @@ class _Weight:
         width = self.parameter.shape[-2 if self.turned else -1]
         return self.parameter.numel() // width, width
 
-    def form(self, packed: Packed) -> _Form:
-        p = self.parameter
-        return _Form(tuple(p.shape), p.dtype, self.turned, packed.scheme, packed.shape, packed.axis)
+    def check(self, packed: Packed) -> None:
+        """Raises ValueError for packed weights of another shape."""
+        if packed.shape != self.shape:
+            raise ValueError(
+                f"{self.name} is {self.shape}, packed it is {packed.shape}: that is another model's."
+            )
+
+    def unpacked(self, packed: Packed) -> Tensor:
+        """What the packed weights stand for, like the parameter. Raises what `check` raises."""
+        self.check(packed)
+        return from_rows(packed.unpack(self.parameter.dtype), tuple(self.parameter.shape), self.turned)
 
 
-def _weights(network: nn.Module, names: Collection[str]) -> dict[str, _Weight]:
-    """Weights of linear layers by their names, in the model's order; none that two modules use."""
+def own_weights(network: nn.Module, names: Collection[str]) -> dict[str, OwnWeight]:
+    """Weights of linear layers by their names, in the model's order; none that two modules use.
+
+    Raises ValueError for a name of another parameter.
+    """
     users = Counter(p for module in network.modules() for p in module._parameters.values() if p is not None)
     multiply = set(linear_names(network)) if isinstance(network, PreTrainedModel) else set()
     turned, found = turned_names(network), {}
@@ -517,7 +398,7 @@ def _weights(network: nn.Module, names: Collection[str]) -> dict[str, _Weight]:
             name = f"{path}.{local}" if path else local
             linear = name in multiply or (isinstance(module, nn.Linear) and local == "weight")
             if linear and users[p] == 1:
-                found[name] = _Weight(module, local, name in turned)
+                found[name] = OwnWeight(name, module, local, name in turned)
     unknown = sorted(set(names) - set(found))
     if unknown:
         raise ValueError(
@@ -527,7 +408,7 @@ def _weights(network: nn.Module, names: Collection[str]) -> dict[str, _Weight]:
     return {name: weight for name, weight in found.items() if name in set(names)}
 
 
-def _check_kept(kept: Kept, weights: Mapping[str, _Weight], model: LanguageModel) -> None:
+def _check_kept(kept: Kept, weights: Mapping[str, OwnWeight], model: LanguageModel) -> None:
     if kept.sha256 and kept.sha256 != model.sha256:
         raise ValueError(
             f"The channels were chosen by scores of another model (SHA-256 {kept.sha256[:12]}…, that of "
@@ -538,30 +419,13 @@ def _check_kept(kept: Kept, weights: Mapping[str, _Weight], model: LanguageModel
         raise ValueError(f"Channels of {unused[0]!r} are kept, but it is not quantized; leave it out.")
 
 
-def _fitting(packed: Packed, weight: _Weight, name: str) -> Packed:
-    if packed.shape != weight.shape:
-        raise ValueError(f"{name} is {weight.shape}, packed it is {packed.shape}: that is another model's.")
-    return packed
-
-
-def plain_tensors(network: nn.Module) -> dict[str, Tensor]:
-    """Parameters, a shared one once, and buffers, without what stands for packed weights."""
-    packed = {
-        module.get_buffer(_buffer(local, field))
-        for _, module, local in _packed_parameters(network)
-        for field in _packed(module, local).tensors()
-    }
-    buffers = {name: b for name, b in network.named_buffers() if b not in packed}
-    return {**dict(network.named_parameters()), **buffers}
-
-
 def laid_by_torch(network: nn.Module) -> dict[Tensor, Tensor]:
     """Lay weights as torch lays its own tensors; returns those that were moved, with their data before.
 
     A product rounds by where its weights lie, and those of a file that is mapped into memory lie anywhere.
     """
     moved, kept = {}, set(network.state_dict())
-    for name, tensor in plain_tensors(network).items():
+    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
         if name in kept and (tensor.data_ptr() % ALIGNED or not tensor.is_contiguous()):
             moved[tensor] = tensor.data
             tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)

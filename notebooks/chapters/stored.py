@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from fichapters.packed import packed_layers, plain_tensors, quantize_model, unpacked_dtypes
 from fihelpers.models.files import new_folder
 from fihelpers.models.language import (
     WEIGHTS,
@@ -26,17 +27,7 @@ from fihelpers.models.language import (
     open_tokenizer,
     weights_sha256,
 )
-from fihelpers.perturb.quantize import (
-    STORED,
-    Packed,
-    Scheme,
-    code_bytes,
-    laid_by_torch,
-    packed_layers,
-    plain_tensors,
-    quantize_model,
-    unpacked_dtypes,
-)
+from fihelpers.perturb.quantize import STORED, Packed, Scheme, code_bytes, laid_by_torch
 
 SIXTEEN, POSITION = 2, 4  # bytes of a kept weight, and of the place of a kept channel
 HOW = "quantization.json"
@@ -88,7 +79,7 @@ def packed_bytes(scheme: Scheme, shape: tuple[int, int], kept_rows: int = 0) -> 
     """Bytes of a matrix (out, in) of which some rows are kept, as `Packed.nbytes` of it."""
     rows, columns = shape[0] - kept_rows, shape[1]
     count = rows * columns
-    scales = count // (scheme.group or (columns if scheme.per == "rows" else rows))
+    scales = count // (scheme.group or columns)
     kept = kept_rows * (SIXTEEN * columns + POSITION)
     return code_bytes(scheme.bits, count) + scales * (3 if scheme.mapping == "asymmetric" else 2) + kept
 
@@ -235,7 +226,7 @@ def _fill(network: nn.Module, tensors: Mapping[Tensor, Tensor]) -> None:
 
 def _read_packed(stem: str, entry: Mapping[str, Any], tensors: dict[str, Tensor]) -> Packed:
     shape = (int(entry["shape"][0]), int(entry["shape"][1]))
-    scheme = Scheme(entry["bits"], entry["mapping"], entry["group"], entry["per"])
+    scheme = Scheme(entry["bits"], entry["mapping"], entry["group"])
     stored: dict[str, Any] = {field: tensors.pop(f"{stem}.{field}", None) for field in STORED}
     packed = Packed(scheme, shape, entry["axis"], **stored)
     kept, values = (0 if stored[field] is None else len(stored[field]) for field in ("kept", "kept_values"))

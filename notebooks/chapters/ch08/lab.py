@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fichapters.ch07.lab import draw_of
+from fichapters.packed import packed_layers, quantize_model
 from fichapters.papers import published
 from fichapters.stored import open_quantized, save_quantized, size_report
 from fichapters.tables import RESAMPLES, interval_text, with_verdict
@@ -37,9 +38,7 @@ from fihelpers.perturb.quantize import (
     Scheme,
     code_bytes,
     pack_model,
-    packed_layers,
     quantization_error,
-    quantize_model,
     quantized,
     select_channels,
 )
