@@ -1,6 +1,6 @@
 """The measures that FI is compared with, behind one call and in one registry (method 3).
 
-    measure(class_grads, probs, *, over=(), predicted=None, value=None, displacement=None)
+    measure(class_grads, probs, *, over=(), predicted=None, value=None)
 
 All are larger where a piece is judged more fragile. Shapes as in `fihelpers.influence.fi`. Over a group a
 measure is the Euclidean norm over the group's elements unless its docstring says otherwise; over a data
@@ -27,12 +27,12 @@ Predicted = int | Tensor | None
 class Measure(ABC):
     """What experiments loop over: called on class gradients, it gives one value for each perturbation.
 
-    `needs` is "" or the argument that a measure cannot do without, "value" or "displacement"; `reads_others`
-    says whether its formula reads `Moments.others`.
+    `needs_value` says whether it cannot do without the perturbed values; `reads_others`, whether its formula
+    reads `Moments.others`.
     """
 
     name: str
-    needs: str
+    needs_value: bool
     reads_others: bool = False
 
     def __call__(
@@ -43,25 +43,21 @@ class Measure(ABC):
         over: Over = (),
         predicted: Predicted = None,
         value: Tensor | None = None,
-        displacement: Tensor | None = None,
     ) -> Tensor:
         """The measure of every perturbation; shapes and errors as in `fihelpers.influence.fi`.
 
-        value: the perturbed values themselves (weights, pixels), of shape *shape; displacement: what is
-        added to them, by default their removal, -value. Raises ValueError where one is needed and missing.
+        value: the perturbed values themselves (weights, pixels), of shape *shape. Raises ValueError where
+        they are needed and missing.
         """
-        given = self.given(value, displacement)
-        return self.of_groups(class_grads, probs, over, predicted, given)
+        return self.of_groups(class_grads, probs, over, predicted, self.given(value))
 
-    def given(self, value: Tensor | None, displacement: Tensor | None = None) -> Tensor:
-        """The tensor that the measure needs, or an empty one; removal is the default displacement."""
-        if not self.needs:
+    def given(self, value: Tensor | None) -> Tensor:
+        """The perturbed values, or an empty tensor for a measure that needs none."""
+        if not self.needs_value:
             return torch.empty(0)
-        if self.needs == "displacement" and displacement is not None:
-            return displacement
         if value is None:
-            raise ValueError(f"The measure {self.name!r} needs a {self.needs}: pass {self.needs}=…")
-        return -value if self.needs == "displacement" else value
+            raise ValueError(f"The measure {self.name!r} needs a value: pass value=…")
+        return value
 
     @abstractmethod
     def of_moments(self, m: Moments, given: Tensor) -> Tensor:
@@ -79,7 +75,7 @@ class Influence(Measure):
     """FI under one spectral filter (method 1a). Over a group it is the joint FI, not a norm."""
 
     spectral: Spectral = EXACT
-    needs: str = ""
+    needs_value: bool = False
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -100,7 +96,7 @@ class Elementwise(Measure):
 
     name: str
     formula: Formula
-    needs: str = ""
+    needs_value: bool = False
     reduce: str = "norm"
     reads_others: bool = False
 
@@ -115,14 +111,14 @@ class Elementwise(Measure):
 
 @dataclass(frozen=True)
 class InformationLength(Measure):
-    """Squared information length of a displacement, delta^T G delta (method 1b.4), dimensionless.
+    """Squared information length of the removal of a value, delta^T G delta (method 1b.4), dimensionless.
 
-    Over a group it is the quadratic form of the whole displacement, sum_y P(y) (s_y . delta)^2, not a norm
-    of single elements.
+    Over a group it is the quadratic form of the whole displacement delta = -value, which is
+    sum_y P(y) (s_y . delta)^2, not a norm of single elements.
     """
 
     name: str = "information length"
-    needs: str = "displacement"
+    needs_value: bool = True
 
     def of_moments(self, m: Moments, given: Tensor) -> Tensor:
         return m.metric * given * given
@@ -154,7 +150,7 @@ class Random(DataFree):
 
     seed: int = 0
     name: str = "random"
-    needs: str = ""
+    needs_value: bool = False
 
     def of_value(self, value: Tensor, salt: int = 0) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + salt)
@@ -172,7 +168,7 @@ class Magnitude(DataFree):
     """Absolute value of the weight or input itself, in its own units (method 3)."""
 
     name: str = "magnitude"
-    needs: str = "value"
+    needs_value: bool = True
 
     def of_value(self, value: Tensor, salt: int = 0) -> Tensor:
         return value.abs()
@@ -190,7 +186,7 @@ def _saliency(m: Moments, given: Tensor) -> Tensor:
 
 
 JACOBIAN = Elementwise("Jacobian norm", lambda m, _: m.score.abs())
-SNIP = Elementwise("SNIP", lambda m, v: (m.score * v).abs(), needs="value")
+SNIP = Elementwise("SNIP", lambda m, v: (m.score * v).abs(), needs_value=True)
 SALIENCY = Elementwise("saliency", _saliency, reads_others=True)
 FISHER = Elementwise("Fisher diagonal", lambda m, _: m.metric, reduce="sum")
 SQUARED_SCORE = Elementwise("squared score", lambda m, _: m.score.square(), reduce="sum")

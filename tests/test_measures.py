@@ -39,7 +39,7 @@ def test_by_hand() -> None:
     assert float(SNIP(s, PROBS, value=value)) == pytest.approx(1.4)
     metric = 0.5 * 0.49 + 0.3 * 0.25 + 0.2
     assert float(FISHER(s, PROBS)) == pytest.approx(metric)
-    assert float(INFORMATION_LENGTH(s, PROBS, displacement=-value)) == pytest.approx(4 * metric)
+    assert float(INFORMATION_LENGTH(s, PROBS, value=-value)) == pytest.approx(4 * metric)
     assert float(fi(s, PROBS)) == pytest.approx(0.49 / metric)
     assert float(MAGNITUDE(s, PROBS, value=-value)) == 2
     # f = -log P: df(y_hat) = -0.7 < 0, so saliency is 0; with the signs turned it is 0.7 * 1.5
@@ -56,7 +56,7 @@ def test_group_values() -> None:
     torch.testing.assert_close(FISHER(g, PROBS, over=1), FISHER(g, PROBS).sum(1))
     torch.testing.assert_close(MAGNITUDE(g, PROBS, over=0, value=value), norm(value, dim=0))
     length = (PROBS[:, None] * (g * value).sum(2).square()).sum(0)
-    torch.testing.assert_close(INFORMATION_LENGTH(g, PROBS, over=1, displacement=value), length)
+    torch.testing.assert_close(INFORMATION_LENGTH(g, PROBS, over=1, value=value), length)
     for name, measure in MEASURES.items():
         assert measure(g, PROBS, over=(0, 1), value=value).shape == (), name
         assert measure(g, PROBS, over=-1, value=value).shape == (4,), name
@@ -66,13 +66,13 @@ def test_group_values() -> None:
 def test_snip_squared_is_fi_times_information_length_of_removal() -> None:
     g, value = grads(50), torch.linspace(-2, 2, 50, dtype=torch.float64)
     change = SNIP(g, PROBS, value=value).square()
-    length = INFORMATION_LENGTH(g, PROBS, value=value)  # removal is the default displacement
+    length = INFORMATION_LENGTH(g, PROBS, value=value)
     torch.testing.assert_close(change, fi(g, PROBS) * length)
 
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("SNIP", "needs a value"), ("magnitude", "needs a value"), ("information length", "displacement")],
+    [("SNIP", "needs a value"), ("magnitude", "needs a value"), ("information length", "needs a value")],
 )
 def test_a_measure_that_lacks_what_it_needs_says_so(name: str, text: str) -> None:
     with pytest.raises(ValueError, match=text):

@@ -34,6 +34,7 @@ from fihelpers.models.files import SHARD_BYTES, ModelWeights, new_folder, open_w
 from fihelpers.models.language import WEIGHTS_INDEX, LanguageModel
 from fihelpers.models.tensors import Layout, TensorDict, TensorFile
 from fihelpers.perturb.merge_methods import (
+    FLOOR,
     AnyScores,
     Dare,
     DareTies,
@@ -307,11 +308,9 @@ class Merger:
     def _fishers_of(self, name: str) -> Pair | None:
         if self.fishers is None or any(r is None or name not in r.layouts for r in self.fishers):
             return None
-        assert isinstance(self.method, FisherAverage)
-        dtype, floor = self._work(name), self.method.floor
-        values = [r.read(name).reshape(-1).to(dtype).clamp(min=floor) for r in self.fishers if r]
-        norms = [r.norm if self.method.normalize else 1.0 for r in self.fishers if r]
-        return values[0] / norms[0], values[1] / norms[1]
+        dtype = self._work(name)
+        a, b = (r.read(name).reshape(-1).to(dtype).clamp(min=FLOOR) / r.norm for r in self.fishers if r)
+        return a, b
 
     def _protection_lines(self) -> list[str]:
         p = self.protection

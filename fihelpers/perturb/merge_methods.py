@@ -15,17 +15,16 @@ from fihelpers.extras import optional
 from fihelpers.scores.store import Scores
 
 with optional():
-    from peft.utils.merge_utils import calculate_majority_sign_mask, disjoint_merge, task_arithmetic
+    from peft.utils.merge_utils import calculate_majority_sign_mask, disjoint_merge
 
 AnyScores = Scores | str | PathLike[str]
 Pair = tuple[Tensor, Tensor]
-Weights = tuple[float, float]
 Scope = Literal["global", "layer"]
 Trim = Literal["global", "tensor"]
 Elect = Literal["mean", "larger"]
 Stages = Literal["I", "II", "I and II"]
 
-EQUAL = (1.0, 1.0)
+FLOOR = 1e-6  # the least value of a Fisher diagonal
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +49,6 @@ class Piece:
 class Method(ABC):
     """A way to merge, with its conventions.
 
-    weights: how much A and B count, next to each other.
     protects: how protection acts, by putting weights back ("revert") or in the stages of TIES; "" for a
     method for which method 4.6 defines none.
     """
@@ -59,19 +57,13 @@ class Method(ABC):
     protects: ClassVar[str]  # "revert", "stages" or ""
     needs_base: ClassVar[bool] = True
 
-    weights: Weights = EQUAL
-
     def __post_init__(self) -> None:
-        if len(self.weights) != 2 or not all(math.isfinite(w) for w in self.weights):
-            raise ValueError(f"weights must be two finite numbers, not {self.weights}.")
-        if not self.needs_base and sum(self.weights) <= 0:
-            raise ValueError(f"The weights of an average must have a sum above 0, not {self.weights}.")
         if not math.isfinite(getattr(self, "task_weight", 0.0)):
             raise ValueError(f"task_weight must be finite, not {getattr(self, 'task_weight', None)}.")
 
     def __str__(self) -> str:
-        options = (f"{f.name.replace('_', ' ')} {getattr(self, f.name)}" for f in fields(self))
-        return f"{self.name} ({', '.join(options)})"
+        options = ", ".join(f"{f.name.replace('_', ' ')} {getattr(self, f.name)}" for f in fields(self))
+        return f"{self.name} ({options})" if options else self.name
 
     @abstractmethod
     def merge(self, piece: Piece) -> Tensor:
@@ -80,15 +72,14 @@ class Method(ABC):
 
 @dataclass(frozen=True)
 class Average(Method):
-    """The mean of A and B, weighted by `weights` (Wortsman et al. 2022)."""
+    """The mean of A and B (Wortsman et al. 2022)."""
 
     name = "average"
     protects = "revert"
     needs_base = False
 
     def merge(self, piece: Piece) -> Tensor:
-        w_a, w_b = (w / sum(self.weights) for w in self.weights)
-        return _reverted(w_a * piece.a + w_b * piece.b, piece)
+        return _reverted(piece.a / 2 + piece.b / 2, piece)
 
 
 @dataclass(frozen=True)
@@ -103,7 +94,7 @@ class TaskArithmetic(Method):
     task_weight: float = 0.4
 
     def merge(self, piece: Piece) -> Tensor:
-        return _reverted(_moved(piece, self.task_weight, _sum(piece, self.weights)), piece)
+        return _reverted(_moved(piece, self.task_weight, sum(_deltas(piece))), piece)
 
 
 @dataclass(frozen=True)
@@ -114,7 +105,6 @@ class Ties(Method):
     "global", as its authors do) or of each tensor ("tensor", as peft and mergekit do).
     elect: "mean" averages the entries that agree with the sign of their sum; "larger" keeps the larger entry
     alone (method 4.6).
-    `weights` multiply what was elected, divided by its number, as in peft.
     """
 
     name = "TIES"
@@ -136,7 +126,7 @@ class Ties(Method):
     def _consensus(self, piece: Piece) -> Tensor:
         entries = _trimmed(piece)
         chosen = _by_protection(self._elected(entries), piece)
-        merged: Tensor = disjoint_merge(entries * entries.new_tensor(self.weights)[:, None], chosen)
+        merged: Tensor = disjoint_merge(entries, chosen)
         return merged
 
     def _elected(self, voters: Tensor) -> Tensor:
@@ -148,7 +138,7 @@ class Ties(Method):
 
 
 @dataclass(frozen=True)
-class Dare(Method):
+class Dare(TaskArithmetic):
     """Task arithmetic of displacements of which a random share is dropped (Yu et al. 2024).
 
     density: the share that is kept; .8, a drop rate of .2, is what its authors' code uses for language
@@ -168,9 +158,6 @@ class Dare(Method):
         check_share("density", self.density)
         if self.rescale and self.density == 0:
             raise ValueError("DARE with density 0 has nothing to rescale; choose a density above 0.")
-
-    def merge(self, piece: Piece) -> Tensor:
-        return _moved(piece, self.task_weight, _sum(piece, self.weights))
 
 
 @dataclass(frozen=True)
@@ -197,25 +184,18 @@ class DareTies(Ties):
 class FisherAverage(Method):
     """(F_A theta_A + F_B theta_B) / (F_A + F_B), with Fisher diagonals F (Matena and Raffel 2022).
 
-    floor: the least value of F. normalize: whether F is divided by its norm over the model, as in its
-    authors' code. Tensors without F are averaged.
+    F is at least FLOOR, and divided by its norm over the model, as in its authors' code. Tensors without F
+    are averaged.
     """
 
     name = "Fisher average"
     protects = "revert"
     needs_base = False
-    floor: float = 1e-6
-    normalize: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.floor > 0:
-            raise ValueError(f"The floor of the Fisher diagonal must be above 0, not {self.floor}.")
 
     def merge(self, piece: Piece) -> Tensor:
         if piece.fishers is None:
-            return Average(self.weights).merge(piece)
-        f_a, f_b = (w * f for w, f in zip(self.weights, piece.fishers, strict=True))
+            return Average().merge(piece)
+        f_a, f_b = piece.fishers
         return _reverted((f_a * piece.a + f_b * piece.b) / (f_a + f_b), piece)
 
 
@@ -257,12 +237,7 @@ def _deltas(piece: Piece) -> Pair:
     return piece.deltas
 
 
-def _sum(piece: Piece, weights: Weights) -> Tensor:
-    total: Tensor = task_arithmetic(list(_deltas(piece)), piece.a.new_tensor(weights))
-    return total
-
-
-def _moved(piece: Piece, task_weight: float, delta: Tensor) -> Tensor:
+def _moved(piece: Piece, task_weight: float, delta: Tensor | float) -> Tensor:
     assert piece.base is not None
     return piece.base + task_weight * delta
 
