@@ -66,18 +66,13 @@ def check_file(path: Path) -> str:
 def check_folder(folder: Path) -> None:
     """Check every file below a folder of the data folder: none missing, none changed, none added.
 
-    Hidden files are ignored. Raises what :func:`check_file` raises.
+    Files that :func:`lasting_files` leaves out are ignored. Raises what :func:`check_file` raises.
     """
     root = data_folder()
     folder = Path(folder).resolve()
     listed = {root / name for name in _manifest(root)}
-    present = {path for path in folder.rglob("*") if path.is_file() and not _hidden(path.relative_to(root))}
-    for path in sorted(present | {path for path in listed if path.is_relative_to(folder)}):
+    for path in sorted({*lasting_files(folder), *(path for path in listed if path.is_relative_to(folder))}):
         check_file(path)
-
-
-def _hidden(relative: Path) -> bool:
-    return any(part.startswith(".") for part in relative.parts)
 
 
 def _manifest(folder: Path) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """How well a model answers the questions of a task (method.md, section 4)."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -101,7 +101,7 @@ class Evaluator:
             prompts = [self.examples[position].prompt for position in positions]
             prefix, batches = self.model.prefixed_batches(prompts, batch_size)
             place = torch.tensor(positions)
-            yield prefix, [batch.named(place[batch.index]) for batch in batches]
+            yield prefix, [replace(batch, index=place[batch.index]) for batch in batches]
 
     @torch.inference_mode()
     def _logits(self) -> Iterator[tuple[Tensor, Tensor]]:

@@ -49,13 +49,13 @@ class ModelWeights:
     revision: str | None
     folder: Path | None
     config: Mapping[str, Any]
-    parts: tuple[Tensors, ...]
+    tensors: Tensors
     model: LanguageModel | None = None
     loaded: LoadedTensors | None = None
 
-    @cached_property
-    def layouts(self) -> dict[str, Layout]:
-        return {name: layout for part in self.parts for name, layout in part.layouts.items()}
+    @property
+    def layouts(self) -> Mapping[str, Layout]:
+        return self.tensors.layouts
 
     @cached_property
     def extra(self) -> frozenset[str]:
@@ -90,7 +90,7 @@ class ModelWeights:
         return dict(tokenizer.get_vocab())
 
     def read(self, name: str, rows: int | None = None) -> Tensor:
-        return next(part for part in self.parts if name in part.layouts).read(name, rows)
+        return self.tensors.read(name, rows)
 
     @property
     def _open(self) -> LanguageModel:
@@ -110,17 +110,16 @@ def open_weights(
         return model
     if isinstance(model, LanguageModel):
         network = model.network
-        tensors = {**dict(network.named_parameters()), **_saved_buffers(network)}
-        config = network.config.to_dict()
-        return ModelWeights(model.name, model.revision, None, config, (TensorDict(tensors),), model)
+        held = TensorDict({**dict(network.named_parameters()), **_saved_buffers(network)})
+        return ModelWeights(model.name, model.revision, None, network.config.to_dict(), held, model)
     folder, label, commit = locate(str(model), revision)
     files = TensorGroup([TensorFile(path, label) for path in weight_files(folder, label)])
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     loaded = _loaded(folder, files, label)
     if loaded is None:
-        return ModelWeights(label, commit, folder, config, (files,))
-    parts = (loaded, files.only(loaded.others))
-    return ModelWeights(label, commit, folder, config, parts, None, loaded)
+        return ModelWeights(label, commit, folder, config, files)
+    tensors = TensorGroup([loaded, files.only(loaded.others)])
+    return ModelWeights(label, commit, folder, config, tensors, None, loaded)
 
 
 def _loaded(folder: Path, files: Tensors, label: str) -> LoadedTensors | None:

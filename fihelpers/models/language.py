@@ -109,10 +109,6 @@ class Batch:
         places = torch.arange(width, device=self.input_ids.device)
         return (self.attention_mask[:, -width:] * places).amax(1)
 
-    def named(self, index: Tensor) -> "Batch":
-        """The same batch, of the prompts at other places."""
-        return Batch(index, self.input_ids, self.attention_mask, self.position_ids)
-
 
 @dataclass(eq=False)
 class LanguageModel:

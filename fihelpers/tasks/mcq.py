@@ -3,7 +3,6 @@
 import csv
 import io
 import logging
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,6 @@ HUB = "cais/mmlu"
 HUB_REVISION = "c30699e8356da336a370243923dbaf21066bb9fe"
 HUB_SPLITS = {"dev": "dev", "val": "validation", "test": "test"}
 HUB_OTHER_CONFIGS = {"all", "auxiliary_train"}  # configurations that are not subjects
-NAME = re.compile(r"[A-Za-z0-9][\w-]*")  # a subject becomes a file name, so it may not hold a path
 
 
 @dataclass(frozen=True)
@@ -92,19 +90,13 @@ def read_folder(folder: Path, subject: str | None, split: str, bundled: bool) ->
             f"{folder} has no {split}/*_{split}.csv; give a folder in the MMLU CSV layout with that split."
         )
     rows = {}
-    for name in known if subject is None else [_known(subject, known)]:
+    check_subject(subject, known)  # one of the files' own names, so it can hold no path
+    for name in known if subject is None else [subject]:
         path = folder / split / f"{name}_{split}.csv"
         if bundled:
             check_file(path)
         rows[name] = list(_read_csv(path, repeats=not bundled))
     return rows
-
-
-def _known(subject: str, known: Sequence[str]) -> str:
-    if not NAME.fullmatch(subject):
-        raise ValueError(f"subject {subject!r} is not a plain name of letters, digits, _ and -; correct it.")
-    check_subject(subject, known)
-    return subject
 
 
 def _read_csv(path: Path, repeats: bool) -> Iterator[Row]:
@@ -160,7 +152,8 @@ def read_hub(subject: str | None, split: str) -> Rows:
 
     with asking_hub(HUB, "a folder of CSV files"):
         configs = datasets.get_dataset_config_names(HUB, revision=HUB_REVISION)
-    config = "all" if subject is None else _known(subject, sorted(set(configs) - HUB_OTHER_CONFIGS))
+    check_subject(subject, sorted(set(configs) - HUB_OTHER_CONFIGS))
+    config = subject or "all"
     with asking_hub(HUB, "a folder of CSV files"):
         table = datasets.load_dataset(HUB, config, split=HUB_SPLITS[split], revision=HUB_REVISION)
     rows: Rows = {}

@@ -1,7 +1,7 @@
 """Tab-separated tables, row by row: a malformed row is named by its line and takes no other row along."""
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,8 +28,8 @@ def read_tsv(path: Path, columns: Sequence[str], layout: str) -> list[TableRow]:
     try:
         with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
             lines = list(file)
-        place = _skip_blank(lines, 0)
-        header, used, fault = _row(lines, place, None)
+        table = _rows(lines)
+        header, fault = next(table, ([], ""))
         if fault:
             raise ValueError(f"{path.name} is no tab-separated table in UTF-8: {fault}")
         missing = [name for name in columns if name not in header]
@@ -37,24 +37,25 @@ def read_tsv(path: Path, columns: Sequence[str], layout: str) -> list[TableRow]:
             raise ValueError(
                 f"{path.name} lacks the columns {', '.join(missing)}; give a tab-separated file in {layout}."
             )
-        return _rows(lines, place + used, header)
+        return [
+            TableRow({} if fault else dict(zip(header, fields, strict=True)), fault)
+            for fields, fault in table
+        ]
     finally:
         csv.field_size_limit(limit)
 
 
-def _rows(lines: Sequence[str], place: int, header: Sequence[str]) -> list[TableRow]:
-    rows = []
-    while (place := _skip_blank(lines, place)) < len(lines):
-        fields, used, fault = _row(lines, place, len(header))
-        rows.append(TableRow({} if fault else dict(zip(header, fields, strict=True)), fault))
+def _rows(lines: Sequence[str]) -> Iterator[tuple[list[str], str]]:
+    """Fields and fault of the header, and of each row after it."""
+    place, width = 0, None
+    while place < len(lines):
+        if not lines[place].strip():
+            place += 1
+            continue
+        fields, used, fault = _row(lines, place, width)
+        yield fields, fault
+        width = width or len(fields)
         place += used
-    return rows
-
-
-def _skip_blank(lines: Sequence[str], place: int) -> int:
-    while place < len(lines) and not lines[place].strip():
-        place += 1
-    return place
 
 
 def _row(lines: Sequence[str], place: int, width: int | None) -> tuple[list[str], int, str]:

@@ -924,7 +924,7 @@ def _held(weights: ModelWeights) -> ModelWeights:
     """The tensors of a small model in memory."""
     if sum(layout.bytes for layout in weights.layouts.values()) > IN_MEMORY:
         return weights
-    return replace(weights, parts=(TensorDict({name: weights.read(name) for name in weights.layouts}),))
+    return replace(weights, tensors=TensorDict({name: weights.read(name) for name in weights.layouts}))
 
 
 def _shuffled(p: SimpleNamespace, domain: str, split: str) -> list[Example]:
