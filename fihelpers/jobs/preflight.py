@@ -15,7 +15,8 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
@@ -129,55 +130,26 @@ class Estimate:
 def estimate_scores(
     model_name: str | PathLike[str],
     *,
-    dtype: str = "float32",
-    measures: Sequence[str | Measure] | None = None,
     revision: str | None = None,
-    batch_size: int = 16,
-    tokens: int = TOKENS,
-    lengths: Sequence[int] | None = None,
-    classes: int = 4,
     layers: Collection[str] | None = None,
     every: bool = False,
-    save_memory: bool = False,
-    device: str = "cpu",
-    device_map: str | None = None,
-    processes: int = 1,
     out: str | PathLike[str] | None = None,
     files: int | None = None,
-    at_a_time: int | None = None,
+    **settings: Any,
 ) -> Estimate:
     """What `score_weights` needs for the weights of linear layers, and for saving the scores below `out`.
 
-    model_name: bundled name, folder or hub id. dtype: of the weights in memory; scores are float32 at least.
-    measures, save_memory: as for `score_weights`. tokens: of the longest prompt. lengths: of all
-    prompts, in tokens; with them the seconds are predicted, from a calibration of a few seconds. classes: K.
-    layers: names of linear layers such as "o_proj"; all by default. every: all parameters are scored, not
-    only linear weights. device_map: "auto" spreads the model over all GPUs. processes: that share the prompts
-    and, on a CPU, its memory. files: how many scores of all weights are saved; one a measure by default.
-    at_a_time: bytes of scores to which groups of tensors are limited that are scored one after the other;
-    each measure is then put together in the machine's memory.
+    model_name: bundled name, folder or hub id. layers: names of linear layers such as "o_proj"; all by
+    default. every: all parameters are scored, not only linear weights. files: how many scores of all weights
+    are saved; one a measure by default. settings: fields of `Scoring`; with `lengths` the seconds are
+    predicted, from a calibration of a few seconds.
 
     Raises ValueError for an unknown dtype, measure or architecture, FileNotFoundError for an unknown name,
     and ConnectionError where the hub does not give the configuration.
     """
     source = source_of(model_name, revision)
-    chosen = {m.name: m for m in map(find_measure, measures or MEASURES)}
-    run = _Scoring(
-        source,
-        tuple(dict(source.network.named_parameters()) if every else linear_of(source, layers)),
-        chosen,
-        dtype,
-        batch_size,
-        tuple(lengths or ()),
-        max(lengths or [tokens]),
-        classes,
-        save_memory,
-        device,
-        device_map,
-        processes,
-        at_a_time,
-    )
-    return run.estimate(out, files)
+    names = dict(source.network.named_parameters()) if every else linear_of(source, layers)
+    return Scoring(source, tuple(names), **settings).estimate(out, files)
 
 
 def plan_scores(
@@ -206,39 +178,49 @@ def prompt_lengths(
         folder, label, _ = locate(name, revision)
         tokenizer = open_tokenizer(folder, label)
     else:
-        try:
+        with _from_hub("tokenizer", name, OSError, ValueError):
             tokenizer = AutoTokenizer.from_pretrained(
                 name, revision=revision or "main", trust_remote_code=False
             )
-        except (OSError, ValueError) as error:
-            raise ConnectionError(
-                f"the hub did not give the tokenizer of {name!r} ({type(error).__name__}); check the name, "
-                "the revision and the network."
-            ) from error
     return [len(ids) for ids in tokenize(tokenizer, prompts)]
 
 
 @dataclass(frozen=True, eq=False)
-class _Scoring:
-    """A run of `score_weights`; names: of the parameters that are scored."""
+class Scoring:
+    """A run of `score_weights`, whose arguments these are where nothing else is said.
+
+    names: of the parameters that are scored. dtype: of the weights in memory; scores are float32 at least.
+    tokens: of the longest prompt, where there are no lengths. lengths: of all prompts, in tokens. classes: K.
+    device_map: "auto" spreads the model over all GPUs. processes: that share the prompts and, on a CPU, its
+    memory. at_a_time: bytes of scores to which groups of tensors are limited that are scored one after the
+    other; each measure is then put together in the machine's memory.
+    """
 
     source: Source
     names: tuple[str, ...]
-    measures: Mapping[str, Measure]
-    dtype: str
-    batch_size: int
-    lengths: tuple[int, ...]
-    tokens: int
-    classes: int
-    save_memory: bool
-    device: str
-    device_map: str | None
-    processes: int
-    at_a_time: int | None
+    dtype: str = "float32"
+    measures: Sequence[str | Measure] | None = None
+    batch_size: int = 16
+    tokens: int = TOKENS
+    lengths: Sequence[int] = ()
+    classes: int = 4
+    save_memory: bool = False
+    device: str = "cpu"
+    device_map: str | None = None
+    processes: int = 1
+    at_a_time: int | None = None
 
     @property
     def network(self) -> PreTrainedModel:
         return self.source.network
+
+    @property
+    def chosen(self) -> dict[str, Measure]:
+        return {m.name: m for m in map(find_measure, self.measures or MEASURES)}
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths, default=self.tokens)
 
     @property
     def sizes(self) -> list[int]:
@@ -261,7 +243,7 @@ class _Scoring:
             f"scoring the weights of {self.source.label} in {self.dtype}",
             [self.source],
             self.memory(),
-            {"scores, saved": whole * (len(self.measures) if files is None else files)},
+            {"scores, saved": whole * (len(self.chosen) if files is None else files)},
             self.device,
             out,
             self.alternatives(),
@@ -278,9 +260,7 @@ class _Scoring:
         # what the measures make of a block of gradients comes to some four times the block.
         parts = {
             "weights": self.source.parameters * find_dtype(self.dtype).itemsize,
-            "scores at work": min(
-                len(self.measures) * self.weights * itemsize, self.at_a_time or sys.maxsize
-            ),
+            "scores at work": min(len(self.chosen) * self.weights * itemsize, self.at_a_time or sys.maxsize),
             "gradients of a batch": self._activations() + 2 * max(self.sizes) * itemsize,
             "block of gradients at work": 5 * BLOCK * SCORE,
         }
@@ -294,7 +274,7 @@ class _Scoring:
         """
         network, itemsize = self.network, find_dtype(self.dtype).itemsize
         text, head = network.config.get_text_config(), network.get_output_embeddings()
-        places, ends = self.batch_size * self.tokens * itemsize, self.batch_size * text.vocab_size * SCORE
+        places, ends = self.batch_size * self.longest * itemsize, self.batch_size * text.vocab_size * SCORE
         if not self.save_memory:
             width = sum(_width(module) for module in network.modules() if module is not head)
             return (self.classes + 1) * (places * width + ends)
@@ -326,9 +306,9 @@ class _Scoring:
         try:
             rate: Rate = measure_rate(
                 self.network.config,
-                self.measures,
+                self.chosen,
                 batch_size=min(self.batch_size, len(self.lengths)),
-                tokens=self.tokens,
+                tokens=self.longest,
                 classes=self.classes,
                 device=self.device,
                 dtype=self.dtype,
@@ -402,13 +382,20 @@ def linear_of(source: Source, layers: Collection[str] | None) -> list[str]:
 
 def _config(place: str, revision: str | None, label: str) -> Any:
     try:
-        return AutoConfig.from_pretrained(place, revision=revision or "main", trust_remote_code=False)
+        with _from_hub("configuration", label, OSError):
+            return AutoConfig.from_pretrained(place, revision=revision or "main", trust_remote_code=False)
     except ValueError as error:  # an unknown architecture, or one that needs remote code
         raise ValueError(f"the configuration of {label!r} cannot be read: {brief(error)}") from error
-    except OSError as error:
+
+
+@contextmanager
+def _from_hub(what: str, label: str, *errors: type[Exception]) -> Iterator[None]:
+    try:
+        yield
+    except errors as error:
         raise ConnectionError(
-            f"the hub did not give the configuration of {label!r} ({type(error).__name__}); check the "
-            "name, the revision and the network."
+            f"the hub did not give the {what} of {label!r} ({type(error).__name__}); check the name, the "
+            "revision and the network."
         ) from error
 
 

@@ -25,6 +25,7 @@ from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -114,17 +115,14 @@ def foresee(
     spectral: Spectral = EXACT,
     *,
     revision: str | None = None,
-    device: str = "cpu",
-    device_map: str | None = None,
-    dtype: str = "float32",
     batch_size: int = 16,
-    save_memory: bool = False,
     team: Processes = ALONE,
+    **settings: Any,
 ) -> Estimate:
     """What `score_task` will need and which way it is to take, before the model is opened or downloaded.
 
-    The first process estimates for all. Raises MemoryError or OSError where the run does not fit, with how
-    much is missing and what would fit, and what `estimate_scores` raises.
+    settings: as for `plan_scores`. The first process estimates for all. Raises MemoryError or OSError where
+    the run does not fit, with how much is missing and what would fit, and what `estimate_scores` raises.
     """
     found: list[Estimate | Exception] = [RuntimeError("process 0 made no estimate.")]
     if team.first:
@@ -134,16 +132,13 @@ def foresee(
                 model_name,
                 measures=[find_measure(name, spectral) for name in measures],
                 revision=revision,
-                device=device,
-                device_map=device_map,
-                dtype=dtype,
                 batch_size=_even(len(task), team.count, batch_size),
-                save_memory=save_memory,
                 lengths=lengths,
                 classes=LETTERS if task.examples[0].options else LIKELIEST,
                 every=True,
                 processes=team.count,
                 out=out.parent,
+                **settings,
             ).check()
         except Exception as error:  # the others wait, and end with the same words
             found[0] = error
