@@ -89,40 +89,52 @@ def builds_tensors(network: PreTrainedModel) -> bool:
     return any(isinstance(t, WeightConverter) for t in get_model_conversion_mapping(network))
 
 
-class Assembly:
-    """What the library makes of stored tensors for a network without storage.
+class LoadedTensors:
+    """What a network without storage would hold once it had loaded `stored`, a tied weight once.
 
-    A group is the tensors that are made together, named by the first of them. without: stored names that
-    have no place in the network. group_of, layouts: of the tensors that are made, by name in memory.
-    Raises ValueError, naming it, for a tensor that cannot be made.
+    layouts: under the names of `network.named_parameters()` and of its saved buffers. missing: names that
+    nothing stored is for. used: the conversions that apply. others: names of stored tensors that have no
+    place in the network and are learned (a part that this network does without).
+
+    A group is the tensors that are made together, named by the first of them. Raises ValueError, naming it,
+    for a tensor that cannot be made.
     """
 
-    def __init__(
-        self, stored: Tensors, network: PreTrainedModel, transforms: Sequence[WeightTransform], label: str
-    ) -> None:
+    def __init__(self, stored: Tensors, network: PreTrainedModel, label: str) -> None:
         self.stored, self.network, self.label = stored, network, label
-        self._groups, self.without = _grouped(network, transforms, stored.layouts)
+        transforms = get_model_conversion_mapping(network)
+        self._groups, without = _grouped(network, transforms, stored.layouts)
         own = network.state_dict()
-        self.group_of: dict[str, str] = {}
-        self.layouts: dict[str, Layout] = {}
+        self._group_of: dict[str, str] = {}
+        self._made: dict[str, Layout] = {}
         for group, made in self._groups.items():
             for name, layout in self._layouts_of(group).items():
                 if name not in own:
                     continue
-                self.group_of[name], self.layouts[name] = group, layout
+                self._group_of[name], self._made[name] = group, layout
                 if not isinstance(made, str) and layout.shape != own[name].shape:
                     raise self._torn(group, f"to {list(layout.shape)} instead of {list(own[name].shape)}")
+        self.used = [t for t in transforms if t.was_used()]
+        self.others = [n for n in without if not _is_computed(n, stored.layouts[n])]
+        order = {name: i for i, name in enumerate(stored.layouts)}
+        under, self.missing = self._tied()
+        self._under = dict(sorted(under.items(), key=lambda pair: order[self._sources(pair[1])[0]]))
+        self.layouts = {name: self._made[made] for name, made in self._under.items()}
 
     def read(self, name: str, rows: int | None = None) -> Tensor:
-        made = self._groups[self.group_of[name]]
+        return self._read(self._under[name], rows)
+
+    def _read(self, name: str, rows: int | None = None) -> Tensor:
+        """The tensor that is made under a name."""
+        made = self._groups[self._group_of[name]]
         if isinstance(made, str):
             return self.stored.read(made, rows)
-        tensor = self._converted(self.group_of[name], self.stored.read)[name]
+        tensor = self._converted(self._group_of[name], self.stored.read)[name]
         return tensor[:rows] if rows else tensor
 
-    def sources(self, name: str) -> list[str]:
+    def _sources(self, name: str) -> list[str]:
         """The stored names of the group of a tensor."""
-        made = self._groups[self.group_of[name]]
+        made = self._groups[self._group_of[name]]
         return [made] if isinstance(made, str) else _collected(made)
 
     def _layouts_of(self, group: str) -> dict[str, Layout]:
@@ -152,31 +164,6 @@ class Assembly:
             f"stored tensors ({reason}); fetch the model again."
         )
 
-
-class LoadedTensors:
-    """What a network without storage would hold once it had loaded `stored`, a tied weight once.
-
-    layouts: under the names of `network.named_parameters()` and of its saved buffers. missing: names that
-    nothing stored is for. used: the conversions that apply. others: names of stored tensors that have no
-    place in the network and are learned (a part that this network does without). Raises what `Assembly`
-    raises.
-    """
-
-    def __init__(self, stored: Tensors, network: PreTrainedModel, label: str) -> None:
-        self.network, self.label = network, label
-        transforms = get_model_conversion_mapping(network)
-        self._made = Assembly(stored, network, transforms, label)
-        self.used = [t for t in transforms if t.was_used()]
-        network._weight_conversions = self.used  # type: ignore[assignment]  # what saving reverts
-        self.others = [n for n in self._made.without if not _is_computed(n, stored.layouts[n])]
-        order = {name: i for i, name in enumerate(stored.layouts)}
-        under, self.missing = self._tied()
-        self._under = dict(sorted(under.items(), key=lambda pair: order[self._made.sources(pair[1])[0]]))
-        self.layouts = {name: self._made.layouts[made] for name, made in self._under.items()}
-
-    def read(self, name: str, rows: int | None = None) -> Tensor:
-        return self._made.read(self._under[name], rows)
-
     def _tied(self) -> tuple[dict[str, str], list[str]]:
         """The name in memory of every tensor with the name that it is made under, and what is missing.
 
@@ -193,7 +180,7 @@ class LoadedTensors:
         missing: list[str] = []
         for names in (*shared.values(), *buffers):
             source = next((ties[name] for name in names if name in ties), names[0])
-            here = [name for name in dict.fromkeys((source, *names)) if name in self._made.layouts]
+            here = [name for name in dict.fromkeys((source, *names)) if name in self._made]
             if not here:
                 missing += names[:1]
                 continue
@@ -204,7 +191,7 @@ class LoadedTensors:
         return under, [name for name in missing if not any(re.search(p, name) for p in ignored)]
 
     def _same(self, one: str, other: str) -> bool:
-        x, y = self._made.read(one), self._made.read(other)
+        x, y = self._read(one), self._read(other)
         dtype = torch.promote_types(x.dtype, y.dtype)
         return torch.equal(x.to(dtype), y.to(dtype))
 
@@ -220,19 +207,19 @@ class StoredTensors:
     def __init__(
         self, loaded: LoadedTensors, layouts_in_memory: Mapping[str, Layout], make: Callable[[str], Tensor]
     ) -> None:
-        self.network, self.make = loaded.network, make
+        self.network, self.make, self._used = loaded.network, make, loaded.used
         self._last: dict[str, Tensor] = {}
         names = [name for name in layouts_in_memory if name in loaded.layouts]
         self._ties = {name: self._source(name, names) for name in names}
         self._group_of: dict[str, Sequence[str]] = {}
         self.layouts: dict[str, Layout] = {}
-        for group in self._grouped(names, loaded.used):
+        for group in self._grouped(names):
             values = self._stored(group, lambda name: _empty(layouts_in_memory[name]))
             self._group_of |= dict.fromkeys(values, group)
             self.layouts |= {n: Layout(tuple(v.shape), v.dtype) for n, v in values.items()}
-        again = Assembly(self, self.network, get_model_conversion_mapping(self.network), loaded.label)
+        again = LoadedTensors(self, self.network, loaded.label)
         for name in names:
-            if again.layouts.get(self._ties[name]) != layouts_in_memory[name]:
+            if again.layouts.get(name) != layouts_in_memory[name]:
                 raise self._unstored(name, "it would come back in another form")
         self.layouts |= {name: layout for name, layout in layouts_in_memory.items() if name not in names}
 
@@ -249,9 +236,9 @@ class StoredTensors:
         source: str = self.network.all_tied_weights_keys.get(name, name)
         return name if source in names else source
 
-    def _grouped(self, names: Sequence[str], used: Sequence[WeightTransform]) -> list[list[str]]:
+    def _grouped(self, names: Sequence[str]) -> list[list[str]]:
         """Names in memory, together where the stored tensors are made of several."""
-        reverse = [t.reverse_transform() for t in used[::-1]]
+        reverse = [t.reverse_transform() for t in self._used[::-1]]
         converters = [t for t in reverse if isinstance(t, WeightConverter)]
         groups: dict[str, list[str]] = {}
         for name in names:
@@ -261,6 +248,7 @@ class StoredTensors:
 
     def _stored(self, group: Sequence[str], make: Callable[[str], Tensor]) -> dict[str, Tensor]:
         values = {self._ties[name]: make(name) for name in group}
+        self.network._weight_conversions = self._used  # type: ignore[assignment]  # what saving reverts
         try:
             return revert_weight_conversion(self.network, values)
         except Exception as error:  # of many types, where a step of the library has no reverse
