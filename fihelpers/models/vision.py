@@ -7,9 +7,8 @@ with a CLIP tower.
 """
 
 import json
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -262,6 +261,7 @@ class VisionModel(ABC):
         # Experiments ask the same prompts about the same images many times.
         self._ids = lru_cache(maxsize=4096)(self._prompt_ids)
         self._texts = lru_cache(maxsize=64)(self._text_inputs)
+        self._shown: list[PatchLayout] = []  # the images of the last call
 
     @property
     def device(self) -> torch.device:
@@ -288,8 +288,8 @@ class VisionModel(ABC):
             given = "one text" if isinstance(prompts, str) else f"{len(prompts)} prompts"
             raise ValueError(f"each image needs a prompt, got {given} for {len(images)} images.")
         inputs = self.preprocess([image.to(self.device) for image in images])
-        layouts = [self.layout(*image.shape[-2:]) for image in images]
-        batch, text = self._texts(tuple(prompts), tuple((at.rows, at.columns) for at in layouts))
+        self._shown = [self.layout(*image.shape[-2:]) for image in images]
+        batch, text = self._texts(tuple(prompts), tuple((at.rows, at.columns) for at in self._shown))
         values = inputs.pop("pixel_values").to(self.network.dtype)
         output = self.network(**text, pixel_values=values, **inputs, use_cache=False, logits_to_keep=1)
         return checked_logits(output.logits[:, -1], batch.index, self.name)
@@ -302,16 +302,24 @@ class VisionModel(ABC):
         every forward pass, so Captum's LayerGradCam can use it as its layer. The images of a batch have to
         have one size, else the forward pass raises ValueError.
         """
-        maps = nn.Identity()
+        maps, core = nn.Identity(), self.network.model
+        usual = core.get_image_features
 
-        def route(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            return self._routed(maps, kwargs, output)
+        def routed(*args: Any, **kwargs: Any) -> Any:
+            output = usual(*args, **kwargs)
+            sizes = {(at.rows, at.columns) for at in self._shown}
+            if len(sizes) > 1:
+                raise ValueError("feature maps need images of one size in a batch; give them one by one.")
+            tokens = torch.stack(list(output.pooler_output)).unflatten(1, sizes.pop())
+            seen = maps(tokens.permute(0, 3, 1, 2))
+            output.pooler_output = list(seen.permute(0, 2, 3, 1).flatten(1, 2))
+            return output
 
-        handle = self._tower().register_forward_hook(route, with_kwargs=True)
+        core.get_image_features = routed
         try:
             yield maps
         finally:
-            handle.remove()
+            del core.get_image_features
 
     @abstractmethod
     def plain(self, prompt: str) -> str:
@@ -320,14 +328,6 @@ class VisionModel(ABC):
     @abstractmethod
     def _placed(self, batch: Batch, image: Tensor) -> dict[str, Tensor]:
         """Return the input that says where tokens stand; ``image`` (B, T) holds where those of images do."""
-
-    @abstractmethod
-    def _tower(self) -> nn.Module:
-        """Return the module that gives the image tokens' features."""
-
-    @abstractmethod
-    def _routed(self, maps: nn.Module, kwargs: Mapping[str, Any], output: Any) -> Any:
-        """Return the tower's output after its features went through ``maps``."""
 
     def _prompt_ids(self, prompt: str) -> list[int]:
         """Return the tokens of a prompt in its chat, with one placeholder for the image."""
@@ -385,19 +385,6 @@ class QwenVision(VisionModel):
     def _placed(self, batch: Batch, image: Tensor) -> dict[str, Tensor]:
         return {"mm_token_type_ids": image.int()}  # the network places them itself
 
-    def _tower(self) -> nn.Module:
-        tower: nn.Module = self.network.model.visual
-        return tower
-
-    def _routed(self, maps: nn.Module, kwargs: Mapping[str, Any], output: Any) -> Any:
-        grids = kwargs["grid_thw"].tolist()
-        if any(grid != grids[0] for grid in grids):
-            raise ValueError("feature maps need images of one size in a batch; give them one by one.")
-        merge = self.network.config.vision_config.spatial_merge_size
-        rows, columns = grids[0][1] // merge, grids[0][2] // merge
-        output.pooler_output = _through(maps, output.pooler_output, len(grids), rows, columns)
-        return output
-
 
 class LlavaVision(VisionModel):
     """LLaVA with a CLIP tower."""
@@ -409,21 +396,6 @@ class LlavaVision(VisionModel):
 
     def _placed(self, batch: Batch, image: Tensor) -> dict[str, Tensor]:
         return {"position_ids": batch.position_ids}
-
-    def _tower(self) -> nn.Module:
-        tower: nn.Module = self.network.model.multi_modal_projector
-        return tower
-
-    def _routed(self, maps: nn.Module, kwargs: Mapping[str, Any], output: Any) -> Any:
-        side = math.isqrt(output.shape[1])
-        return _through(maps, output, len(output), side, side)
-
-
-def _through(maps: nn.Module, features: Tensor, size: int, rows: int, columns: int) -> Tensor:
-    """Send features (size * rows * columns, C), in any shape of these values, through a module as maps."""
-    tokens = features.reshape(size, rows, columns, -1)
-    routed: Tensor = maps(tokens.permute(0, 3, 1, 2))
-    return routed.permute(0, 2, 3, 1).reshape(features.shape)
 
 
 FAMILIES: dict[str, type[VisionModel]] = {
