@@ -41,6 +41,8 @@ from fihelpers.models.language import (
     weights_sha256,
 )
 
+LLAVA = "llava"
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", LLAVA)
 PRECISION_BITS = 22  # of Pillow's 8-bit resampling: 32 bits less 8 for the pixel and 2 of head room
 BICUBIC = 3  # Pillow's number for it
 PILLOW = int(PIL.__version__.partition(".")[0])
@@ -242,7 +244,7 @@ def _batches(images: Tensor | Sequence[Tensor]) -> list[Tensor]:
 
 
 @dataclass(eq=False)
-class VisionModel(ABC):
+class VisionModel:
     """A vision-language model in evaluation mode with its tokenizer and its preparation of images.
 
     ``revision`` is the hub commit (None for local weights), ``sha256`` the hash of the weights as opened,
@@ -321,13 +323,17 @@ class VisionModel(ABC):
         finally:
             del core.get_image_features
 
-    @abstractmethod
     def plain(self, prompt: str) -> str:
-        """Return the text that stands in for a chat template."""
+        """Return the text that stands in for a chat template: the image's tokens and the prompt.
 
-    @abstractmethod
-    def _placed(self, batch: Batch, image: Tensor) -> dict[str, Tensor]:
-        """Return the input that says where tokens stand; ``image`` (B, T) holds where those of images do."""
+        Of a Qwen model these are start of vision, the image and end of vision, with nothing between them; of
+        a LLaVA the image and a line break.
+        """
+        config = self.network.config
+        if config.model_type == LLAVA:
+            return f"{self.tokenizer.convert_ids_to_tokens(config.image_token_id)}\n{prompt}"
+        ids = [config.vision_start_token_id, config.image_token_id, config.vision_end_token_id]
+        return "".join(self.tokenizer.convert_ids_to_tokens(ids)) + prompt
 
     def _prompt_ids(self, prompt: str) -> list[int]:
         """Return the tokens of a prompt in its chat, with one placeholder for the image."""
@@ -370,39 +376,9 @@ class VisionModel(ABC):
         # The network looks for its image token in the padding, too.
         tokens = batch.input_ids.masked_fill(batch.attention_mask == 0, int(image == 0))
         text_inputs = {"input_ids": tokens, "attention_mask": batch.attention_mask}
-        return batch, text_inputs | self._placed(batch, tokens == image)
-
-
-class QwenVision(VisionModel):
-    """Qwen2-VL and Qwen2.5-VL."""
-
-    def plain(self, prompt: str) -> str:
-        """Return start of vision, the image, end of vision, and the prompt, with nothing between them."""
-        config = self.network.config
-        ids = [config.vision_start_token_id, config.image_token_id, config.vision_end_token_id]
-        return "".join(self.tokenizer.convert_ids_to_tokens(ids)) + prompt
-
-    def _placed(self, batch: Batch, image: Tensor) -> dict[str, Tensor]:
-        return {"mm_token_type_ids": image.int()}  # the network places them itself
-
-
-class LlavaVision(VisionModel):
-    """LLaVA with a CLIP tower."""
-
-    def plain(self, prompt: str) -> str:
-        """Return the image's placeholder, a line break, and the prompt."""
-        placeholder = self.tokenizer.convert_ids_to_tokens(self.network.config.image_token_id)
-        return f"{placeholder}\n{prompt}"
-
-    def _placed(self, batch: Batch, image: Tensor) -> dict[str, Tensor]:
-        return {"position_ids": batch.position_ids}
-
-
-FAMILIES: dict[str, type[VisionModel]] = {
-    "qwen2_vl": QwenVision,
-    "qwen2_5_vl": QwenVision,
-    "llava": LlavaVision,
-}
+        if self.network.config.model_type == LLAVA:
+            return batch, text_inputs | {"position_ids": batch.position_ids}
+        return batch, text_inputs | {"mm_token_type_ids": (tokens == image).int()}  # it places them itself
 
 
 def open_vision_model(
@@ -419,22 +395,21 @@ def open_vision_model(
     weights, place = find_dtype(dtype), find_device(device)
     folder, label, commit = locate(str(name), revision)
     sha256 = weights_sha256(folder, label)
-    family = FAMILIES[_model_type(folder, label)]
+    _check_type(folder, label)
     tokenizer = open_tokenizer(folder, label)
     network = open_network(folder, label, weights, AutoModelForImageTextToText).to(place).eval()  # type: ignore[arg-type]
     preprocess = _open_preprocess(folder, label, network.config)
     template = _template(folder, label, tokenizer)
-    return family(network, tokenizer, label, commit, sha256, preprocess, template)
+    return VisionModel(network, tokenizer, label, commit, sha256, preprocess, template)
 
 
-def _model_type(folder: Path, label: str) -> str:
+def _check_type(folder: Path, label: str) -> None:
     kind = str(_read_json(folder / "config.json", label).get("model_type"))
     if kind not in FAMILIES:
         raise ValueError(
             f"model {label!r} is of type {kind!r}, which is none of the vision-language models that can be "
             f"read: {', '.join(FAMILIES)}."
         )
-    return kind
 
 
 def _read_json(path: Path, label: str) -> dict[str, Any]:
@@ -458,7 +433,7 @@ def _template(folder: Path, label: str, tokenizer: PreTrainedTokenizerBase) -> s
 
 def _open_preprocess(folder: Path, label: str, config: Any) -> Preprocess:
     """Read the image processor's settings by the library, from whichever file the model has them in."""
-    clip = config.model_type == "llava"
+    clip = config.model_type == LLAVA
     try:
         said = (CLIPImageProcessorPil if clip else Qwen2VLImageProcessorPil).from_pretrained(folder)
     except Exception as error:  # of many types, for an absent or a damaged file
@@ -480,10 +455,8 @@ def _common(said: Any) -> tuple[tuple[float, ...], tuple[float, ...], float]:
 
 def _qwen_preprocess(said: Any, config: Any, label: str) -> QwenPreprocess:
     """Sizes are in pixels, in ``size`` under either name."""
-    low, high = (
-        said.size.shortest_edge or said.size.min_pixels,
-        said.size.longest_edge or said.size.max_pixels,
-    )
+    low = said.size.shortest_edge or said.size.min_pixels
+    high = said.size.longest_edge or said.size.max_pixels
     patch, merge, temporal = cuts = [getattr(said, name) for name in QWEN_CUTS]
     tower = config.vision_config
     if cuts != [tower.patch_size, tower.spatial_merge_size, tower.temporal_patch_size]:
