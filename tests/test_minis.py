@@ -12,6 +12,7 @@ from fihelpers.data import check_folder, data_folder
 from fihelpers.evaluate.questions import Evaluator
 from fihelpers.models.language import open_model
 from fihelpers.tasks import load_task
+from fihelpers.tasks.instructions import instruction_prompt, load_instructions
 from fiminis import facts, lm
 from fiminis.manifest import write_manifest
 
@@ -69,7 +70,7 @@ def test_the_shipped_questions_come_from_the_facts(relations, tmp_path: Path) ->
 
 
 def test_instructions_are_short_and_held_out_wordings_are_new() -> None:
-    entries = facts.load_instructions(data_folder())
+    entries = load_instructions(data_folder())
     wordings = [words(w) for e in entries for w in e["wordings"]]
     assert len(entries) >= 200 and len(set(wordings)) == len(wordings) == 3 * len(entries)
     assert all(e["answer"].count(". ") <= 1 for e in entries)
@@ -93,10 +94,10 @@ def test_the_bundled_model_is_a_fair_test_bed(subject: str) -> None:
 def test_the_bundled_model_answers_instructions() -> None:
     """Asked in the training wording it says the answer, word for word, for most of a sample."""
     model = open_model("mini-lm")
-    entries = random.Random(0).sample(facts.load_instructions(data_folder()), 12)
+    entries = random.Random(0).sample(load_instructions(data_folder()), 12)
     right = 0
     for entry in entries:
-        ids = model.tokenizer(facts.instruction_prompt(entry["wordings"][0]), return_tensors="pt")
+        ids = model.tokenizer(instruction_prompt(entry["wordings"][0]), return_tensors="pt")
         made = model.network.generate(**ids, max_new_tokens=60, do_sample=False, pad_token_id=0)
         said = model.tokenizer.decode(made[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
         right += said.strip() == entry["answer"]
