@@ -16,7 +16,7 @@ from fihelpers.models.generate import Response, sample
 from fihelpers.models.language import LanguageModel, open_model
 from fihelpers.scores import sequences
 from fihelpers.scores.class_gradients import class_gradients
-from fihelpers.scores.sequences import Sampling, score_sequences
+from fihelpers.scores.sequences import contexts_of, score_sequences
 from fihelpers.scores.weights import score_weights
 from fihelpers.tasks import Example
 
@@ -128,14 +128,14 @@ def test_the_discounted_form_is_as_near_the_long_run_as_it_says(kind: str, ends:
 def test_weights_of_the_steps_by_hand() -> None:
     """Two of three responses agree in their first token; one of these ends after it, the third at once."""
     responses = [Response((7, 8), False, ""), Response((7,), True, ""), Response((), True, "")]
-    found = Sampling(3, 3, None, 0).contexts([(1, 2)], [responses])
-    shares = {context.written: context.share for context in found}
-    expected = {(): (1 / 3 + 1 / 2 + 1) / 3, (7,): (1 / 3 + 1 / 2) / 3, (7, 8): 1 / 9}
+    found = contexts_of([(1, 2)], [responses], 3, None)
+    shares = {context.ids: context.share for context in found}
+    expected = {(1, 2): (1 / 3 + 1 / 2 + 1) / 3, (1, 2, 7): (1 / 3 + 1 / 2) / 3, (1, 2, 7, 8): 1 / 9}
     assert shares == pytest.approx(expected)
-    assert {(context.example, context.prompt) for context in found} == {(0, (1, 2))}
-    found = Sampling(3, 3, 0.5, 0).contexts([(1, 2)], [responses])
-    shares = {context.written: context.share for context in found}
-    expected = {(): (4 / 7 + 2 / 3 + 1) / 3, (7,): (2 / 7 + 1 / 3) / 3, (7, 8): 1 / 21}
+    assert {context.example for context in found} == {0}
+    found = contexts_of([(1, 2)], [responses], 3, 0.5)
+    shares = {context.ids: context.share for context in found}
+    expected = {(1, 2): (4 / 7 + 2 / 3 + 1) / 3, (1, 2, 7): (2 / 7 + 1 / 3) / 3, (1, 2, 7, 8): 1 / 21}
     assert shares == pytest.approx(expected)
 
 
@@ -194,7 +194,7 @@ def test_bad_input_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     model, examples = tiny_model("qwen2"), tiny_examples(2)
     long = [Example("0", "tiny", "w1 " * 29, (), None, ""), *examples]
     score_sequences(model, long[:1], ["SNIP"], horizon=4, samples=1)  # 29 + 3 tokens are as many as fit
-    with pytest.raises(ValueError, match="prompt 0 has 29 tokens and 4 more do not fit into the 32"):
+    with pytest.raises(ValueError, match="prompt 0 has 29 tokens and 4 more to come, more than the 32"):
         score_sequences(model, long, ["SNIP"], horizon=5)
     monkeypatch.setattr(sequences, "sample", lambda *_, **__: pytest.fail("sampled before it checked"))
     with pytest.raises(ValueError, match="calibration set is empty"):

@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fihelpers.answers import Answers
 from fihelpers.models.language import Batch, LanguageModel
+from fihelpers.scores.class_gradients import class_gradients
 
 BLOCK = 2**20  # elements of class gradients formed at a time: 4 MB of float32, to stay in cache
 ROWS = 512  # one matrix product of so many rows is as fast as several of fewer: then samples come in turn
@@ -523,10 +524,7 @@ def _by_autograd(along: Tensor, parameter: nn.Parameter) -> Tensor:
     dtype = torch.promote_types(parameter.dtype, torch.float32)
     if not along.requires_grad:  # nothing of what the hooks miss is used
         return torch.zeros(len(along), *parameter.shape, dtype=dtype, device=parameter.device)
-    passes = [
-        torch.autograd.grad(one, parameter, retain_graph=True, materialize_grads=True)[0] for one in along
-    ]
-    return torch.stack([g.to(dtype) for g in passes])
+    return class_gradients(along, parameter).to(dtype)
 
 
 def _end(batch: Batch) -> Batch:

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, Protocol, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -38,19 +38,6 @@ EmbeddingGrouping = Literal["dimension", "token"]
 SUMMED = " summed"  # after FI: the sum of the single entries' FI in place of their joint FI
 FI_SUMMED = "FI" + SUMMED
 AT_ONCE = 16  # inputs x classes in one backward pass; larger batches keep a processor busy by themselves
-
-
-class InputBatch(Protocol):
-    """Inputs of one batch, with their places in the list of examples and their class gradients."""
-
-    @property
-    def index(self) -> tuple[int, ...]: ...
-
-    @property
-    def grads(self) -> InputGrads: ...
-
-
-B = TypeVar("B", bound=InputBatch)
 
 
 @dataclass(frozen=True, eq=False)
@@ -251,14 +238,15 @@ def embedding_batches(
 
 
 def gathered(
-    batches: Iterable[B],
-    score: Callable[[B], Mapping[str, Iterable[Tensor]]],
+    batches: Iterable[Any],
+    score: Callable[[Any], Mapping[str, Iterable[Tensor]]],
     measures: Sequence[str | Measure],
     spectral: Spectral,
 ) -> dict[str, list[Tensor]]:
     """Score batches and put the values in the order of their examples: {measure name: one tensor an example}.
 
-    score: gives the tensors of a batch's inputs, in their order. Warns `SaturationWarning` at most once for
+    batches: with the places of their examples, `index`, and their class gradients, `grads`. score: gives the
+    tensors of a batch's inputs, in their order. Warns `SaturationWarning` at most once for
     each FI among the measures, judged over all the inputs together.
     """
     influences = {m.name for m in (_find(m, spectral) for m in measures) if isinstance(m, Influence)}

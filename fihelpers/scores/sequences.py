@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,74 +37,16 @@ from fihelpers.tasks import Example
 USUAL = Top(8)
 
 
-@dataclass(frozen=True)
-class Context:
+class Context(NamedTuple):
     """A prompt and the start of a response, whose next token is a step to score.
 
-    ``example`` is the prompt's place; ``share`` is the weight with which the step counts in its score.
+    example: the prompt's place; ids: of all tokens; share: the weight with which the step counts in the
+    prompt's score.
     """
 
     example: int
-    prompt: tuple[int, ...]
-    written: tuple[int, ...]
+    ids: tuple[int, ...]
     share: float
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How responses are drawn and their steps weighted; see :func:`score_sequences`."""
-
-    horizon: int
-    samples: int
-    discount: float | None
-    seed: int
-
-    def __post_init__(self) -> None:
-        for name, value in (("horizon", self.horizon), ("number of samples", self.samples)):
-            if value < 1:
-                raise ValueError(f"the {name} must be at least 1, got {value}.")
-        if self.discount is not None and not 0 < self.discount < 1:
-            raise ValueError(f"the discount must lie between 0 and 1, got {self.discount}; None takes none.")
-
-    def responses(self, model: LanguageModel, prompts: Sequence[str]) -> list[list[Response]]:
-        """Sample as much of the responses as their first `horizon` steps need: a token less."""
-        if self.horizon == 1:
-            return [[Response((), False, "")] * self.samples for _ in prompts]
-        return sample(model, prompts, self.samples, self.horizon - 1, self.seed)
-
-    def contexts(
-        self, ids: Sequence[tuple[int, ...]], responses: Sequence[Sequence[Response]]
-    ) -> list[Context]:
-        """The distinct contexts of all examples; their shares add up to 1 for each."""
-        weights = [1.0 if self.discount is None else self.discount**step for step in range(self.horizon)]
-        found: list[Context] = []
-        for example, (prompt, drawn) in enumerate(zip(ids, responses, strict=True)):
-            shares: dict[tuple[int, ...], float] = {}
-            for response in drawn:
-                steps = min(self.horizon, len(response.ids) + 1)
-                for step in range(steps):
-                    written = response.ids[:step]
-                    shares[written] = shares.get(written, 0.0) + weights[step] / sum(weights[:steps])
-            found += [Context(example, prompt, w, share / len(drawn)) for w, share in shares.items()]
-        return found
-
-    def about(self, responses: Sequence[Sequence[Response]], contexts: Sequence[Context]) -> dict[str, str]:
-        """What the metadata say of the sampling."""
-        drawn = [response for of_prompt in responses for response in of_prompt]
-        ended = sum(response.ended for response in drawn) / len(drawn)
-        entries: dict[str, object] = {
-            "horizon": self.horizon,
-            "samples": self.samples,
-            "seed": self.seed,
-            "ended": f"{ended:.6g}",
-            "steps": sum(min(self.horizon, len(response.ids) + 1) for response in drawn),
-            "contexts": len(contexts),
-        }
-        if self.discount is not None:
-            # rounded up, so that the bound made of it holds
-            left_out = math.ceil(1e9 * self.discount**self.horizon * (1 - ended)) / 1e9
-            entries |= {"discount": self.discount, "left_out": left_out}
-        return {name: str(value) for name, value in entries.items()}
 
 
 def score_sequences(
@@ -140,11 +82,23 @@ def score_sequences(
     Raises what `score_weights` and `sample` raise, and ValueError for a horizon or a number of samples below
     1 or a discount that does not lie between 0 and 1.
     """
-    sampling = Sampling(horizon, samples, discount, seed)
+    for name, value in (("horizon", horizon), ("number of samples", samples)):
+        if value < 1:
+            raise ValueError(f"the {name} must be at least 1, got {value}.")
+    if discount is not None and not 0 < discount < 1:
+        raise ValueError(f"the discount must lie between 0 and 1, got {discount}; None takes none.")
+    if len(examples) == 0:
+        raise ValueError("The calibration set is empty; choose n of at least 1.")
     chosen = [find_measure(measure, spectral) for measure in measures or MEASURES]
     named_parameters(model.network, only)  # an unknown name is said before anything is sampled
-    classes = answers or USUAL
-    contexts, about = _sampled(model, examples, sampling)
+    classes, prompts = answers or USUAL, [example.prompt for example in examples]
+    ids = prompt_ids(model, prompts, horizon - 1)
+    responses = [[Response((), False, "")] * samples for _ in prompts]
+    if horizon > 1:  # as much as the steps need: a token less
+        responses = sample(model, prompts, samples, horizon - 1, seed)
+    contexts = contexts_of(ids, responses, horizon, discount)
+    about = {"horizon": str(horizon), "samples": str(samples), "seed": str(seed)}
+    about |= _about(responses, horizon, discount) | {"contexts": str(len(contexts))}
     batches = list(_batches(model, contexts, batch_size))
     scores = score_contexts(model, batches, examples, chosen, spectral, classes, only)
     known = {m.name: _truncation(m, about, classes) for m in chosen}
@@ -154,23 +108,45 @@ def score_sequences(
     }
 
 
-def _sampled(
-    model: LanguageModel, examples: Sequence[Example], sampling: Sampling
-) -> tuple[list[Context], dict[str, str]]:
-    if len(examples) == 0:
-        raise ValueError("The calibration set is empty; choose n of at least 1.")
-    prompts = [example.prompt for example in examples]
-    ids = prompt_ids(model, prompts, sampling.horizon - 1)
-    responses = sampling.responses(model, prompts)
-    contexts = sampling.contexts(ids, responses)
-    return contexts, sampling.about(responses, contexts)
+def contexts_of(
+    ids: Sequence[tuple[int, ...]],
+    responses: Sequence[Sequence[Response]],
+    horizon: int,
+    discount: float | None,
+) -> list[Context]:
+    """The distinct contexts of all prompts, whose tokens are `ids`; their shares add up to 1 for each."""
+    weights = [1.0 if discount is None else discount**step for step in range(horizon)]
+    found: list[Context] = []
+    for example, (prompt, drawn) in enumerate(zip(ids, responses, strict=True)):
+        shares: dict[tuple[int, ...], float] = {}
+        for response in drawn:
+            steps = min(horizon, len(response.ids) + 1)
+            for step in range(steps):
+                written = response.ids[:step]
+                shares[written] = shares.get(written, 0.0) + weights[step] / sum(weights[:steps])
+        found += [Context(example, prompt + w, share / len(drawn)) for w, share in shares.items()]
+    return found
+
+
+def _about(responses: Sequence[Sequence[Response]], horizon: int, discount: float | None) -> dict[str, str]:
+    """What the metadata say of the responses."""
+    drawn = [response for of_prompt in responses for response in of_prompt]
+    ended = sum(response.ended for response in drawn) / len(drawn)
+    steps = sum(min(horizon, len(response.ids) + 1) for response in drawn)
+    about = {"ended": f"{ended:.6g}", "steps": str(steps)}
+    if discount is None:
+        return about
+    left_out = (
+        math.ceil(1e9 * discount**horizon * (1 - ended)) / 1e9
+    )  # up, so that the bound made of it holds
+    return about | {"discount": str(discount), "left_out": str(left_out)}
 
 
 def _batches(
     model: LanguageModel, contexts: Sequence[Context], batch_size: int
 ) -> Iterator[tuple[Batch, Tensor]]:
     """Contexts of similar length together: a batch that names their examples, and their shares."""
-    ids = [context.prompt + context.written for context in contexts]
+    ids = [context.ids for context in contexts]
     for places in model.chunks(ids, batch_size):
         index = [contexts[place].example for place in places]
         shares = torch.tensor([contexts[place].share for place in places], dtype=torch.float64)
