@@ -166,7 +166,7 @@ def test_bad_input_is_named(write: Callable) -> None:
     assert len(write(model, ["w1 " * 20], 12)) == 1  # as much as fits
     with pytest.raises(ValueError, match=r"prompt 1 has 20 tokens and 13 more .* 32 .*tiny-qwen2"):
         write(model, ["w1", "w1 " * 20], 13)
-    with pytest.raises(ValueError, match="prompt 0 has 33 tokens, more than the 32"):
+    with pytest.raises(ValueError, match="prompt 0 has 33 tokens and 1 more to come, more than the 32"):
         write(model, ["w1 " * 33], 1)
     for empty in ("", "  \n"):
         with pytest.raises(ValueError, match="prompt 1 is empty"):

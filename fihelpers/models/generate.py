@@ -33,7 +33,6 @@ from fihelpers.models.language import (
     brief,
     check_tokens,
     checked_logits,
-    context_of,
     left_padded,
     tokenize,
 )
@@ -120,14 +119,7 @@ def prompt_ids(model: LanguageModel, prompts: Sequence[str], room: int = 0) -> l
         if not prompt.strip():
             raise ValueError(f"prompt {place} is empty; give a prompt with text.")
     ids = tokenize(model.tokenizer, prompts)
-    check_tokens(ids, model.network, model.name)
-    context = context_of(model.network)
-    for place, tokens in enumerate(ids):
-        if context is not None and len(tokens) + room > context:
-            raise ValueError(
-                f"prompt {place} has {len(tokens)} tokens and {room} more do not fit into the {context} that "
-                f"model {model.name!r} can read; shorten the prompt or ask for fewer."
-            )
+    check_tokens(ids, model.network, model.name, "shorten it or ask for fewer", room)
     return [tuple(tokens) for tokens in ids]
 
 

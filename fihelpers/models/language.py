@@ -337,16 +337,21 @@ def check_tokens(
     network: PreTrainedModel,
     name: str,
     remedy: str = "shorten it or use fewer shots",
+    room: int = 0,
 ) -> None:
-    """Raise ValueError for a prompt without tokens, longer than the context, or with an unknown token."""
+    """Raise ValueError for a prompt without tokens, with an unknown one, or too long for the context.
+
+    ``room`` is the number of tokens that are to follow it.
+    """
     config = network.config.get_text_config()
     context = context_of(network)
     for i, tokens in enumerate(ids):
         if not tokens:
             raise ValueError(f"prompt {i} has no tokens; give a prompt with text.")
-        if context is not None and len(tokens) > context:
+        if context is not None and len(tokens) + room > context:
+            more = f" and {room} more to come" if room else ""
             raise ValueError(
-                f"prompt {i} has {len(tokens)} tokens, more than the {context} that model {name!r} "
+                f"prompt {i} has {len(tokens)} tokens{more}, more than the {context} that model {name!r} "
                 f"can read; {remedy}."
             )
         if max(tokens) >= config.vocab_size:
