@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import inspect
 import json
 import logging
 import re
@@ -188,7 +187,7 @@ class LanguageModel:
         """Return the keys and values of a prefix (1, P), None for P = 0; no gradient runs through them."""
         if prefix.shape[1] == 0:
             return None
-        cache: Cache = self._forward(input_ids=prefix, use_cache=True, logits_to_keep=1).past_key_values
+        cache: Cache = self.network(input_ids=prefix, use_cache=True, logits_to_keep=1).past_key_values
         return cache
 
     def embed(self, batch: Batch) -> Tensor:
@@ -215,37 +214,21 @@ class LanguageModel:
             inputs["position_ids"] = batch.position_ids
         inputs |= {"input_ids": batch.input_ids} if embeddings is None else {"inputs_embeds": embeddings}
         if past is None:  # padding on the left: the last column has every prompt's last token
-            logits: Tensor = self._forward(**inputs, logits_to_keep=1).logits
+            logits: Tensor = self.network(**inputs, logits_to_keep=1).logits
             return logits[:, -1]
         past = _repeated(past, len(batch.index))
         with _head_at(self.network, batch.last):
-            logits = self._forward(**inputs, past_key_values=past).logits
+            logits = self.network(**inputs, past_key_values=past).logits
         return (at_columns(logits, batch.last) if logits.shape[1] > 1 else logits)[:, 0]
-
-    def _forward(self, **inputs: Any) -> Any:
-        """Call the network with those of the inputs that it takes."""
-        return self.network(**{name: value for name, value in inputs.items() if self._takes(name)})
-
-    def _takes(self, name: str) -> bool:
-        return self._named_inputs is None or name in self._named_inputs
-
-    @cached_property
-    def _named_inputs(self) -> frozenset[str] | None:
-        """The names of what the network takes, None where it takes any."""
-        parameters = inspect.signature(self.network.forward).parameters
-        anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        return None if anything else frozenset(parameters)
 
     @cached_property
     def counts_places(self) -> bool:
         """Whether the network counts the places of tokens from 0, as position ids do."""
-        if not self._takes("position_ids"):
-            return False
         tokens = self.some_tokens()
         inputs = {"input_ids": self._tensor([tokens]), "use_cache": False}
         with torch.no_grad():
-            told = self._forward(**inputs, position_ids=self._tensor([range(len(tokens))]))
-            return self.alike(told.logits, self._forward(**inputs).logits)
+            told = self.network(**inputs, position_ids=self._tensor([range(len(tokens))]))
+            return self.alike(told.logits, self.network(**inputs).logits)
 
     @cached_property
     def bears_padding(self) -> bool:
