@@ -27,7 +27,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from fihelpers.jobs.speed import Rate, Work, matrices_of, measure_rate, shapes_of
+from fihelpers.jobs.speed import matrices_of, measure_rate, passed_through, shapes_of
 from fihelpers.measures import MEASURES, Measure, find_measure
 from fihelpers.models.language import (
     HUB_FILES,
@@ -42,7 +42,7 @@ from fihelpers.models.language import (
     weight_files,
 )
 from fihelpers.models.linear import linear_names
-from fihelpers.scores.hooks import BLOCK, transformer_blocks
+from fihelpers.scores.hooks import BLOCK, CHECKED, transformer_blocks
 
 log = logging.getLogger(__name__)
 
@@ -302,13 +302,12 @@ class Scoring:
         """Seconds of the process that has most to do; None where no part of the network can be timed."""
         if not _blocks(self.network):
             return None
-        shapes = shapes_of(self.lengths, self.batch_size)[-1 :: -self.processes]
         try:
-            rate: Rate = measure_rate(
+            rate = measure_rate(
                 self.network.config,
                 self.chosen,
                 batch_size=min(self.batch_size, len(self.lengths)),
-                tokens=self.longest,
+                tokens=round(sum(self.lengths) / len(self.lengths)),
                 classes=self.classes,
                 device=self.device,
                 dtype=self.dtype,
@@ -317,19 +316,11 @@ class Scoring:
         except Exception as error:  # two blocks of an unusual architecture: no reason not to score the whole
             log.info("the time of %s is not foreseen (%s)", self.source.label, brief(error))
             return None
-        return rate.seconds(self._work(), shapes)
-
-    def _work(self) -> Work:
-        scored = set(self.names)
-        size = {p: p.numel() for name, p in self.network.named_parameters() if name in scored}
-        embedding, head = (
-            sum(size.get(p, 0) for p in ends.parameters())
-            for ends in (self.network.get_input_embeddings(), self.network.get_output_embeddings())
-        )
+        shapes = shapes_of(self.lengths, self.batch_size)[-1 :: -self.processes]
+        places = CHECKED + sum(samples * tokens for samples, tokens in shapes)
         matrices = matrices_of(self.network)
-        asked = sum(count for name, count in matrices.items() if name in scored)
-        depth = self.network.config.get_text_config().num_hidden_layers
-        return Work(sum(matrices.values()), asked, depth, embedding, head)
+        others = sum(matrices[name] for name in matrices.keys() - set(self.names))
+        return rate * places * (self.weights + passed_through(self.classes) * others)
 
 
 @dataclass(frozen=True, eq=False)
