@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from fihelpers.evaluate.questions import Evaluator, answer_all
     from fihelpers.models.language import open_model
     from fihelpers.models.linear import linear_names
-    from fihelpers.perturb.sparsify import select, zeroed
+    from fihelpers.perturb.sparsify import changed, select, zeroed
     from fihelpers.scores.inputs import score_embeddings
     from fihelpers.scores.pixels import score_pixels
     from fihelpers.scores.weights import score_weights
@@ -24,6 +24,7 @@ __all__ = [
     "Evaluator",
     "Trials",
     "answer_all",
+    "changed",
     "collect",
     "linear_names",
     "load_task",
@@ -39,6 +40,7 @@ _HOMES = {
     "Evaluator": "evaluate.questions",
     "Trials": "trials",
     "answer_all": "evaluate.questions",
+    "changed": "perturb.sparsify",
     "collect": "trials",
     "linear_names": "models.linear",
     "load_task": "tasks",

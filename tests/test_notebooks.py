@@ -90,7 +90,8 @@ def test_a_lesson_shows_its_loop(name: str) -> None:
     assert loops, "a lesson has a generator of trials"
     for loop in loops:
         called = ast.unparse(loop)
-        assert "zeroed(" in called and "select(" in called, called
+        assert "with zeroed(" in called or "with changed(" in called, called
+        assert "select(" in called, called
     assert "score_weights(" in source and "collect(" in source
 
 

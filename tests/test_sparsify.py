@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from fihelpers.perturb.sparsify import linear_names, select, zeroed
+from fihelpers.perturb.sparsify import changed, linear_names, select, zeroed
 from fihelpers.scores.store import Scores
 
 
@@ -112,3 +112,14 @@ def test_bad_input_is_named() -> None:
         zeroed(tiny_model("qwen2").network, {"x": torch.tensor([0])}),
     ):
         pass
+
+
+def test_chosen_weights_are_changed_by_any_function_and_come_back() -> None:
+    model = tiny_model("qwen2")
+    name = linear_names(model.network)[0]
+    weight = model.network.get_parameter(name)
+    before = weight.detach().clone()
+    with changed(model, {name: torch.tensor([0, 3])}, lambda w: -2 * w):
+        flat = weight.detach().flatten()
+        assert torch.equal(flat[[0, 3]], -2 * before.flatten()[[0, 3]]) and flat[1] == before.flatten()[1]
+    assert torch.equal(weight, before)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -61,11 +60,14 @@ def select(
 
 
 @contextmanager
-def zeroed(model: LanguageModel | nn.Module, positions: Mapping[str, Tensor]) -> Iterator[nn.Module]:
-    """The model's network with the weights at `positions` set to zero.
+def changed(
+    model: LanguageModel | nn.Module, positions: Mapping[str, Tensor], change: Callable[[Tensor], Tensor]
+) -> Iterator[nn.Module]:
+    """The model's network with the weights at `positions` changed.
 
-    positions: of each weight by its name, flat, as from `select`. On leaving they are as before, bit for bit.
-    Raises ValueError for the name of a weight that the model has not.
+    positions: of each weight by its name, flat, as from `select`. change: returns new values (N,) for the
+    chosen ones of a weight. On leaving they are as before, bit for bit. Raises ValueError for the name of a
+    weight that the model has not.
     """
     network = model.network if isinstance(model, LanguageModel) else model
     weights = dict(network.named_parameters())
@@ -75,11 +77,18 @@ def zeroed(model: LanguageModel | nn.Module, positions: Mapping[str, Tensor]) ->
     kept = {name: _flat(weights[name])[index].clone() for name, index in positions.items()}
     try:
         for name, index in positions.items():
-            _flat(weights[name])[index] = 0
+            _flat(weights[name])[index] = change(kept[name].clone())
         yield network
     finally:
         for name, index in positions.items():
             _flat(weights[name])[index] = kept[name]
+
+
+def zeroed(
+    model: LanguageModel | nn.Module, positions: Mapping[str, Tensor]
+) -> AbstractContextManager[nn.Module]:
+    """`changed` with zeros."""
+    return changed(model, positions, torch.zeros_like)
 
 
 def _flat(weight: nn.Parameter) -> Tensor:
@@ -135,18 +144,11 @@ def _by_row(weights: Tensor, turned: bool, share: float, which: Which, generator
     return places[chosen].sort().values
 
 
-def _nth(flat: Tensor, place: int) -> Tensor:
-    """The value at a place of the sorted values; on a CPU numpy finds it several times faster than torch."""
-    if flat.device.type == "cpu" and flat.dtype in (torch.float32, torch.float64):
-        return torch.from_numpy(np.partition(flat.detach().numpy(), place))[place]
-    return flat.kthvalue(place + 1).values
-
-
 def _largest(flat: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Positions of the `count` largest values; among equal ones at the border, a random draw."""
     if count == 0:
         return torch.zeros(0, dtype=torch.long, device=flat.device)
-    border = _nth(flat, len(flat) - count)
+    border = flat.kthvalue(len(flat) - count + 1).values
     above = (flat > border).nonzero()[:, 0]
     tied = (flat == border).nonzero()[:, 0]
     order = torch.randperm(len(tied), generator=generator).to(tied.device)
