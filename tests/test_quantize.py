@@ -203,11 +203,9 @@ def test_full_protection_is_the_identity_of_16_bit_weights(dtype) -> None:
 def test_the_error_is_what_quantization_adds() -> None:
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         weight = weights().to(dtype)
-        error = quantization_error(weight, Scheme(4), [0, 2])
+        error = quantization_error(weight, Scheme(4))
         assert error.dtype == torch.promote_types(dtype, torch.float32)
-        torch.testing.assert_close(
-            weight.to(error) + error, pack(weight, Scheme(4), [0, 2]).unpack(error.dtype)
-        )
+        torch.testing.assert_close(weight.to(error) + error, pack(weight, Scheme(4)).unpack(error.dtype))
         assert error[4].abs().max() > 0
     sizes = [quantization_error(weights(), Scheme(bits)).norm() for bits in (2, 3, 4, 8)]
     assert sizes == sorted(sizes, reverse=True)
@@ -459,13 +457,10 @@ def test_channels_are_selected_by_their_scores() -> None:
     for name, count in (("a", 4), ("b", 2)):
         assert set(kept.channels[name].tolist()) == set(scores[name].topk(count).indices.tolist())
         assert kept.channels[name].equal(kept.channels[name].sort().values)
-    anywhere = select_channels(scores, 0.1, scope="global").channels
-    assert sum(len(v) for v in anywhere.values()) == 6
     low = select_channels(scores, 0.3, "low half", seed=2).channels
     assert (scores["a"][low["a"]] < scores["a"].quantile(0.5)).all() and len(low["a"]) == 12
     a, b, c = (select_channels(scores, 0.3, "random", seed=s).channels["a"] for s in (0, 0, 1))
     assert a.equal(b) and not a.equal(c)
-    assert set(select_channels(scores, 0.1, names=["b"]).channels) == {"b"}
 
 
 @pytest.mark.parametrize(

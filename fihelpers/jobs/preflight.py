@@ -342,17 +342,18 @@ class Source:
 
 def source_of(name: str | PathLike[str], revision: str | None) -> Source:
     """A bundled model, a folder or a hub id; raises what `estimate_scores` raises."""
-    name = str(name)
-    if _is_here(name):
-        folder, label, _ = locate(name, revision)
+    place = label = str(name)
+    here = _is_here(label)
+    if here:
+        folder, label, _ = locate(place, revision)
         weight_files(folder, label)
-        network = _without_storage(_config(str(folder), None, label), label)
-        return Source(label, network, _stored_itemsize(network), 0)
-    network = _without_storage(_config(name, revision, name), name)
-    itemsize = _stored_itemsize(network)
-    download = _to_download(name, revision)
-    parameters = sum(p.numel() for p in network.parameters())
-    return Source(name, network, itemsize, parameters * itemsize if download is None else download)
+        place, revision = str(folder), None
+    network = _without_storage(_config(place, revision, label), label)
+    stored = getattr(network.config, "dtype", None)
+    itemsize = stored.itemsize if isinstance(stored, torch.dtype) else SCORE
+    size = itemsize * sum(p.numel() for p in network.parameters())
+    download = 0 if here else _to_download(place, revision)
+    return Source(label, network, itemsize, size if download is None else download)
 
 
 def _is_here(name: str) -> bool:
@@ -397,11 +398,6 @@ def _without_storage(config: Any, label: str) -> PreTrainedModel:
     except ValueError as error:
         raise ValueError(f"model {label!r} is no language model: {brief(error)}") from error
     return network
-
-
-def _stored_itemsize(network: PreTrainedModel) -> int:
-    stored = getattr(network.config, "dtype", None)
-    return stored.itemsize if isinstance(stored, torch.dtype) else SCORE
 
 
 def _to_download(name: str, revision: str | None) -> int | None:

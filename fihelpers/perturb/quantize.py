@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from fihelpers.models.language import LanguageModel
 from fihelpers.models.linear import as_rows, from_rows, linear_names, turned_names
-from fihelpers.perturb.sparsify import Scope, Which, select
+from fihelpers.perturb.sparsify import Which, select
 from fihelpers.scores.channels import Axis, check_axis
 from fihelpers.scores.store import Scores
 
@@ -80,20 +80,18 @@ def select_channels(
     share: float,
     which: Which = "top",
     *,
-    names: Collection[str] | None = None,
-    scope: Scope = "layer",
     seed: int = 0,
 ) -> Kept:
     """The channels to protect, by scores of channels such as `fihelpers.scores.channels` makes.
 
-    share: of the channels of each matrix (scope "layer") or of all matrices ("global"); `which` as in
-    `select`, where "low half" is v1's FI-low. Ties are settled by the seed.
+    share: of the channels of each matrix; `which` as in `select`, where "low half" is v1's FI-low. Ties are
+    settled by the seed.
     Raises ValueError for scores that are not of channels, and what `select` raises.
     """
     axis = scores.metadata.get("axis", "")
     if axis not in ("rows", "columns") or any(v.dim() != 1 for v in scores.values.values()):
         raise ValueError("These are scores of weights, not of channels; pass them through channel_scores.")
-    chosen = select(scores, share, which, names=names, scope=scope, seed=seed)
+    chosen = select(scores, share, which, scope="layer", seed=seed)
     channels = {name: index.sort().values for name, index in chosen.items()}
     return Kept(axis, channels, scores.metadata.get("sha256", ""))  # type: ignore[arg-type]
 
@@ -206,8 +204,6 @@ def pack(
 def quantization_error(
     weight: Tensor,
     scheme: Scheme,
-    kept: Tensor | Sequence[int] | None = None,
-    axis: Axis = "rows",
     *,
     turned: bool = False,
 ) -> Tensor:
@@ -218,7 +214,7 @@ def quantization_error(
     """
     exact = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
     matrix = weight if weight.dim() < 2 else as_rows(weight, turned)
-    unpacked = pack(matrix, scheme, kept, axis).unpack(exact.dtype)
+    unpacked = pack(matrix, scheme).unpack(exact.dtype)
     return from_rows(unpacked, tuple(weight.shape), turned) - exact
 
 

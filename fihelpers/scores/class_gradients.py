@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 
 from fihelpers.answers import Answers, letters
-from fihelpers.filters import EXACT, Spectral
-from fihelpers.influence import fi
 from fihelpers.models.language import LanguageModel
 
 
@@ -36,17 +34,3 @@ def gradients_of_weight(
     (batch,) = model.batches([prompt])
     log_p = classes.log_probs(model.last_logits(batch))[0]
     return class_gradients(log_p, model.network.get_parameter(name)), log_p.detach().exp()
-
-
-def fi_of_weight(
-    model: LanguageModel,
-    prompt: str,
-    name: str,
-    answers: Answers | None = None,
-    spectral: Spectral = EXACT,
-) -> Tensor:
-    """FI of every entry of one parameter for one prompt, of the parameter's shape (method 1, p = 1).
-
-    Arguments as in `gradients_of_weight`; warnings and errors as in `fi`.
-    """
-    return fi(*gradients_of_weight(model, prompt, name, answers), spectral=spectral)
