@@ -118,7 +118,7 @@ def open_weights(
     loaded = _loaded(folder, files, label)
     if loaded is None:
         return ModelWeights(label, commit, folder, config, files)
-    tensors = TensorGroup([loaded, files.only(loaded.others)])
+    tensors = TensorGroup([loaded, TensorGroup([files], loaded.others)])
     return ModelWeights(label, commit, folder, config, tensors, None, loaded)
 
 

@@ -41,11 +41,7 @@ GENERIC_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")
 HUB_FILES = ["model*.safetensors", WEIGHTS_INDEX, "*.json", "*.model", "*.txt", "*.jinja"]
 MIN_PREFIX = 8  # a shorter shared prefix costs more than it saves
 TRIED = 12  # tokens of the prompt on which ways of reading are compared
-ALIKE = {
-    4: 3e-5,
-    8: 3e-5,
-    2: 3e-2,
-}  # how far logits may be apart for it, of their largest, by bytes of a number
+ALIKE = {8: 3e-5, 4: 3e-5, 2: 3e-2}  # how far logits may be apart, of their largest, by bytes of a number
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 

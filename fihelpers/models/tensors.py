@@ -103,18 +103,13 @@ class TensorFile:
 
 
 class TensorGroup:
-    """The tensors of several sources, under names of their own."""
+    """The tensors of several sources, under names of their own, or of these names alone."""
 
-    def __init__(self, sources: Sequence[Tensors]) -> None:
-        self._source = {name: source for source in sources for name in source.layouts}
+    def __init__(self, sources: Sequence[Tensors], only: Collection[str] | None = None) -> None:
+        self._source = {
+            name: source for source in sources for name in source.layouts if only is None or name in only
+        }
         self.layouts = {name: source.layouts[name] for name, source in self._source.items()}
 
     def read(self, name: str, rows: int | None = None) -> Tensor:
         return self._source[name].read(name, rows)
-
-    def only(self, names: Collection[str]) -> TensorGroup:
-        """Those of these names alone."""
-        found = TensorGroup([])
-        found._source = {name: self._source[name] for name in names}
-        found.layouts = {name: self.layouts[name] for name in names}
-        return found
