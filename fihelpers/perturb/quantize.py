@@ -58,6 +58,16 @@ class Scheme:
         if self.group is not None and self.group < 1:
             raise ValueError(f"A group holds at least 1 weight, not {self.group}; None is a whole row.")
 
+    def group_of(self, width: int) -> int:
+        """How many weights of a row of this width share a scale; ValueError where they leave a rest."""
+        group = self.group or width
+        if width % group:
+            raise ValueError(
+                f"A row of {width} weights does not divide into groups of {group}; choose a divisor, or None "
+                "for one scale a row."
+            )
+        return group
+
     def __str__(self) -> str:
         groups = "" if self.group is None else f" in groups of {self.group}"
         return f"{self.bits} bit {self.mapping}{groups}"
@@ -117,18 +127,20 @@ class Packed:
 
     def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The matrix (out, in) that the codes stand for."""
-        place = _Layout(self.scheme, self.shape, self.axis, self.kept, self.codes.device)
-        codes = _unpack_bits(self.codes, self.scheme.bits, place.rows * len(place.columns))
-        codes = codes.view(place.rows, len(place.columns))
-        groups = place.columns // place.group
+        along, rest = _rest(self.shape, self.axis, self.kept, self.codes.device)
+        size = [*self.shape]
+        size[along] = len(rest)
+        codes = _unpack_bits(self.codes, self.scheme.bits, size[0] * size[1]).view(size)
+        columns = rest if along == 1 else torch.arange(size[1], device=codes.device)
+        groups = columns // self.scheme.group_of(self.shape[1])
         body = _decode(
             codes, self.scales[:, groups], None if self.zeros is None else self.zeros[:, groups], self.scheme
         )
         whole = torch.empty(self.shape, dtype=dtype, device=codes.device)
-        whole.index_copy_(place.along, place.rest, body.to(dtype))
+        whole.index_copy_(along, rest, body.to(dtype))
         if self.kept is not None and self.kept_values is not None:
-            values = self.kept_values if place.along == 0 else self.kept_values.T
-            whole.index_copy_(place.along, self.kept.long(), values.to(dtype))
+            values = self.kept_values if along == 0 else self.kept_values.T
+            whole.index_copy_(along, self.kept.long(), values.to(dtype))
         return whole
 
     def tensors(self) -> dict[str, Tensor]:
@@ -139,38 +151,6 @@ class Packed:
     @property
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
-
-
-class _Layout:
-    """Where the weights of a matrix lie: kept ones and the rest.
-
-    along: the axis that the kept channels count; rest: the other positions on that axis; rows: how many rows
-    have codes; columns: the columns that have codes; groups and group: how many groups a row has, and how
-    many columns each.
-    """
-
-    def __init__(
-        self,
-        scheme: Scheme,
-        shape: tuple[int, int],
-        axis: Axis,
-        kept: Tensor | None,
-        device: torch.device,
-    ) -> None:
-        self.along = 0 if axis == "rows" else 1
-        free = torch.ones(shape[self.along], dtype=torch.bool, device=device)
-        if kept is not None:
-            free[kept.long()] = False
-        self.rest = free.nonzero()[:, 0]
-        self.rows = len(self.rest) if self.along == 0 else shape[0]
-        self.columns = self.rest if self.along == 1 else torch.arange(shape[1], device=device)
-        self.group = scheme.group or shape[1]
-        self.groups = shape[1] // self.group
-        if shape[1] % self.group:
-            raise ValueError(
-                f"A row of {shape[1]} weights does not divide into groups of {self.group}; choose a "
-                "divisor, or None for one scale a row."
-            )
 
 
 def pack(
@@ -190,13 +170,17 @@ def pack(
         raise FloatingPointError("The weights hold NaN or infinite values; they cannot be quantized.")
     shape = (weight.shape[0], weight.shape[1])
     index = _checked(kept, shape[0 if axis == "rows" else 1], axis, weight.device)
-    place = _Layout(scheme, shape, axis, index, weight.device)
-    matrix = weight.float()
-    body = matrix[place.rest] if place.along == 0 else _without(matrix, index)
-    scales, zeros = _ranges(body, place, scheme)
+    along, rest = _rest(shape, axis, index, weight.device)
+    body = weight.float()
+    if along == 0:
+        body = body[rest]
+    elif index is not None:
+        body = body.index_fill(1, index.long(), 0)  # ranges include 0 anyway, so these do not change them
+    scales, zeros = _ranges(body, rest if along == 1 else None, scheme)
     if not torch.isfinite(scales).all():
         raise ValueError(f"Weights up to {float(weight.abs().max()):.3g} are beyond the scales of float16.")
-    codes = _encode(body, place, scales, zeros, scheme)[:, place.columns]
+    codes = _encode(body, scales, zeros, scheme)
+    codes = codes if along == 0 else codes[:, rest]
     values = None if index is None else _sixteen_bits(weight, index, axis)
     return Packed(scheme, shape, axis, _pack_bits(codes, scheme.bits), scales, zeros, index, values)
 
@@ -273,18 +257,27 @@ def _checked(
     return index.int()
 
 
-def _without(matrix: Tensor, columns: Tensor | None) -> Tensor:
-    """The matrix with 0 in the kept columns: ranges include 0 anyway, so these do not change them."""
-    return matrix if columns is None else matrix.index_fill(1, columns.long(), 0)
+def _rest(
+    shape: tuple[int, int], axis: Axis, kept: Tensor | None, device: torch.device
+) -> tuple[int, Tensor]:
+    """The axis that kept channels count, and the positions on it that are not kept."""
+    along = 0 if axis == "rows" else 1
+    free = torch.ones(shape[along], dtype=torch.bool, device=device)
+    if kept is not None:
+        free[kept.long()] = False
+    return along, free.nonzero()[:, 0]
 
 
-def _ranges(body: Tensor, place: _Layout, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
-    """Scales, float16 (rows, groups), and the codes of 0 for "asymmetric", uint8, else None."""
-    grouped = body.view(len(body), place.groups, place.group)
+def _ranges(body: Tensor, columns: Tensor | None, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
+    """Scales, float16 (rows, groups), and the codes of 0 for "asymmetric", uint8, else None.
+
+    columns: those that are not kept, None for all.
+    """
+    group = scheme.group_of(body.shape[1])
+    grouped = body.unflatten(1, (-1, group))
     if scheme.bits == 1:
-        members = torch.zeros(grouped.shape[1], device=body.device).index_add_(
-            0, place.columns // place.group, torch.ones(len(place.columns), device=body.device)
-        )
+        columns = torch.arange(body.shape[1], device=body.device) if columns is None else columns
+        members = (columns // group).bincount(minlength=grouped.shape[1])
         return (grouped.abs().sum(-1) / members.clamp(min=1)).half(), None
     levels = 2**scheme.bits - 1
     low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
@@ -294,12 +287,12 @@ def _ranges(body: Tensor, place: _Layout, scheme: Scheme) -> tuple[Tensor, Tenso
     return scales.half(), (-(low / scales).round()).clamp(0, levels).to(torch.uint8)
 
 
-def _encode(body: Tensor, place: _Layout, scales: Tensor, zeros: Tensor | None, scheme: Scheme) -> Tensor:
+def _encode(body: Tensor, scales: Tensor, zeros: Tensor | None, scheme: Scheme) -> Tensor:
     """Codes, uint8, of all columns (rows, columns)."""
     if scheme.bits == 1:
         return (body >= 0).to(torch.uint8)
     inverse = 1.0 / scales.float()  # torchao multiplies by the inverse, which rounds unlike a division
-    steps = (body.view(len(body), place.groups, place.group) * inverse[..., None]).round()
+    steps = (body.unflatten(1, (scales.shape[1], -1)) * inverse[..., None]).round()
     zero = 2 ** (scheme.bits - 1) if zeros is None else zeros[..., None]
     return (steps + zero).clamp(0, 2**scheme.bits - 1).to(torch.uint8).view_as(body)
 
