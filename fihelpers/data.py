@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import tempfile
-from functools import lru_cache
 from pathlib import Path
 
 MANIFEST = "manifest.json"
@@ -79,11 +78,6 @@ def _manifest(folder: Path) -> dict[str, str]:
     path = folder / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; restore the data folder.")
-    return _read_manifest(path, path.stat().st_mtime_ns)
-
-
-@lru_cache(maxsize=4)
-def _read_manifest(path: Path, _mtime: int) -> dict[str, str]:
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
