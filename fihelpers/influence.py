@@ -76,15 +76,11 @@ def fi(
     Raises ValueError for shapes that do not fit and FloatingPointError for NaN or infinite input.
     """
     axes = axes_of(over, class_grads.dim() - 1)
-    if not axes:
-        m = moments(class_grads, probs, predicted)
-        values = fi_of_moments(m, spectral)
-        top = m.ceiling
-    else:
-        turned, others, chosen = _turned(class_grads, probs, axes, predicted)
-        top = like(others.sum(0) / chosen, turned.dim() - 2)
-        values = group_fi(_small_problem(turned, others), chosen, top, spectral, class_grads.dtype)
-    warn_if_saturated(values, top)
+    if axes:
+        return _group_fi(class_grads, probs, axes, predicted, spectral, class_grads.dtype)
+    m = moments(class_grads, probs, predicted)
+    values = fi_of_moments(m, spectral)
+    warn_if_saturated(values, m.ceiling)
     return values.to(_working(class_grads.dtype))
 
 
@@ -117,11 +113,11 @@ def fi_from_gram(
     """
     if gram_matrix.dim() < 2 or gram_matrix.shape[0] != gram_matrix.shape[1]:
         raise ValueError(f"A Gram matrix has shape (K, K, ...), not {tuple(gram_matrix.shape)}.")
-    problem, others, chosen = _problem_of_gram(gram_matrix, probs, predicted)
-    top = like(others.sum(0) / chosen, gram_matrix.dim() - 2)
-    values = group_fi(problem, chosen, top, spectral, dtype)
-    warn_if_saturated(values, top)
-    return values.to(_working(dtype))
+    _check_finite(gram_matrix)
+    # rows with these inner products are all that FI depends on, and have K dimensions in place of the group's
+    sizes, along = torch.linalg.eigh(gram_matrix.double().movedim((0, 1), (-2, -1)))
+    rows = (along * sizes.clamp(min=0).sqrt()[..., None, :]).movedim(-2, 0)
+    return _group_fi(rows, probs, (rows.dim() - 2,), predicted, spectral, dtype)
 
 
 def ceiling(probs: Tensor, predicted: int | Tensor | None = None) -> Tensor:
@@ -276,6 +272,22 @@ def _other_classes(
     return rows.unflatten(0, index.shape), others, chosen
 
 
+def _group_fi(
+    class_grads: Tensor,
+    probs: Tensor,
+    axes: tuple[int, ...],
+    predicted: int | Tensor | None,
+    spectral: Spectral,
+    dtype: torch.dtype,
+) -> Tensor:
+    """FI of groups that span these axes; dtype: in which the class gradients were computed."""
+    turned, others, chosen = _turned(class_grads, probs, axes, predicted)
+    top = like(others.sum(0) / chosen, turned.dim() - 2)
+    values = group_fi(_small_problem(turned, others), chosen, top, spectral, dtype)
+    warn_if_saturated(values, top, stacklevel=4)
+    return values.to(_working(dtype))
+
+
 def _turned(
     class_grads: Tensor, probs: Tensor, axes: tuple[int, ...], predicted: int | Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -300,23 +312,6 @@ def _small_problem(turned: Tensor, others: Tensor) -> Problem:
     return Problem(outer(turned), root[..., 0].expand(turned.shape[:-1]), of_metric=False)
 
 
-def _problem_of_gram(
-    gram_matrix: Tensor, probs: Tensor, predicted: int | Tensor | None
-) -> tuple[Problem, Tensor, Tensor]:
-    """The problem of M, the other classes' probabilities, and P(y_hat)."""
-    rows, others, chosen = _other_classes(gram_matrix.movedim(1, -1), probs, predicted)
-    both = _other_classes(rows.transpose(0, -1), probs, predicted)[0]
-    g = both.movedim(-1, 1).double()
-    others, chosen = others.double(), chosen.double()
-    p, q = like(others, g.dim() - 1), like(chosen, g.dim() - 2)
-    kappa = 1 / (q.sqrt() * (1 + q.sqrt()))
-    mean = (p * g).sum(1) * kappa  # inner products of each row with the shift
-    square = (p * mean).sum(0) * kappa
-    root = p.sqrt()
-    m = root[:, None] * root[None] * (g + mean[:, None] + mean[None] + square)
-    return Problem(m, root.expand(m.shape[1:]), of_metric=False), others, chosen
-
-
 def _grouped(grads: Tensor, axes: tuple[int, ...]) -> Tensor:
     """(K, *shape) -> (K, *rest, p)."""
     moved = grads.movedim([a + 1 for a in axes], list(range(-len(axes), 0)))
@@ -327,7 +322,7 @@ def _near(values: Tensor, top: Tensor) -> Tensor:
     return (values - top).abs() <= SATURATED_RTOL * top
 
 
-def warn_if_saturated(values: Tensor | Collection[Tensor], top: Tensor) -> None:
+def warn_if_saturated(values: Tensor | Collection[Tensor], top: Tensor, stacklevel: int = 3) -> None:
     """Elements without any gradient have FI 0 and say nothing about saturation."""
     live = near = 0
     for part in (values,) if isinstance(values, Tensor) else values:
@@ -342,5 +337,5 @@ def warn_if_saturated(values: Tensor | Collection[Tensor], top: Tensor) -> None:
             f"FI equals its ceiling at {share:.1%} of the elements, so it ranks nothing: use more classes "
             "than dimensions per group, elementwise FI, or a filter other than exact (method 1b.2).",
             SaturationWarning,
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
