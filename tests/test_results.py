@@ -13,9 +13,8 @@ from conftest import WriteChapter
 from tiny import tiny_network
 from torch import nn
 
-from fichapters.results import Chapter, begin, load_results
+from fichapters.results import Chapter, begin, linear_share, load_results
 from fihelpers.filters import Cut
-from fihelpers.models.linear import linear_share
 
 MODEL = SimpleNamespace(name="mini", revision=None, sha256="ab" * 32)
 

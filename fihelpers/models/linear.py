@@ -33,22 +33,6 @@ def linear_names(network: PreTrainedModel) -> list[str]:
     return found
 
 
-def linear_share(network: PreTrainedModel) -> float:
-    """The share of the weights in matrices that `linear_names` covers, embeddings and output head aside."""
-    ends = (network.get_input_embeddings(), network.get_output_embeddings())
-    aside = {p for module in ends if module is not None for p in module.parameters()}
-    aside |= {p for m in network.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    named = {
-        name: p
-        for name, p in network.named_parameters()
-        if p not in aside
-        and _is_matrix(p)
-        and not name.endswith("bias")  # those of fused experts are a table
-    }
-    whole = sum(p.numel() for p in named.values())
-    return sum(named[name].numel() for name in linear_names(network) if name in named) / max(whole, 1)
-
-
 def turned_names(network: nn.Module) -> frozenset[str]:
     """Names of the weights whose last axis is the layer's output, not its input."""
     return frozenset(

@@ -16,6 +16,8 @@ from types import MappingProxyType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, Protocol, SupportsFloat
 
 from IPython import get_ipython
+from torch import nn
+from transformers import PreTrainedModel
 
 from fichapters.parameters import executed, profiles_folder, read_profile, settle
 from fihelpers import __version__
@@ -27,7 +29,7 @@ from fihelpers.data import (
     write_atomically,
 )
 from fihelpers.models.language import LanguageModel
-from fihelpers.models.linear import linear_share
+from fihelpers.models.linear import linear_names
 from fihelpers.models.vision import VisionModel
 from fihelpers.threads import use_threads
 from fihelpers.trials import Kept
@@ -118,7 +120,7 @@ class Chapter:
 
         Glued are `name`, `name_n`, and `name_low` and `name_high` where they are given. A name recorded again
         replaces the earlier number. Of each model the file says, too, which share of its matrices "all linear
-        layers" are (`fihelpers.models.linear.linear_share`). Raises ValueError for a number that is not
+        layers" are (`linear_share`). Raises ValueError for a number that is not
         finite, lies outside its interval or was formed over nothing, and for a name of other than letters,
         digits, ``_.-``.
         """
@@ -282,3 +284,20 @@ def _glue(record: Record) -> None:
     for suffix, value in (("", record.value), ("_low", record.low), ("_high", record.high), ("_n", record.n)):
         if value is not None:
             glue(f"{record.name}{suffix}", value, display=False)
+
+
+def linear_share(network: PreTrainedModel) -> float:
+    """The share of the weights in matrices that `linear_names` covers, embeddings and output head aside."""
+    ends = (network.get_input_embeddings(), network.get_output_embeddings())
+    aside = {p for module in ends if module is not None for p in module.parameters()}
+    aside |= {p for m in network.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    named = {
+        name: p
+        for name, p in network.named_parameters()
+        if p not in aside
+        and p.dim() > 1
+        and min(p.shape) > 1
+        and not name.endswith("bias")  # those of fused experts are a table
+    }
+    whole = sum(p.numel() for p in named.values())
+    return sum(named[name].numel() for name in linear_names(network) if name in named) / max(whole, 1)
