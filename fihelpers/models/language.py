@@ -213,9 +213,10 @@ class LanguageModel:
             logits: Tensor = self.network(**inputs, logits_to_keep=1).logits
             return logits[:, -1]
         past = _repeated(past, len(batch.index))
-        with _head_at(self.network, batch.last):
-            logits = self.network(**inputs, past_key_values=past).logits
-        return (at_columns(logits, batch.last) if logits.shape[1] > 1 else logits)[:, 0]
+        columns, places = batch.last.unique(return_inverse=True)
+        logits = self.network(**inputs, past_key_values=past, logits_to_keep=columns).logits
+        kept = logits.shape[1] == len(columns)  # some networks give all
+        return logits[torch.arange(len(logits)), (places if kept else batch.last).to(logits.device)]
 
     @cached_property
     def counts_places(self) -> bool:
@@ -276,33 +277,6 @@ class LanguageModel:
         ids = tokenize(self.tokenizer, prompts)
         check_tokens(ids, self.network, self.name)
         return ids
-
-
-def at_columns(x: Tensor, columns: Tensor) -> Tensor:
-    """One column (B, 1, ...) of each row of x (B, T, ...), of those given (B,)."""
-    rows = torch.arange(len(columns), device=x.device)
-    return x[rows, columns.to(x.device)][:, None]
-
-
-@contextmanager
-def _head_at(network: PreTrainedModel, last: Tensor) -> Iterator[None]:
-    """Let the output head see one column of each row alone, ``last`` (B,), instead of all."""
-
-    def cut(_: torch.nn.Module, inputs: tuple[Any, ...]) -> Any:
-        hidden = inputs[0] if inputs else None
-        if not isinstance(hidden, Tensor) or hidden.dim() != 3 or len(hidden) != len(last):
-            return None
-        return (at_columns(hidden, last), *inputs[1:])
-
-    head = network.get_output_embeddings()
-    if head is None:
-        yield
-        return
-    hook = head.register_forward_pre_hook(cut)
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def context_of(network: PreTrainedModel) -> int | None:
