@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from string import ascii_uppercase
 from typing import TypeVar
 
 Kind = TypeVar("Kind", dict, list)
@@ -92,6 +93,12 @@ def _content(example: Example) -> tuple[object, ...]:
     if example.image is None:
         return text
     return (*text, hashlib.sha256(example.image).hexdigest(), example.hint)
+
+
+def lettered(question: str, options: Sequence[str]) -> str:
+    """A question with its options, each after its letter, up to where the answer begins."""
+    lines = [f"{letter}. {option}" for letter, option in zip(ascii_uppercase, options, strict=False)]
+    return "\n".join([question, *lines, "Answer:"])
 
 
 def check_subject(subject: str | None, known: Iterable[str]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from fihelpers.data import check_file
 from fihelpers.extras import optional
-from fihelpers.tasks.base import Example, asking_hub, check_subject
+from fihelpers.tasks.base import Example, asking_hub, check_subject, lettered
 
 log = logging.getLogger(__name__)
 
@@ -36,19 +36,14 @@ Rows = dict[str, list[Row]]  # subject -> its questions in the order of the file
 
 def format_prompt(subject: str, question: str, options: Sequence[str], shots: Sequence[Row] = ()) -> str:
     """Write the standard MMLU prompt, which ends in "Answer:"; shots are answered questions before it."""
-    solved = [f"{_block(shot.question, shot.options)} {LETTERS[shot.answer]}\n\n" for shot in shots]
-    return header(subject) + "".join(solved) + _block(question, options)
+    solved = [f"{lettered(shot.question, shot.options)} {LETTERS[shot.answer]}\n\n" for shot in shots]
+    return header(subject) + "".join(solved) + lettered(question, options)
 
 
 def header(subject: str) -> str:
     """What the MMLU prompt begins with."""
     title = subject.replace("_", " ")
     return f"The following are multiple choice questions (with answers) about {title}.\n\n"
-
-
-def _block(question: str, options: Sequence[str]) -> str:
-    lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=True)]
-    return "\n".join([question, *lines, "Answer:"])
 
 
 def make_examples(rows: Rows, split: str, solved: Rows, shots: int) -> list[Example]:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from fihelpers.data import check_file, data_folder
 from fihelpers.extras import optional
 from fihelpers.images import check_image, decode_base64, is_data_url
-from fihelpers.tasks.base import Example, asking_hub, check_subject, read_json, read_utf8
+from fihelpers.tasks.base import Example, asking_hub, check_subject, lettered, read_json, read_utf8
 from fihelpers.tasks.tables import TableRow, read_tsv
 
 LETTERS = "ABCDEF"
@@ -57,8 +57,7 @@ Source = tuple[Sequence[Row], str]  # the rows of a file, folder or hub data set
 
 def image_prompt(question: str, options: Sequence[str], hint: str = "", instruction: str = "") -> str:
     """Write instruction, hint, question and lettered options, up to "Answer:"; the model adds the image."""
-    lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]
-    return "\n".join([*filter(None, (instruction, hint)), question, *lines, "Answer:"])
+    return "\n".join([*filter(None, (instruction, hint)), lettered(question, options)])
 
 
 def with_instruction(example: Example, instruction: str) -> Example:
