@@ -99,7 +99,7 @@ def test_scores_equal_autograd(kind: str) -> None:
     model = model_of(kind, torch.float32 if kind in FLOAT32 else torch.float64)
     prompts = texts((1, 4, 13, 4))
     names = two_weights(model, prompts[2])
-    scores = score_weights(model, asked(prompts), ["Jacobian norm"], only=names)
+    scores = score_weights(model, asked(prompts), ["Jacobian norm", "Fisher diagonal"], only=names)
     weights = [model.network.get_parameter(name) for name in names]
     truth = {key: [torch.zeros_like(p) for p in weights] for key in ("Jacobian norm", "Fisher diagonal")}
     for prompt in prompts:
