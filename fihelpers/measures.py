@@ -28,12 +28,13 @@ class Measure(ABC):
     """What experiments loop over: called on class gradients, it gives one value for each perturbation.
 
     `needs_value` says whether it cannot do without the perturbed values; `reads_others`, whether its formula
-    reads `Moments.others`.
+    reads `Moments.others`; `reduce`, "norm" or "sum", how single elements are joined over a group.
     """
 
     name: str
     needs_value: bool
     reads_others: bool = False
+    reduce: str = "norm"
 
     def __call__(
         self,
@@ -63,11 +64,15 @@ class Measure(ABC):
     def of_moments(self, m: Moments, given: Tensor) -> Tensor:
         """The elementwise measure (p = 1) from the moments of the class gradients."""
 
-    @abstractmethod
     def of_groups(
         self, class_grads: Tensor, probs: Tensor, over: Over, predicted: Predicted, given: Tensor
     ) -> Tensor:
         """The measure of each group of elements that `over` joins."""
+        values = self.of_moments(moments(class_grads, probs, predicted), given)
+        axes = axes_of(over, values.dim())
+        if not axes:
+            return values
+        return values.sum(axes) if self.reduce == "sum" else torch.linalg.vector_norm(values, dim=axes)
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ class Influence(Measure):
 
 @dataclass(frozen=True)
 class Elementwise(Measure):
-    """A formula in the moments of each element, joined over a group by `reduce`, "norm" or "sum"."""
+    """A formula in the moments of each element."""
 
     name: str
     formula: Formula
@@ -102,11 +107,6 @@ class Elementwise(Measure):
 
     def of_moments(self, m: Moments, given: Tensor) -> Tensor:
         return self.formula(m, given)
-
-    def of_groups(
-        self, class_grads: Tensor, probs: Tensor, over: Over, predicted: Predicted, given: Tensor
-    ) -> Tensor:
-        return _join(self.of_moments(moments(class_grads, probs, predicted), given), over, self.reduce)
 
 
 @dataclass(frozen=True)
@@ -173,11 +173,6 @@ class Magnitude(DataFree):
     def of_value(self, value: Tensor, salt: int = 0) -> Tensor:
         return value.abs()
 
-    def of_groups(
-        self, class_grads: Tensor, probs: Tensor, over: Over, predicted: Predicted, given: Tensor
-    ) -> Tensor:
-        return _join(given.abs().expand(class_grads.shape[1:]), over, "norm")
-
 
 def _saliency(m: Moments, given: Tensor) -> Tensor:
     """With f(y) = -log P(y): -df(y_hat) * sum of df(y) over the others, where the signs agree (method 3)."""
@@ -241,10 +236,3 @@ def names_of(measures: Iterable[str]) -> tuple[str, ...]:
     Raises what `find_measure` raises.
     """
     return tuple(dict.fromkeys(find_measure(measure).name for measure in measures))
-
-
-def _join(values: Tensor, over: Over, how: str) -> Tensor:
-    axes = axes_of(over, values.dim())
-    if not axes:
-        return values
-    return values.sum(axes) if how == "sum" else torch.linalg.vector_norm(values, dim=axes)

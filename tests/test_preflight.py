@@ -21,7 +21,7 @@ from fichapters.packed import quantize_model
 from fichapters.stored import save_quantized, size_report
 from fihelpers.data import data_folder
 from fihelpers.jobs import preflight
-from fihelpers.jobs.preflight import Estimate, Part, estimate_scores
+from fihelpers.jobs.preflight import Estimate, estimate_scores
 from fihelpers.models.language import WEIGHTS, open_model
 from fihelpers.perturb.merge import merge_models
 from fihelpers.perturb.quantize import (
@@ -83,7 +83,7 @@ for name in ("mini-lm", sys.argv[1]):
 
 
 def _part(estimate: Estimate, what: str) -> int:
-    (size,) = [part.bytes for part in estimate.parts if part.what == what]
+    (size,) = [sizes[what] for sizes in estimate.parts.values() if what in sizes]
     return size
 
 
@@ -236,11 +236,7 @@ def test_too_little_disk_is_said(hub: list[Any], monkeypatch: pytest.MonkeyPatch
 
 
 def test_places_are_summed_and_checked_apart() -> None:
-    parts = (
-        Part("weights", 3 * 10**9, "memory"),
-        Part("scores", 10**9, "memory"),
-        Part("copy", 5, "disk at /"),
-    )
+    parts = {"memory": {"weights": 3 * 10**9, "scores": 10**9}, "disk at /": {"copy": 5}}
     estimate = Estimate("a run", 7, parts, {"memory": 4 * 10**9, "disk at /": 5})
     estimate.check()
     assert (estimate.memory_bytes, estimate.disk_bytes) == (4 * 10**9, 5)

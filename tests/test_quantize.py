@@ -381,7 +381,7 @@ def test_the_size_is_foreseen(kind, tmp_path) -> None:
     packed = pack_model(model, names, scheme, kept)
     foreseen = estimate_quantization(tmp_path / "tiny", scheme, share=0.25, out=tmp_path)
     quantize_model(model.network, packed)
-    (size,) = [part.bytes for part in foreseen.parts if part.what == "packed weights"]
+    size = foreseen.parts["memory"]["packed weights"]
     assert size == size_report(packed).packed
     assert foreseen.disk_bytes == sum(p.nbytes for p in packed.values()) + 4 * model.network.num_parameters()
 

@@ -450,7 +450,7 @@ def test_all_processes_take_the_way_of_the_first(
     assert scoring.foresee(str(saved / "model"), task, out, team=Processes(1, 2)) is first
     assert first.path == "at once, in 2 processes"
     alone = scoring.foresee(str(saved / "model"), task, out)
-    held = [next(part.bytes for part in plan.parts if part.what == "weights") for plan in (first, alone)]
+    held = [plan.parts["memory"]["weights"] for plan in (first, alone)]
     assert held[0] == 2 * held[1]  # each process has the model
     sent.clear()
     with_free_memory(10, monkeypatch)

@@ -51,26 +51,18 @@ TOKENS = 512  # of the longest prompt, where the caller does not say
 
 
 @dataclass(frozen=True)
-class Part:
-    """Bytes that a run needs in one place: "memory", "memory of cuda:0" or "disk at /"."""
-
-    what: str
-    bytes: int
-    place: str
-
-
-@dataclass(frozen=True)
 class Estimate:
     """What a run needs, and what is free.
 
-    parameters: of the model, or of all models. free: bytes by place, when the estimate was made.
+    parameters: of the model, or of all models. parts: bytes by place, such as "memory", "memory of cuda:0" or
+    "disk at /", and by what they are for. free: bytes by place, when the estimate was made.
     alternatives: bytes of memory under other settings. path: the way that is taken, where there are several.
     seconds: that the run takes once the model is open, None where they were not asked for.
     """
 
     what: str
     parameters: int
-    parts: tuple[Part, ...]
+    parts: Mapping[str, Mapping[str, int]]
     free: Mapping[str, int]
     alternatives: Mapping[str, int] = field(default_factory=dict)
     path: str = ""
@@ -79,11 +71,11 @@ class Estimate:
 
     @property
     def memory_bytes(self) -> int:
-        return sum(part.bytes for part in self.parts if not _is_disk(part.place))
+        return sum(self._needed(place) for place in self.parts if not _is_disk(place))
 
     @property
     def disk_bytes(self) -> int:
-        return sum(part.bytes for part in self.parts if _is_disk(part.place))
+        return sum(self._needed(place) for place in self.parts if _is_disk(place))
 
     def __str__(self) -> str:
         lines = [", ".join(filter(None, [f"{self.what}: {self.parameters:,} parameters", self.path]))]
@@ -91,7 +83,7 @@ class Estimate:
             lines.append(f"  time: about {_time(self.seconds)}")
         for place, free in self.free.items():
             lines.append(f"  {place}: {_size(self._needed(place))} of {_size(free)} free")
-            lines += [f"    {_size(p.bytes):>9}  {p.what}" for p in self.parts if p.place == place]
+            lines += [f"    {_size(size):>9}  {what}" for what, size in self.parts[place].items()]
         return "\n".join(lines)
 
     @property
@@ -114,7 +106,7 @@ class Estimate:
         return self
 
     def _needed(self, place: str) -> int:
-        return sum(part.bytes for part in self.parts if part.place == place)
+        return sum(self.parts[place].values())
 
     def _remedy(self, free: int) -> str:
         for settings, needed in self.alternatives.items():
@@ -460,17 +452,17 @@ def estimate_of(
 
     place, free = _memory_free(device, device_map)
     frees = {place: free}
-    parts = [Part(name, size, place) for name, size in memory.items()]
+    parts = {place: dict(memory)}
     if host:
         frees.setdefault("memory", psutil.virtual_memory().available)
-        parts += [Part(name, size, "memory") for name, size in host.items()]
+        parts.setdefault("memory", {}).update(host)
     downloads = {f"download of {source.label}": source.download for source in sources if source.download}
     for sizes, folder in ((downloads, HF_HUB_CACHE), (disk, out)):
         if sizes and folder is not None:
             mount = _mount(Path(folder))
             frees[f"disk at {mount}"] = shutil.disk_usage(mount).free
-            parts += [Part(name, size, f"disk at {mount}") for name, size in sizes.items()]
-    return Estimate(what, sum(s.parameters for s in sources), tuple(parts), frees, alternatives)
+            parts.setdefault(f"disk at {mount}", {}).update(sizes)
+    return Estimate(what, sum(s.parameters for s in sources), parts, frees, alternatives)
 
 
 def _memory_free(device: str, device_map: str | None = None) -> tuple[str, int]:

@@ -148,7 +148,7 @@ class Merger:
         protected = self._protected_masks(name)
         merged = torch.empty(layout.numel, dtype=layout.dtype)
         done = 0
-        for piece in self._pieces(name, protected):
+        for piece in self._pieces(name, self._kept(name), protected):
             part = self.method.merge(piece)
             merged[done : done + len(part)] = part.to(layout.dtype)
             done += len(part)
@@ -216,24 +216,19 @@ class Merger:
             dtype = torch.promote_types(dtype, model.layouts[name].dtype)
         return dtype
 
-    def _pieces(self, name: str, protected: Pair | None) -> Iterator[Piece]:
+    def _pieces(self, name: str, kept: Pair | None, protected: Pair | None = None) -> Iterator[Piece]:
         size, dtype = self.layouts[name].numel, self._work(name)
         a, b = (expert.read(name).reshape(-1) for expert in self.experts)
         base = None
         if self.base is not None and self.method.needs_base:
             base = self.base.read(name).reshape(-1)
-        trims = self._trims
-        kept = None if trims is None else (trims[0].mask(name), trims[1].mask(name))
         fishers = self._fishers_of(name)
-        dropping = [_Dropping(self.method, name, which) for which in (0, 1)]
-
+        drop_a, drop_b = (_dropping(self.method, name, which) for which in (0, 1))
         for start in range(0, size, CHUNK):
             part = slice(start, start + CHUNK)
             of_a, of_b = a[part].to(dtype), b[part].to(dtype)
             of_base = None if base is None else base[part].to(dtype)
-            deltas = None
-            if of_base is not None:
-                deltas = (dropping[0](of_a - of_base), dropping[1](of_b - of_base))
+            deltas = None if of_base is None else (drop_a(of_a - of_base), drop_b(of_b - of_base))
             yield Piece(
                 of_base, of_a, of_b, deltas, _cut(kept, part), _cut(protected, part), _cut(fishers, part),
                 self.protection,
@@ -248,20 +243,16 @@ class Merger:
         sizes = {name: self.layouts[name].numel for name in self.floating}
         counts = _counts(sizes, method.trim == "global", lambda n: int(method.density * n))
         dtype = max((self._work(name) for name in sizes), key=lambda d: d.itemsize)
-        a, b = (TopShare(sizes, self._magnitudes(which), counts, dtype) for which in (0, 1))
+
+        def magnitudes(which: int) -> Callable[[str], Iterator[Tensor]]:
+            return lambda name: (p.deltas[which].abs() for p in self._pieces(name, None) if p.deltas)
+
+        a, b = (TopShare(sizes, magnitudes(which), counts, dtype) for which in (0, 1))
         return a, b
 
-    def _magnitudes(self, which: int) -> Callable[[str], Iterator[Tensor]]:
-        """A stream of the absolute values of one expert's displacement."""
-
-        def stream(name: str) -> Iterator[Tensor]:
-            assert self.base is not None  # checked for every method that trims
-            dtype, dropping = self._work(name), _Dropping(self.method, name, which)
-            own, base = (m.read(name).reshape(-1) for m in (self.experts[which], self.base))
-            for x, y in zip(own.split(CHUNK), base.split(CHUNK), strict=True):
-                yield dropping(x.to(dtype) - y.to(dtype)).abs()
-
-        return stream
+    def _kept(self, name: str) -> Pair | None:
+        trims = self._trims
+        return None if trims is None else (trims[0].mask(name), trims[1].mask(name))
 
     @cached_property
     def _protected(self) -> tuple[TopShare | None, ...]:
@@ -289,7 +280,7 @@ class Merger:
         """A stream of scores times the squared displacement of this, the plain, merge (method 1b.4)."""
 
         def stream(name: str) -> Iterator[Tensor]:
-            pieces = self._pieces(name, None)
+            pieces = self._pieces(name, self._kept(name))
             for values, piece in zip(reader.stream(name), pieces, strict=True):
                 delta = self.method.merge(piece) - (piece.a, piece.b)[which]
                 yield values.to(delta.dtype) * delta * delta
@@ -335,21 +326,18 @@ class Merger:
         return ["", *(f"- Fisher of {r}: {f.about}." for r, f in zip("AB", self.fishers, strict=True) if f)]
 
 
-class _Dropping:
+def _dropping(method: Method, name: str, which: int) -> Callable[[Tensor], Tensor]:
     """DARE's random dropping of one expert's displacement of one tensor; nothing for other methods."""
+    if not isinstance(method, Dare | DareTies):
+        return lambda delta: delta
+    density = method.density if isinstance(method, Dare) else method.drop_density
+    generator = torch.Generator().manual_seed(seed_of(method.seed, name, which))
 
-    def __init__(self, method: Method, name: str, which: int) -> None:
-        self.density, self.rescale, self.generator = 1.0, False, torch.Generator()
-        if isinstance(method, Dare | DareTies):
-            self.density = method.density if isinstance(method, Dare) else method.drop_density
-            self.rescale = method.rescale
-            self.generator.manual_seed(seed_of(method.seed, name, which))
+    def drop(delta: Tensor) -> Tensor:
+        kept = torch.bernoulli(torch.full_like(delta, density), generator=generator)
+        return delta * kept / density if method.rescale else delta * kept
 
-    def __call__(self, delta: Tensor) -> Tensor:
-        if self.density == 1:
-            return delta
-        kept = torch.bernoulli(torch.full_like(delta, self.density), generator=self.generator)
-        return delta * kept / self.density if self.rescale else delta * kept
+    return drop
 
 
 class _ScoreReader:

@@ -217,7 +217,12 @@ def pack_model(
     for name, weight in weights.items():
         chosen = None if kept is None else kept.channels.get(name)
         try:
-            packed[name] = pack(weight.rows, scheme, chosen, "rows" if kept is None else kept.axis)
+            packed[name] = pack(
+                as_rows(weight.parameter.detach(), weight.turned),
+                scheme,
+                chosen,
+                "rows" if kept is None else kept.axis,
+            )
         except (ValueError, FloatingPointError) as error:
             raise type(error)(f"{name}: {error}") from error
     return packed
@@ -342,31 +347,15 @@ class OwnWeight:
     """A parameter by which its module multiplies, and no other, and whether it lies turned."""
 
     name: str
-    module: nn.Module
-    local: str
+    parameter: nn.Parameter
     turned: bool
-
-    @property
-    def parameter(self) -> nn.Parameter:
-        return self.module.get_parameter(self.local)
-
-    @property
-    def rows(self) -> Tensor:
-        """The parameter as a matrix (rows, in)."""
-        return as_rows(self.parameter.detach(), self.turned)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Of `rows`, which may be a copy."""
-        width = self.parameter.shape[-2 if self.turned else -1]
-        return self.parameter.numel() // width, width
 
     def check(self, packed: Packed) -> None:
         """Raises ValueError for packed weights of another shape."""
-        if packed.shape != self.shape:
-            raise ValueError(
-                f"{self.name} is {self.shape}, packed it is {packed.shape}: that is another model's."
-            )
+        width = self.parameter.shape[-2 if self.turned else -1]
+        shape = (self.parameter.numel() // width, width)
+        if packed.shape != shape:
+            raise ValueError(f"{self.name} is {shape}, packed it is {packed.shape}: that is another model's.")
 
     def unpacked(self, packed: Packed) -> Tensor:
         """What the packed weights stand for, like the parameter. Raises what `check` raises."""
@@ -380,14 +369,14 @@ def own_weights(network: nn.Module, names: Collection[str]) -> dict[str, OwnWeig
     Raises ValueError for a name of another parameter.
     """
     users = Counter(p for module in network.modules() for p in module._parameters.values() if p is not None)
-    multiply = set(linear_names(network)) if isinstance(network, PreTrainedModel) else set()
-    turned, found = turned_names(network), {}
-    for path, module in network.named_modules():
-        for local, p in module.named_parameters(recurse=False):
-            name = f"{path}.{local}" if path else local
-            linear = name in multiply or (isinstance(module, nn.Linear) and local == "weight")
-            if linear and users[p] == 1:
-                found[name] = OwnWeight(name, module, local, name in turned)
+    linear = set(linear_names(network)) if isinstance(network, PreTrainedModel) else set()
+    linear |= {f"{path}.weight" for path, module in network.named_modules() if isinstance(module, nn.Linear)}
+    turned = turned_names(network)
+    found = {
+        name: OwnWeight(name, p, name in turned)
+        for name, p in network.named_parameters()
+        if name in linear and users[p] == 1
+    }
     unknown = sorted(set(names) - set(found))
     if unknown:
         raise ValueError(

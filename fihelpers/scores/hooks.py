@@ -13,6 +13,7 @@ start from any combination of the classes' log-probabilities (`Directions`).
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -119,8 +120,7 @@ def class_grad_blocks(
     """
     hooked = {name: p for name, p in parameters.items() if name not in missed}
     ask = _Question(model, batch, classes, directions)
-    stages = _by_layers(ask, hooked) if save_memory else _at_once(ask, hooked)
-    for uses in stages:
+    for uses in _stages(ask, hooked, save_memory):
         while uses:
             name, of_name = uses.popitem()
             if take is not None and _is_product(of_name) and take(ask.factors(name, of_name)):
@@ -145,7 +145,6 @@ class _Question:
         self, model: LanguageModel, batch: Batch, classes: Answers, directions: Directions | None
     ) -> None:
         self.model, self.batch, self.classes, self.directions = model, batch, classes, directions
-        self.parts: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor, Tensor]] = {}
 
     @property
     def samples(self) -> int:
@@ -166,11 +165,9 @@ class _Question:
         return self.directions(of_others, self.others, self.chosen, log_p)
 
     def block(self, name: str, rows: slice, grads: Tensor, samples: slice) -> Block:
-        key = (samples.start, samples.stop)
-        if key not in self.parts:
-            others, chosen = self.others[:, samples], self.chosen[samples]
-            self.parts[key] = others, chosen, others.sum(0) / chosen, self.batch.index[samples]
-        return Block(name, rows, grads, *self.parts[key], samples)
+        others, chosen = self.others[:, samples], self.chosen[samples]
+        index = self.batch.index[samples]
+        return Block(name, rows, grads, others, chosen, others.sum(0) / chosen, index, samples)
 
     def factors(self, name: str, uses: Sequence[Use]) -> Factors:
         """Of all uses at once: a sum over uses is one over more positions."""
@@ -243,15 +240,6 @@ def _tape(network: nn.Module, parameters: Mapping[str, nn.Parameter], samples: i
             handle.remove()
 
 
-def _at_once(ask: _Question, parameters: Mapping[str, nn.Parameter]) -> Iterator[Uses]:
-    """All uses of the parameters, from one forward pass and D backward passes through the whole model."""
-    with _tape(ask.model.network, parameters, ask.samples) as calls:
-        targets = list(ask.along().sum(0))
-    uses, _ = _pulled(targets, [None] * len(targets), calls, None, parameters)
-    calls.clear()
-    yield uses
-
-
 @dataclass(eq=False)
 class _Step:
     """A transformer block's call: its input and other arguments, how many calls were taped before it, and
@@ -266,16 +254,16 @@ class _Step:
     out: Tensor
 
 
-def _by_layers(ask: _Question, parameters: Mapping[str, nn.Parameter]) -> Iterator[Uses]:
-    """The uses of the parameters, transformer block by transformer block, the last one first.
+def _stages(ask: _Question, parameters: Mapping[str, nn.Parameter], by_layers: bool) -> Iterator[Uses]:
+    """The uses of the parameters, all at once or transformer block by transformer block, the last one first.
 
-    The forward pass keeps only what goes from one block to the next. Each block is then run again, with its
-    graph, and the gradients along the D directions are pulled back through it. Parameters that more than
-    one module owns, and those outside the blocks, come last.
+    By layers the forward pass keeps only what goes from one block to the next. Each block is then run again,
+    with its graph, and the gradients along the D directions are pulled back through it. Parameters that more
+    than one module owns, and those outside the blocks, come last.
     """
     late: Uses = {}
     network, shared = ask.model.network, _shared(ask.model.network)
-    blocks = transformer_blocks(network)
+    blocks = transformer_blocks(network) if by_layers else []
     with _tape(network, parameters, ask.samples) as calls, _cut(blocks, calls) as steps:
         targets: list[Tensor] = list(ask.along().sum(0))
     seeds: list[Tensor | None] = [None] * len(targets)
@@ -284,6 +272,7 @@ def _by_layers(ask: _Question, parameters: Mapping[str, nn.Parameter]) -> Iterat
         uses, seeds = _pulled(targets, seeds, outside, steps[-1].out if steps else None, parameters)
         _merge(late, uses)
         if not steps:
+            del uses, outside  # so that the gradients are let go one by one
             break
         step = steps.pop()
         x = step.x.detach().requires_grad_(True)
@@ -346,10 +335,7 @@ def transformer_blocks(network: nn.Module) -> list[nn.Module]:
 
 def _shared(network: nn.Module) -> set[str]:
     """Names of the parameters that more than one module owns."""
-    owners: dict[nn.Parameter, int] = {}
-    for module in network.modules():
-        for p in module.parameters(recurse=False):
-            owners[p] = owners.get(p, 0) + 1
+    owners = Counter(p for module in network.modules() for p in module.parameters(recurse=False))
     return {name for name, p in network.named_parameters() if owners[p] > 1}
 
 
@@ -551,7 +537,7 @@ def missed_by_hooks(
     longest = max(batches, key=lambda batch: batch.input_ids.shape[1])
     ask = _Question(model, _end(longest), classes, lambda log_p, *_: log_p[:, :1])
     uses: Uses = {}
-    for found in (_by_layers if save_memory else _at_once)(ask, parameters):
+    for found in _stages(ask, parameters, save_memory):
         _merge(uses, found)
     missed = set(parameters) - set(uses)  # a later prompt may use what this one does not
 

@@ -124,10 +124,11 @@ def quantize_model(network: nn.Module, packed: Mapping[str, Packed]) -> None:
     """Put packed weights in the place of the linear layers' own, for good: the original ones are let go."""
     weights = own_weights(network, packed)
     forms = {name: _Form.of(weight, packed[name]) for name, weight in weights.items()}
-    for name, weight in weights.items():
-        module, local = weight.module, weight.local
+    for name, form in forms.items():
+        path, _, local = name.rpartition(".")
+        module = network.get_submodule(path)
         of: Any = module._of if isinstance(module, Quantized) else type(module)
-        packed_forms = {**vars(module).get("_forms", {}), local: forms[name]}
+        packed_forms = {**vars(module).get("_forms", {}), local: form}
         del module._parameters[local]
         module.__class__ = _quantized_class(of, tuple(packed_forms))
         vars(module)["_forms"] = packed_forms
