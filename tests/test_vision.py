@@ -473,10 +473,10 @@ def test_an_absent_or_damaged_processor_is_named(folder: Path) -> None:
     path = folder / "preprocessor_config.json"
     for damaged in ("{", "[]"):
         path.write_text(damaged)
-        with pytest.raises(ValueError, match="^the image processor of model 'my-model' cannot be opened"):
+        with pytest.raises(ValueError, match=r"^the image processor of model 'my-model' cannot be opened"):
             open_vision_model(folder)
     path.unlink()
-    with pytest.raises(ValueError, match="^the image processor of model 'my-model' cannot be opened"):
+    with pytest.raises(ValueError, match=r"^the image processor of model 'my-model' cannot be opened"):
         open_vision_model(folder)
 
 
