@@ -22,7 +22,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from fihelpers.models.files import open_weights, write_weights
 from fihelpers.models.language import LanguageModel, open_model
-from fihelpers.models.tensors import Layout
+from fihelpers.models.tensors import layout
 from fihelpers.perturb import merge
 from fihelpers.perturb.merge import Merger, merge_models
 from fihelpers.perturb.merge_methods import (
@@ -351,8 +351,8 @@ def test_transformers_opens_a_file_of_mixed_types(tmp_path: Path) -> None:
     name = next(n for n in tensors if "norm" in n)
     tensors = {n: v.float() if n == name else v for n, v in tensors.items()}
     tensors["odd"] = torch.ones(3, dtype=torch.uint8)
-    layouts = {n: Layout(tuple(v.shape), v.dtype) for n, v in tensors.items()}
-    write_weights(tmp_path, dict(sorted(layouts.items(), key=lambda x: x[1].bytes)), tensors.__getitem__)
+    layouts = {n: v.to("meta") for n, v in tensors.items()}
+    write_weights(tmp_path, dict(sorted(layouts.items(), key=lambda x: x[1].nbytes)), tensors.__getitem__)
     assert same(load_file(tmp_path / "model.safetensors"), tensors)
 
 
@@ -551,7 +551,7 @@ def synthetic(folder: Path, layers: int, experts: bool) -> None:
     """
     data = Path(__file__).parent.parent / "data" / "models" / "mini-lm"
     shapes = {f"layer.{i}.weight": (2048, 4096) for i in range(layers)}
-    config, scored = AutoConfig.from_pretrained(data), Layout((2048, 4096), torch.float32)
+    config, scored = AutoConfig.from_pretrained(data), layout((2048, 4096), torch.float32)
     name = "layer.0.weight"
     if experts:
         config = MixtralConfig(
@@ -563,9 +563,9 @@ def synthetic(folder: Path, layers: int, experts: bool) -> None:
         shapes = {
             n: tuple(v.shape) for n, v in revert_weight_conversion(network, network.state_dict()).items()
         }
-        name, scored = "model.layers.0.mlp.experts.gate_up_proj", Layout((4, 4096, 1024), torch.float32)
-    layouts = {n: Layout(shape, torch.bfloat16) for n, shape in shapes.items()}
-    most = max(layout.numel for layout in layouts.values())
+        name, scored = "model.layers.0.mlp.experts.gate_up_proj", layout((4, 4096, 1024), torch.float32)
+    layouts = {n: layout(shape, torch.bfloat16) for n, shape in shapes.items()}
+    most = max(one.numel() for one in layouts.values())
     base = torch.randn(most, generator=torch.Generator().manual_seed(0)).bfloat16()
     for which, values in {"base": base, "a": base * 1.5, "b": base + base.abs()}.items():
         config.save_pretrained(folder / which)
@@ -573,7 +573,7 @@ def synthetic(folder: Path, layers: int, experts: bool) -> None:
             shutil.copyfile(data / file, folder / which / file)
 
         def make(name: str, values: Tensor = values) -> Tensor:
-            return values[: layouts[name].numel].view(layouts[name].shape)
+            return values[: layouts[name].numel()].view(layouts[name].shape)
 
         write_weights(folder / which, layouts, make, 10**8)
     save_file({name: torch.rand(scored.shape)}, folder / "scores")

@@ -30,7 +30,7 @@ from transformers.core_model_loading import (
 )
 
 from fihelpers.models.language import brief
-from fihelpers.models.tensors import Layout, Tensors
+from fihelpers.models.tensors import Tensors
 
 # what old files hold although the library computes it: angles of rotary positions (masks: see _is_computed)
 ANGLES = re.compile(r"(inv_freq|(cos|sin)_cached)$")
@@ -106,7 +106,7 @@ class LoadedTensors:
         self._groups, without = _grouped(network, transforms, stored.layouts)
         own = network.state_dict()
         self._group_of: dict[str, str] = {}
-        self._made: dict[str, Layout] = {}
+        self._made: dict[str, Tensor] = {}
         for group, made in self._groups.items():
             for name, layout in self._layouts_of(group).items():
                 if name not in own:
@@ -137,12 +137,11 @@ class LoadedTensors:
         made = self._groups[self._group_of[name]]
         return [made] if isinstance(made, str) else _collected(made)
 
-    def _layouts_of(self, group: str) -> dict[str, Layout]:
+    def _layouts_of(self, group: str) -> dict[str, Tensor]:
         made, layouts = self._groups[group], self.stored.layouts
         if isinstance(made, str):
             return {group: layouts[made]}
-        values = self._converted(group, lambda name: _empty(layouts[name]))
-        return {name: Layout(tuple(value.shape), value.dtype) for name, value in values.items()}
+        return self._converted(group, layouts.__getitem__)
 
     def _converted(self, group: str, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
         """The tensors of a group that is made by a converter."""
@@ -205,21 +204,22 @@ class StoredTensors:
     """
 
     def __init__(
-        self, loaded: LoadedTensors, layouts_in_memory: Mapping[str, Layout], make: Callable[[str], Tensor]
+        self, loaded: LoadedTensors, layouts_in_memory: Mapping[str, Tensor], make: Callable[[str], Tensor]
     ) -> None:
         self.network, self.make, self._used = loaded.network, make, loaded.used
         self._last: dict[str, Tensor] = {}
         names = [name for name in layouts_in_memory if name in loaded.layouts]
         self._ties = {name: self._source(name, names) for name in names}
         self._group_of: dict[str, Sequence[str]] = {}
-        self.layouts: dict[str, Layout] = {}
+        self.layouts: dict[str, Tensor] = {}
         for group in self._grouped(names):
-            values = self._stored(group, lambda name: _empty(layouts_in_memory[name]))
+            values = self._stored(group, layouts_in_memory.__getitem__)
             self._group_of |= dict.fromkeys(values, group)
-            self.layouts |= {n: Layout(tuple(v.shape), v.dtype) for n, v in values.items()}
+            self.layouts |= values
         again = LoadedTensors(self, self.network, loaded.label)
         for name in names:
-            if again.layouts.get(name) != layouts_in_memory[name]:
+            found, wanted = again.layouts.get(name), layouts_in_memory[name]
+            if found is None or (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
                 raise self._unstored(name, "it would come back in another form")
         self.layouts |= {name: layout for name, layout in layouts_in_memory.items() if name not in names}
 
@@ -262,7 +262,7 @@ class StoredTensors:
 
 
 def _grouped(
-    network: PreTrainedModel, transforms: Sequence[WeightTransform], stored: Mapping[str, Layout]
+    network: PreTrainedModel, transforms: Sequence[WeightTransform], stored: Mapping[str, Tensor]
 ) -> tuple[dict[str, Any], list[str]]:
     """Stored names that are loaded together, by the first name in memory, and those that are for nothing.
 
@@ -293,14 +293,10 @@ def _collected(made: Any) -> list[str]:
     return [name for names in made.collected_tensors.values() for name in names]
 
 
-def _is_computed(name: str, layout: Layout) -> bool:
+def _is_computed(name: str, layout: Tensor) -> bool:
     """Whether a stored tensor without a place in the network is a buffer of an older version, not learned.
 
     Those are masks, positions and indices (whole numbers, or a "bias" of several dimensions) and angles.
     """
     mask = name.endswith("bias") and len(layout.shape) > 1
     return mask or not (layout.shape and layout.dtype.is_floating_point) or bool(ANGLES.search(name))
-
-
-def _empty(layout: Layout) -> Tensor:
-    return torch.empty(layout.shape, dtype=layout.dtype, device="meta")

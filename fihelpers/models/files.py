@@ -29,7 +29,7 @@ from fihelpers.models.language import (
     weight_files,
     weights_sha256,
 )
-from fihelpers.models.tensors import CODES, Layout, TensorDict, TensorFile, TensorGroup, Tensors
+from fihelpers.models.tensors import CODES, TensorDict, TensorFile, TensorGroup, Tensors
 
 SHARD_BYTES = 5 * 10**9  # as transformers writes them
 LONG = 2**28  # bytes from which on writing shows a bar
@@ -54,7 +54,7 @@ class ModelWeights:
     loaded: LoadedTensors | None = None
 
     @property
-    def layouts(self) -> Mapping[str, Layout]:
+    def layouts(self) -> Mapping[str, Tensor]:
         return self.tensors.layouts
 
     @cached_property
@@ -171,7 +171,7 @@ def _unwritten(out: Path, error: OSError) -> OSError:
 
 def write_weights(
     folder: Path,
-    layouts: Mapping[str, Layout],
+    layouts: Mapping[str, Tensor],
     make: Callable[[str], Tensor],
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
@@ -179,10 +179,9 @@ def write_weights(
 
     One file where all fit into `shard_bytes`, otherwise several with an index, as transformers reads them.
     """
-    sized: Any = dict(layouts)  # a layout stands for its tensor
     split = split_state_dict_into_shards_factory(
-        sized,
-        get_storage_size=lambda layout: layout.bytes,
+        dict(layouts),
+        get_storage_size=lambda layout: layout.nbytes,
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=shard_bytes,
     )
@@ -199,7 +198,7 @@ def write_weights(
 def _write_shard(
     file: BinaryIO,
     names: list[str],
-    layouts: Mapping[str, Layout],
+    layouts: Mapping[str, Tensor],
     make: Callable[[str], Tensor],
     bar: tqdm[Any],
 ) -> None:
@@ -210,7 +209,7 @@ def _write_shard(
     end = 0
     for name in names:
         layout = layouts[name]
-        start, end = end, end + layout.bytes
+        start, end = end, end + layout.nbytes
         header[name] = {
             "dtype": CODES[layout.dtype],
             "shape": list(layout.shape),
@@ -221,6 +220,6 @@ def _write_shard(
     file.write(len(text).to_bytes(8, "little") + text)
     for name in names:
         tensor = make(name)
-        assert (tuple(tensor.shape), tensor.dtype) == (layouts[name].shape, layouts[name].dtype), name
+        assert (tensor.shape, tensor.dtype) == (layouts[name].shape, layouts[name].dtype), name
         file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         bar.update()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,28 +27,17 @@ DTYPES = {
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Shape and type of a stored tensor."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def bytes(self) -> int:
-        return self.numel * self.dtype.itemsize
+def layout(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor of this shape and type without values."""
+    return torch.empty(tuple(shape), dtype=dtype, device="meta")
 
 
 class Tensors(Protocol):
     """Named tensors of which one is read at a time."""
 
     @property
-    def layouts(self) -> Mapping[str, Layout]:
-        """Shape and type of each."""
+    def layouts(self) -> Mapping[str, Tensor]:
+        """Each without its values: a tensor on the meta device."""
 
     def read(self, name: str, rows: int | None = None) -> Tensor:
         """The tensor, or the first `rows` of its rows."""
@@ -61,9 +48,7 @@ class TensorDict:
 
     def __init__(self, values: Mapping[str, Tensor]) -> None:
         self.values = values
-        self.layouts: dict[str, Layout] = {
-            name: Layout(tuple(v.shape), v.dtype) for name, v in values.items()
-        }
+        self.layouts = {name: value.detach().to("meta") for name, value in values.items()}
 
     def read(self, name: str, rows: int | None = None) -> Tensor:
         return self.values[name].detach()[slice(rows) if rows else ...].cpu()
@@ -78,13 +63,13 @@ class TensorFile:
 
     def __init__(self, path: Path, label: str) -> None:
         self.path, self.label = path, label
-        self.layouts: dict[str, Layout] = {}
+        self.layouts: dict[str, Tensor] = {}
         try:
             with safe_open(path, framework="pt") as file:
                 self.metadata: dict[str, str] = dict(file.metadata() or {})
                 for name in file.keys():  # noqa: SIM118
                     piece = file.get_slice(name)
-                    self.layouts[name] = Layout(tuple(piece.get_shape()), self._dtype(name, piece))
+                    self.layouts[name] = layout(piece.get_shape(), self._dtype(name, piece))
         except (SafetensorError, OSError) as error:
             raise ValueError(
                 f"{path.name} of {label!r} is damaged or cut off ({brief(error)}); fetch it again."

@@ -32,7 +32,7 @@ from fihelpers import __version__
 from fihelpers.models.conversion import StoredTensors
 from fihelpers.models.files import SHARD_BYTES, ModelWeights, new_folder, open_weights, write_weights
 from fihelpers.models.language import WEIGHTS_INDEX, LanguageModel
-from fihelpers.models.tensors import Layout, TensorDict, TensorFile
+from fihelpers.models.tensors import TensorDict, TensorFile
 from fihelpers.perturb.merge_methods import (
     FLOOR,
     AnyScores,
@@ -91,7 +91,7 @@ def merge_models(
     out = Path(out)
     with new_folder(out) as folder:
         layouts, make = merger.stored()
-        needed = sum(layout.bytes for layout in layouts.values())
+        needed = sum(layout.nbytes for layout in layouts.values())
         if needed > shutil.disk_usage(folder).free:
             raise OSError(errno.ENOSPC, f"the merged model needs {needed / 1e9:.1f} GB")
         for file in sorted(source.iterdir()):
@@ -146,7 +146,7 @@ class Merger:
         if name not in self.floating:
             return self._unmerged(name)
         protected = self._protected_masks(name)
-        merged = torch.empty(layout.numel, dtype=layout.dtype)
+        merged = torch.empty(layout.numel(), dtype=layout.dtype)
         done = 0
         for piece in self._pieces(name, self._kept(name), protected):
             part = self.method.merge(piece)
@@ -160,7 +160,7 @@ class Merger:
         """All merged tensors, in memory."""
         return {name: self.tensor(name) for name in self.layouts}
 
-    def stored(self) -> tuple[Mapping[str, Layout], Callable[[str], Tensor]]:
+    def stored(self) -> tuple[Mapping[str, Tensor], Callable[[str], Tensor]]:
         """Layouts and values of the merged tensors in the form in which they are written.
 
         Raises ValueError, naming a tensor, for an architecture that transformers could not load again.
@@ -217,7 +217,7 @@ class Merger:
         return dtype
 
     def _pieces(self, name: str, kept: Pair | None, protected: Pair | None = None) -> Iterator[Piece]:
-        size, dtype = self.layouts[name].numel, self._work(name)
+        size, dtype = self.layouts[name].numel(), self._work(name)
         a, b = (expert.read(name).reshape(-1) for expert in self.experts)
         base = None
         if self.base is not None and self.method.needs_base:
@@ -240,7 +240,7 @@ class Merger:
         method = self.method
         if not isinstance(method, Ties):
             return None
-        sizes = {name: self.layouts[name].numel for name in self.floating}
+        sizes = {name: self.layouts[name].numel() for name in self.floating}
         counts = _counts(sizes, method.trim == "global", lambda n: int(method.density * n))
         dtype = max((self._work(name) for name in sizes), key=lambda d: d.itemsize)
 
@@ -269,7 +269,7 @@ class Merger:
             if reader is None:
                 found.append(None)
                 continue
-            sizes = {name: layout.numel for name, layout in reader.layouts.items()}
+            sizes = {name: layout.numel() for name, layout in reader.layouts.items()}
             counts = _counts(sizes, p.scope == "global", lambda n: round(p.share * n))
             dtype = max((_scored(layout) for layout in reader.layouts.values()), key=lambda d: d.itemsize)
             stream = reader.stream if plain is None else plain._displaced(reader, which)
@@ -290,7 +290,7 @@ class Merger:
     def _protected_masks(self, name: str) -> Pair | None:
         if self.protection is None:
             return None
-        nothing = torch.zeros(self.layouts[name].numel, dtype=torch.bool)
+        nothing = torch.zeros(self.layouts[name].numel(), dtype=torch.bool)
         a, b = (
             top.mask(name) if top is not None and name in top.names else nothing for top in self._protected
         )
@@ -316,7 +316,7 @@ class Merger:
         lines = [head, ""]
         for role, reader, top in zip("AB", self.scores, self._protected, strict=True):
             if reader is not None and top is not None:
-                scored = sum(layout.numel for layout in reader.layouts.values())
+                scored = sum(layout.numel() for layout in reader.layouts.values())
                 lines.append(f"- {role}: {top.total} of {scored} scored weights, by {reader.about}.")
         return lines
 
@@ -403,7 +403,7 @@ def _counts(sizes: Mapping[str, int], together: bool, share_of: Callable[[int], 
     return share_of(sum(sizes.values())) if together else {name: share_of(n) for name, n in sizes.items()}
 
 
-def _scored(layout: Layout) -> torch.dtype:
+def _scored(layout: Tensor) -> torch.dtype:
     return torch.promote_types(layout.dtype, torch.float32)
 
 

@@ -349,7 +349,7 @@ class Experts:
         # with one seed for both experts they would draw the same weights, and none would be protected alone
         seed = 2 * (self.p.SEED + k) + "ab".index(which)
         names = [name for name in wanted if name != STEP]
-        large = 4 * sum(weights.layouts[name].numel for name in self.linear) > IN_MEMORY
+        large = 4 * sum(weights.layouts[name].numel() for name in self.linear) > IN_MEMORY
         for part in [[name] for name in names] if large else [names]:
             yield from _in_groups(model, examples, part, self.linear, seed).items()
 
@@ -922,7 +922,7 @@ def _top(given: AnyScores, share: float) -> torch.Tensor:
 
 def _held(weights: ModelWeights) -> ModelWeights:
     """The tensors of a small model in memory."""
-    if sum(layout.bytes for layout in weights.layouts.values()) > IN_MEMORY:
+    if sum(layout.nbytes for layout in weights.layouts.values()) > IN_MEMORY:
         return weights
     return replace(weights, tensors=TensorDict({name: weights.read(name) for name in weights.layouts}))
 
