@@ -10,7 +10,7 @@ set it is the mean of the per-sample values.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -228,11 +228,3 @@ def find_measure(measure: str | Measure, spectral: Spectral = EXACT) -> Measure:
         return Influence(spectral_of(filter_))
     except ValueError as error:
         raise ValueError(f"Unknown measure {measure!r}: {error}") from None
-
-
-def names_of(measures: Iterable[str]) -> tuple[str, ...]:
-    """The names under which results keep measures, each once: "FI damped 0.0001" for "FI damped 1e-4".
-
-    Raises what `find_measure` raises.
-    """
-    return tuple(dict.fromkeys(find_measure(measure).name for measure in measures))

@@ -21,7 +21,6 @@ from fihelpers.measures import (
     Influence,
     Random,
     find_measure,
-    names_of,
 )
 
 PROBS = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
@@ -105,11 +104,7 @@ def test_fi_with_a_filter_of_no_table_is_that_filter() -> None:
     for name, spectral in {"FI damped 0.01": Damped(0.01), "FI cut 0.1": Cut(0.1)}.items():
         assert name not in MEASURES
         torch.testing.assert_close(find_measure(name)(g, PROBS), fi(g, PROBS, spectral=spectral))
-    assert names_of(["FI damped 1e-4", "FI", "FI damped 0.0001", "SNIP"]) == (
-        "FI damped 0.0001",
-        "FI exact",
-        "SNIP",
-    )
+    assert find_measure("FI damped 1e-4").name == "FI damped 0.0001"
 
 
 @pytest.mark.parametrize(

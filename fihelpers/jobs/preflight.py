@@ -292,8 +292,6 @@ class Scoring:
 
     def seconds(self) -> float | None:
         """Seconds of the process that has most to do; None where no part of the network can be timed."""
-        if not _blocks(self.network):
-            return None
         try:
             rate = measure_rate(
                 self.network.config,

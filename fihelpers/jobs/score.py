@@ -64,6 +64,11 @@ class Processes:
     def first(self) -> bool:
         return self.rank == 0
 
+    def add_up(self, total: torch.Tensor) -> None:
+        """Replace this process's total by the sum of all, for which each waits."""
+        if self.count > 1:
+            dist.all_reduce(total)
+
 
 ALONE = Processes()
 
@@ -184,11 +189,12 @@ def score_task(
     _add_up(model, _own_contexts(model, task, size, team), totals, classes, kept, save_memory)
     paths = _paths(out, list(chosen))
     with _told_of_losses(kept):
-        _sum_over_processes(totals, team)
+        for total in totals.tensors().values():
+            team.add_up(total)
     if team.first:
         _write(totals, provenance(model, task.examples) | {"classes": str(classes)}, paths)
     with _told_of_losses(kept):  # who waits here knows that the scores are written, or that they are not
-        _wait_for_all(team)
+        team.add_up(torch.zeros(1))
     kept.remove()
     return list(paths.values())
 
@@ -376,17 +382,6 @@ def _told_of_losses(kept: Checkpoint) -> Iterator[None]:
         if kept.team.count == 1:
             raise
         raise RuntimeError(f"process {kept.team.rank} lost another process; {kept.hint()}") from error
-
-
-def _sum_over_processes(totals: Totals, team: Processes) -> None:
-    if team.count > 1:
-        for total in totals.tensors().values():
-            dist.all_reduce(total)
-
-
-def _wait_for_all(team: Processes) -> None:
-    if team.count > 1:
-        dist.all_reduce(torch.zeros(1))
 
 
 def _paths(out: Path, names: list[str]) -> dict[str, Path]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -232,12 +232,10 @@ def _tape(network: nn.Module, parameters: Mapping[str, nn.Parameter], samples: i
         for m in network.modules()
         if not list(m.children()) and any(p in wanted for p in m.parameters(recurse=False))
     ]
-    handles = [m.register_forward_hook(record) for m in leaves]
-    try:
+    with ExitStack() as stack:
+        for module in leaves:
+            stack.callback(module.register_forward_hook(record).remove)
         yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @dataclass(eq=False)
@@ -246,7 +244,6 @@ class _Step:
     its output, where a new graph begins."""
 
     block: nn.Module
-    forward: Callable[..., Any]
     x: Tensor
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -277,7 +274,7 @@ def _stages(ask: _Question, parameters: Mapping[str, nn.Parameter], by_layers: b
         step = steps.pop()
         x = step.x.detach().requires_grad_(True)
         with _tape(step.block, parameters, ask.samples) as inside:
-            targets = [_first(step.forward(x, *step.args, **step.kwargs))] * len(seeds)
+            targets = [_first(step.block.forward(x, *step.args, **step.kwargs))] * len(seeds)
         uses, seeds = _pulled(targets, seeds, _taken(inside, 0), x, parameters)
         targets = [step.x] * len(seeds)
         del x, step
@@ -297,7 +294,7 @@ def _cut(blocks: Sequence[nn.Module], calls: Sequence[Call]) -> Iterator[list[_S
             with torch.no_grad():
                 out = forward(x, *args, **kwargs)
             end = _first(out).detach().requires_grad_(True)
-            steps.append(_Step(block, forward, x, args, kwargs, before, end))
+            steps.append(_Step(block, x, args, kwargs, before, end))
             return (end, *out[1:]) if isinstance(out, tuple) else end
 
         return run
@@ -553,14 +550,9 @@ def missed_by_hooks(
         if not apart.sqrt() <= rtol * truth.norm():
             missed.add(name)
 
-    with requiring(list(parameters.values())):
-        handles = [
-            p.register_post_accumulate_grad_hook(lambda p, name=name: compare(name, p))
-            for name, p in parameters.items()
-        ]
-        try:
-            ask.along()[0].sum().backward()
-        finally:
-            for handle in handles:
-                handle.remove()
+    with requiring(list(parameters.values())), ExitStack() as stack:
+        for name, p in parameters.items():
+            hook = p.register_post_accumulate_grad_hook(lambda p, name=name: compare(name, p))
+            stack.callback(hook.remove)
+        ask.along()[0].sum().backward()
     return missed

@@ -7,7 +7,7 @@ module: there the products themselves are watched, and each expert is a matrix o
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,27 +98,15 @@ def watching(network: PreTrainedModel, layers: Layers, see: See) -> Iterator[Non
         return lambda _, inputs, out: see(name, 0, inputs[0], out)
 
     within = {name: one for name, one in layers.items() if not one.modules}
-    handles = [m.register_forward_hook(hook(name)) for name, one in layers.items() for m in one.modules]
-    try:
-        if within:
-            with _one_by_one(network), _Products(within, see):
-                yield
-        else:
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _one_by_one(network: PreTrainedModel) -> Iterator[None]:
-    """Experts in turn, in plain products, instead of all in one of the library's own."""
-    before = network.get_experts_implementation()
-    network.set_experts_implementation("eager")
-    try:
+    with ExitStack() as stack:
+        for name, one in layers.items():
+            for module in one.modules:
+                stack.callback(module.register_forward_hook(hook(name)).remove)
+        if within:  # experts in turn, in plain products, instead of all in one of the library's own
+            stack.callback(network.set_experts_implementation, network.get_experts_implementation())
+            network.set_experts_implementation("eager")
+            stack.enter_context(_Products(within, see))
         yield
-    finally:
-        network.set_experts_implementation(before)
 
 
 class _Products(TorchFunctionMode):

@@ -40,14 +40,12 @@ Formula = tuple[int, float]  # one of the kinds above, and the number that it ta
 
 
 def formula(measure: Measure) -> Formula | None:
-    """How a kernel is told to compute a measure, None for one that it does not know."""
-    if isinstance(measure, Influence):
-        return _filtered(measure)
-    return next(((kind, 0.0) for kind, known in KNOWN.items() if known == measure), None)
+    """How a kernel is told to compute a measure, None for one that it does not know.
 
-
-def _filtered(measure: Influence) -> Formula | None:
-    """A filter of single elements, each the largest eigenvalue of its own group: `Exact` lets all pass."""
+    A filter is of single elements, each the largest eigenvalue of its own group: `Exact` lets all pass.
+    """
+    if not isinstance(measure, Influence):
+        return next(((kind, 0.0) for kind, known in KNOWN.items() if known == measure), None)
     spectral = measure.spectral
     if isinstance(spectral, Damped) and spectral.lam >= LEAST_DAMPING:
         return DAMPED, spectral.lam

@@ -24,7 +24,7 @@ from fihelpers.answers import Answers, Groups, groups, letters
 from fihelpers.evaluate.questions import Evaluator, Outcome
 from fihelpers.evaluate.stats import spearman
 from fihelpers.influence import SaturationWarning, fi, fi_of_moments, moments_of_others
-from fihelpers.measures import MEASURES, Random, names_of
+from fihelpers.measures import MEASURES, Random, find_measure
 from fihelpers.models.language import LanguageModel
 from fihelpers.perturb.quantize import Scheme, pack_model, quantized, select_channels
 from fihelpers.perturb.sparsify import linear_names, select, zeroed
@@ -456,7 +456,8 @@ CUE = "\nAnswer:"
 
 def nonsense_measures(p: SimpleNamespace) -> tuple[str, ...]:
     """The measures that the text speaks of, and those that the settings NONSENSE have beside them."""
-    return names_of((EXACT, DAMPED, LENGTH, *p.NONSENSE["measures"]))
+    given = (EXACT, DAMPED, LENGTH, *p.NONSENSE["measures"])
+    return tuple(dict.fromkeys(find_measure(measure).name for measure in given))
 
 
 def check_nonsense(p: SimpleNamespace) -> None:
