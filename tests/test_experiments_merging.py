@@ -229,7 +229,7 @@ def test_random_scores_are_drawn_apart_and_one_expert_can_be_kept_alone(experts:
     assert shared.index.tolist() == [by for by, (_, displaced) in lab.CHOICES.items() if not displaced]
     only = experts.merger(lab.Setting(by=lab.EXACT, share=0.2, only_a=True), 0)
     counted = {which: sum(int(mask.sum()) for _, mask in only.masks(which)) for which in ("a", "b")}
-    total = sum(experts.weights["a"].layouts[name].numel for name in experts.linear)
+    total = sum(experts.weights["a"].layouts[name].numel() for name in experts.linear)
     assert counted == {"a": round(0.2 * total), "b": 0}
 
 
@@ -293,7 +293,7 @@ def test_a_written_merge_is_the_one_in_memory(experts: lab.Experts) -> None:
 def test_models_that_store_other_names_than_they_load(kind: str, p: SimpleNamespace, tmp_path: Path) -> None:
     base, a, b = (save(tmp_path / str(seed), seed, kind=kind) for seed in (None, 1, 2))
     experts = lab.Experts(changed(p, BASE=base, MODEL_A=a, MODEL_B=b))
-    sizes = {name: layout.numel for name, layout in experts.weights["a"].layouts.items()}
+    sizes = {name: layout.numel() for name, layout in experts.weights["a"].layouts.items()}
     assert set(experts.linear) <= sizes.keys()
     assert sum(name.endswith("experts.gate_up_proj") for name in experts.linear) == 2 * (kind == "mixtral")
     search = lab.Search(experts)
