@@ -192,7 +192,9 @@ def score_task(
         for total in totals.tensors().values():
             team.add_up(total)
     if team.first:
-        _write(totals, provenance(model, task.examples) | {"classes": str(classes)}, paths)
+        about = provenance(model, task.examples) | {"classes": str(classes)}
+        for name, scores in totals.scores(about).items():
+            scores.save(paths[name])
     with _told_of_losses(kept):  # who waits here knows that the scores are written, or that they are not
         team.add_up(torch.zeros(1))
     kept.remove()
@@ -388,8 +390,3 @@ def _paths(out: Path, names: list[str]) -> dict[str, Path]:
     if len(names) == 1:
         return {names[0]: out}
     return {name: out.with_name(f"{out.stem}.{name.replace(' ', '-')}{out.suffix}") for name in names}
-
-
-def _write(totals: Totals, metadata: dict[str, str], paths: Mapping[str, Path]) -> None:
-    for name, scores in totals.scores(metadata).items():
-        scores.save(paths[name])

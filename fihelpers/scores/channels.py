@@ -161,7 +161,9 @@ def score_activations(
         raise ValueError("The calibration set is empty; choose n of at least 1.")
     layers = linear_layers(model.network, only)
     batches = model.batches([e.prompt for e in examples], batch_size_for(layers, batch_size))
-    sums, tokens = layer_sums(model, batches, layers, _read_and_written)
+    sums, tokens = layer_sums(
+        model, batches, layers, lambda x, out: [x.abs().sum(0), out.abs().sum(0), x.square().sum(0)]
+    )
     means = {name: _activation_means(one, sums[name], tokens[name]) for name, one in layers.items()}
     about = provenance(model, examples)
     kinds: tuple[tuple[str, dict[str, str]], ...] = (
@@ -260,10 +262,6 @@ def _warn_if_saturated(means: Mapping[str, Tensor], top: float) -> None:
             SaturationWarning,
             stacklevel=3,
         )
-
-
-def _read_and_written(x: Tensor, out: Tensor) -> list[Tensor]:
-    return [x.abs().sum(0), out.abs().sum(0), x.square().sum(0)]
 
 
 def _activation_means(one: Watched, sums: Sequence[Tensor], tokens: Tensor) -> list[Tensor]:

@@ -382,8 +382,6 @@ def _row_blocks(
 
     The samples of a batch come in turn where too few rows would otherwise fit into a block.
     """
-    if not uses:
-        return
     if _is_product(uses):
         yield from _products(name, uses, parameter)
         return

@@ -101,11 +101,13 @@ def score_sequences(
     about |= _about(responses, horizon, discount) | {"contexts": str(len(contexts))}
     batches = list(_batches(model, contexts, batch_size))
     scores = score_contexts(model, batches, examples, chosen, spectral, classes, only)
-    known = {m.name: _truncation(m, about, classes) for m in chosen}
-    return {
-        name: Scores(found.values, found.metadata | about | known.get(name, {}))
-        for name, found in scores.items()
-    }
+    made = {}
+    for measure in chosen:
+        found, told = scores[measure.name], about
+        if isinstance(measure, Influence) and discount is not None:
+            told = about | {"truncation_error": str(float(about["left_out"]) * (classes.size - 1))}
+        made[measure.name] = Scores(found.values, found.metadata | told)
+    return made
 
 
 def contexts_of(
@@ -151,9 +153,3 @@ def _batches(
         index = [contexts[place].example for place in places]
         shares = torch.tensor([contexts[place].share for place in places], dtype=torch.float64)
         yield left_padded(index, [ids[place] for place in places], model.device), shares
-
-
-def _truncation(measure: Measure, about: dict[str, str], classes: Answers) -> dict[str, str]:
-    if not isinstance(measure, Influence) or "left_out" not in about:
-        return {}
-    return {"truncation_error": str(float(about["left_out"]) * (classes.size - 1))}
