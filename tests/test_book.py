@@ -471,7 +471,7 @@ def test_lock_file_pins_every_package_and_names_no_host() -> None:
 
 
 def test_links_to_references_become_citations() -> None:
-    lin, sun = ("[{}, 1](../book/references.md#{})".format(name, name.lower()) for name in ("Lin", "Sun"))
+    lin, sun = (f"[{name}, 1](../book/references.md#{name.lower()})" for name in ("Lin", "Sun"))
     text = f"A ({lin}), b ({lin}, {sun}) and {sun}, see [chapter 3](03_x.ipynb)."
     cited = "A {cite:p}`lin`, b {cite:p}`lin,sun` and {cite:t}`sun`, see [chapter 3](03_x.ipynb)."
     assert book.with_citations(text) == cited
