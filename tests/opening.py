@@ -46,6 +46,7 @@ def run_until_opened(
 
     running = Running(p=SimpleNamespace(**settings), cache=cache, name=chapter)
     monkeypatch.setattr(results, "begin", lambda name: running)
+    monkeypatch.setattr("fihelpers.open_model", refuse)  # first, lest the package keep the next ones
     for module in (models, merging):
         monkeypatch.setattr(module, "open_model", refuse)
     monkeypatch.setattr(vision, "open_vision_model", refuse)

@@ -314,3 +314,15 @@ def test_bad_input_is_one_sentence_before_anything_runs(
 def test_a_grid_reads_numbers_as_chapters_do(tmp_path: Path) -> None:
     (tmp_path / "grid.yaml").write_text("LAM: [1e-3, 1.0]\nNAMES: [[a, b], []]")
     assert read_grid(tmp_path / "grid.yaml") == {"LAM": [0.001, 1.0], "NAMES": [["a", "b"], []]}
+
+
+def test_the_tables_of_a_chapter_are_joined_over_all_cells(tmp_path: Path) -> None:
+    cells = [Cell({"N": n, "RATES": [0.1]}, tmp_path / str(n), "cpu") for n in (1, 2)]
+    for cell in cells:
+        cell.folder.mkdir()
+        (cell.folder / "01_tiny.zeroing.csv").write_text(f"measure,accuracy\nSNIP,0.{cell.parameters['N']}\n")
+        (cell.folder / "01_tiny.answers.raw.csv").write_text("a\n1\n")
+    sweeps._join_tables(tmp_path, cells, "01_tiny")
+    assert not list(tmp_path.glob("*.raw.csv"))
+    joined = (tmp_path / "01_tiny.zeroing.csv").read_text()
+    assert joined == "N,RATES,measure,accuracy\n1,[0.1],SNIP,0.1\n2,[0.1],SNIP,0.2\n"

@@ -3,8 +3,8 @@
     python -m fihelpers sweep CHAPTER --grid grid.yaml --out folder
 
 The grid maps names of parameters to lists of values. Each combination is a cell with a folder of its own, in
-which `fichapters.runs` leaves what a run leaves; a cell that was run before is not run again. The table holds
-the records of all cells, one a row.
+which `fichapters.runs` leaves what a run leaves; a cell that was run before is not run again. A table holds the
+records of all cells, one a row; beside it lies each table that the chapter keeps, over all cells.
 """
 
 import csv
@@ -26,10 +26,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 from tqdm import tqdm
 
 from fichapters.parameters import declared, parse_yaml, read_profile, settle
-from fichapters.results import load_results
+from fichapters.results import RAW, load_results
 from fichapters.runs import CHAPTERS, ChapterError, run_chapter
 from fichapters.schedule import side_by_side
 from fihelpers.data import PACKAGE, package_sha256, write_atomically
@@ -139,7 +140,9 @@ def sweep(
         for half in cell.folder.glob(f".{notebook.stem}.*"):  # of a worker that died
             shutil.rmtree(half, ignore_errors=True)
     table = out / f"{notebook.stem}.csv"
-    _write_table(table, [cell for cell in cells if cell.folder not in failed], notebook.stem)
+    done = [cell for cell in cells if cell.folder not in failed]
+    _write_table(table, done, notebook.stem)
+    _join_tables(out, done, notebook.stem)
     if failed:
         first = next(cell for cell in cells if cell.folder in failed)
         raise ChapterError(
@@ -307,6 +310,18 @@ def _write_table(path: Path, cells: Sequence[Cell], chapter: str) -> None:
             fields = {**asdict(record), "record": record.name}
             writer.writerow([*values, *(fields[column] for column in COLUMNS)])
     write_atomically(path, text.getvalue().encode())
+
+
+def _join_tables(out: Path, cells: Sequence[Cell], chapter: str) -> None:
+    """Each table that the chapter keeps, over all cells: the cell's parameters, then the table's columns."""
+    names = {path.name for cell in cells for path in cell.folder.glob(f"{chapter}.*.csv")}
+    for name in sorted(name for name in names if not name.endswith(RAW)):
+        parts = []
+        for cell in (cell for cell in cells if (cell.folder / name).is_file()):
+            values = {key: _text(value) for key, value in cell.parameters.items()}
+            part = pd.read_csv(cell.folder / name)
+            parts.append(pd.concat([pd.DataFrame(values, index=part.index), part], axis=1))
+        write_atomically(out / name, pd.concat(parts).to_csv(index=False, lineterminator="\n").encode())
 
 
 def _text(value: Any) -> str:
