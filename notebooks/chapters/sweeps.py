@@ -3,8 +3,8 @@
     python -m fihelpers sweep CHAPTER --grid grid.yaml --out folder
 
 The grid maps names of parameters to lists of values. Each combination is a cell with a folder of its own, in
-which `fichapters.runs` leaves what a run leaves; a cell that was run before is not run again. A table holds the
-records of all cells, one a row; beside it lies each table that the chapter keeps, over all cells.
+which `fichapters.runs` leaves what a run leaves; a cell that was run before is not run again. A table holds
+the records of all cells, one a row; beside it lies each table that the chapter keeps, over all cells.
 """
 
 import csv
