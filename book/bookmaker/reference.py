@@ -142,9 +142,13 @@ def choose_member(app: Any, what: str, name: str, obj: Any, skip: bool, options:
 def resolve_fields(
     app: Any, what: str, name: str, obj: Any, options: Any, signature: str, returns: str
 ) -> tuple[str, str] | None:
-    """Autodoc's `autodoc-process-signature`: the types of a named tuple, which it knows as text alone."""
+    """Autodoc's `autodoc-process-signature`: what it does not know or cannot read.
+
+    Types of a named tuple are text to it; a default that a factory makes, "<factory>", is no Python, and would
+    leave the whole signature as it stands.
+    """
     if not hasattr(obj, "_fields"):
-        return None
+        return (signature.replace("<factory>", "..."), returns) if "<factory>" in (signature or "") else None
     types, found = get_type_hints(obj), inspect.signature(obj)
     fields = [field.replace(annotation=types[field.name]) for field in found.parameters.values()]
     return stringify_signature(found.replace(parameters=fields), unqualified_typehints=True), returns
