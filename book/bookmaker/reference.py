@@ -147,8 +147,10 @@ def resolve_fields(
     Types of a named tuple are text to it; a default that a factory makes, "<factory>", is no Python, and would
     leave the whole signature as it stands.
     """
+    if "<factory>" in (signature or ""):
+        return signature.replace("<factory>", "..."), returns
     if not hasattr(obj, "_fields"):
-        return (signature.replace("<factory>", "..."), returns) if "<factory>" in (signature or "") else None
+        return None
     types, found = get_type_hints(obj), inspect.signature(obj)
     fields = [field.replace(annotation=types[field.name]) for field in found.parameters.values()]
     return stringify_signature(found.replace(parameters=fields), unqualified_typehints=True), returns
