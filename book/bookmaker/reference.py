@@ -144,8 +144,8 @@ def resolve_fields(
 ) -> tuple[str, str] | None:
     """Autodoc's `autodoc-process-signature`: what it does not know or cannot read.
 
-    Types of a named tuple are text to it; a default that a factory makes, "<factory>", is no Python, and would
-    leave the whole signature as it stands.
+    Types of a named tuple are text to it; a default that a factory makes, "<factory>", is no Python, and
+    would leave the whole signature as it stands.
     """
     if "<factory>" in (signature or ""):
         return signature.replace("<factory>", "..."), returns
