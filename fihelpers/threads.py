@@ -6,6 +6,7 @@ beside another busy process it made a chapter many times slower, which one threa
 
 import os
 
+WAITING = "OMP_WAIT_POLICY"
 VARIABLE = "OMP_NUM_THREADS"  # torch reads it when it is imported, and so do BLAS libraries
 
 
@@ -22,6 +23,16 @@ def threads_for(processes: int = 1, asked: int | None = None) -> int | None:
         place = VARIABLE if asked is None else "the number of threads"
         raise ValueError(f"{place} must be a whole number of at least 1, not {given!r}.")
     return int(given)
+
+
+def patient() -> dict[str, str]:
+    """The variable with which threads sleep while they wait for each other, unless it is set otherwise.
+
+    By default they spin: beside one busy process two threads on two cores then take ten times as long and
+    more, at each small operation; asleep they take less than half as long again. A process reads it as it
+    starts.
+    """
+    return {WAITING: os.environ.get(WAITING, "passive")}
 
 
 def use_threads(asked: int | None = None) -> None:

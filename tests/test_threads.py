@@ -6,10 +6,11 @@ import sys
 
 import pytest
 
-from fihelpers.threads import VARIABLE, threads_for
+from fihelpers.threads import VARIABLE, patient, threads_for
 
 USED = (
-    "from fihelpers.threads import use_threads; import torch; use_threads({}); print(torch.get_num_threads())"
+    "from fihelpers.threads import use_threads; import torch; use_threads({}); print(torch.get_num_threads())",
+    patient,
 )
 
 
@@ -38,3 +39,10 @@ def test_torch_takes_them() -> None:
         command = [sys.executable, "-c", USED.format(asked)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         assert done.stdout.strip() == used
+
+
+def test_threads_sleep_while_they_wait_unless_it_is_set_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert patient() == {"OMP_WAIT_POLICY": "passive"}
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    assert patient() == {"OMP_WAIT_POLICY": "active"}

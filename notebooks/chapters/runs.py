@@ -31,7 +31,7 @@ from fihelpers.data import (
     package_sha256,
     write_atomically,
 )
-from fihelpers.threads import VARIABLE
+from fihelpers.threads import VARIABLE, patient
 
 CHAPTERS = Path(__file__).resolve().parent
 RECORDS = ("*.json", "*.csv")
@@ -98,6 +98,7 @@ def run_chapter(
             "FIHELPERS_RUN": str(out.resolve()),
             "FIHELPERS_CACHE": str((out / "cache").resolve()),
             "FIHELPERS_PROFILES": str(profiles.resolve()),
+            **patient(),
         }
         if threads:
             environment[VARIABLE] = str(threads)
