@@ -9,8 +9,7 @@ import pytest
 from fihelpers.threads import VARIABLE, patient, threads_for
 
 USED = (
-    "from fihelpers.threads import use_threads; import torch; use_threads({}); print(torch.get_num_threads())",
-    patient,
+    "from fihelpers.threads import use_threads; import torch; use_threads({}); print(torch.get_num_threads())"
 )
 
 
