@@ -28,7 +28,7 @@ def damage_curves(
 ) -> Figure:
     """log P of the right answer (above) and accuracy (below) against the budget or the share, by measure.
 
-    table: from `experiments.embeddings.curves`; its amounts are drawn at even steps.
+    table: from `lab.curves`; its amounts are drawn at even steps.
     """
     figure, axes = new_figure(2, len(panels), size=(WIDTH, 7.2), sharey="row", sharex=True)
     steps = sorted(table[along].unique())
@@ -52,7 +52,7 @@ def damage_curves(
 def duel_curves(table: pd.DataFrame, others: Sequence[str], names: Sequence[str], xlabel: str) -> Figure:
     """log P after FI's dimensions minus after another measure's, by budget, with intervals; a panel each.
 
-    table: from `experiments.embeddings.duels`.
+    table: from `lab.duels`.
     """
     figure, axes = new_figure(1, len(others), size=(WIDTH, 4.2), sharey=True)
     for ax, other in zip(axes[0], others, strict=True):
@@ -76,7 +76,7 @@ def duel_curves(table: pd.DataFrame, others: Sequence[str], names: Sequence[str]
 def damping_curves(table: pd.DataFrame) -> Figure:
     """log P after damped FI's dimensions minus after the Jacobian norm's, by damping; a panel a budget.
 
-    table: from `experiments.embeddings.dampings`.
+    table: from `lab.dampings`.
     """
     budgets = sorted(table.budget.unique())
     figure, axes = new_figure(1, len(budgets), size=(WIDTH, 3.0), sharey=True)
@@ -95,7 +95,7 @@ def damping_curves(table: pd.DataFrame) -> Figure:
 def direction_curves(tables: Mapping[str, pd.DataFrame], names: Sequence[str], xlabel: str) -> Figure:
     """log P of the right answer by budget for several directions of the same dimensions, a panel a measure.
 
-    tables: from `experiments.embeddings.curves`, by what the direction is called.
+    tables: from `lab.curves`, by what the direction is called.
     """
     figure, axes = new_figure(1, len(names), size=(WIDTH, 3.4), sharey=True)
     for ax, name in zip(axes[0], names, strict=True):
@@ -116,7 +116,7 @@ def direction_curves(tables: Mapping[str, pd.DataFrame], names: Sequence[str], x
 def carried_dots(table: pd.DataFrame, titles: Mapping[str, str]) -> Figure:
     """log P less that of random dimensions, by measure and by where the dimensions were chosen; a panel each.
 
-    table: from `experiments.embeddings.carried_table`; titles: of the places carried.
+    table: from `lab.carried_table`; titles: of the places carried.
     """
     figure, axes = new_figure(1, len(titles), size=(WIDTH, 4.6), sharey=True)
     flat = table.reset_index()

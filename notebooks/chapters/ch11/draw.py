@@ -30,7 +30,7 @@ SOURCES = {  # of calibration questions
 def agreement_dots(tables: Mapping[str, pd.DataFrame], families: Mapping[str, Sequence[str]]) -> Figure:
     """Rank agreement of every relative with the damage, and its interval, a panel a model.
 
-    tables: by title, from `experiments.relatives.Agreement.table`; families: which relatives are of a kind.
+    tables: by title, from `lab.Agreement.table`; families: which relatives are of a kind.
     """
     listed = dict.fromkeys(name for members in families.values() for name in members)
     names = [name for name in listed if any(name in table.index for table in tables.values())]
@@ -106,7 +106,7 @@ def direction_map(shares: pd.DataFrame, n: int) -> Figure:
 def nonsense_dots(table: pd.DataFrame, minus: str, n: int, seeds: int) -> Figure:
     """Mean log P of the right answer by what the scores were calibrated on, minus `minus`; a panel a test.
 
-    table: from `experiments.relatives.against_real`.
+    table: from `lab.against_real`.
     """
     part = table[table.minus == minus]
     tests = list(part.groupby(["test", "share"], sort=False))
