@@ -99,7 +99,7 @@ def reading_by_subject(
             _finish(ax, subject, chance)
             _percent(ax, 3)
         line[0].set_ylabel(f"accuracy\n({name})")
-    axes[0, 0].legend(loc="center left", bbox_to_anchor=(0, 0.42))
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncol=3)
     figure.supxlabel(
         f"share of linear weights zeroed ({int(table.n.max())} questions a subject)", fontsize=10
     )
