@@ -2,19 +2,17 @@
 
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from tiny_vision import VISION_KINDS, encode_png, random_image, save_vision_model
-from torch import Tensor
 
-from fihelpers.answers import Groups, Top
+from fihelpers.answers import Top
 from fihelpers.filters import Damped
 from fihelpers.influence import SaturationWarning, ceiling, gram
 from fihelpers.models.vision import VisionModel, open_vision_model
-from fihelpers.scores.pixels import PixelBatch, pixel_batches, score_pixels
+from fihelpers.scores.pixels import pixel_batches, score_pixels
 from fihelpers.tasks import Example
 
 SIZES = ((16, 16), (24, 16), (19, 21))  # the last is resized by every kind
@@ -84,10 +82,6 @@ def test_examples_together_are_scored_as_each_alone(qwen: VisionModel, over: Any
     check_alone(qwen, ["FI", *EVERY], over)
 
 
-def test_captum_attributes_examples_together_as_each_alone(model: VisionModel) -> None:
-    check_alone(model, ["integrated gradients", "Grad-CAM"], "pixel")
-
-
 def test_maps_have_the_shapes_of_their_groups(qwen: VisionModel) -> None:
     asked = example(0, (24, 16), 6)
     shapes = {"pixel": (24, 16), "channel": (3, 24, 16), "patch": (5, 4), "token": (3, 2)}
@@ -138,34 +132,12 @@ def test_random_scores_depend_on_the_example_only(qwen: VisionModel) -> None:
     assert torch.equal(score_pixels(qwen, asked[::-1], ["random"], batch_size=2)["random"][0], third)
 
 
-def bright_is_likely(images: Tensor, prompts: list[str]) -> Tensor:
-    """Logits of three tokens; the first grows with every pixel."""
-    first = (images / 255).mean((1, 2, 3)) * 3
-    return torch.stack([first, 0 * first, 0 * first], 1)
-
-
-def test_integrated_gradients_are_complete() -> None:
-    stub: Any = SimpleNamespace(last_logits=bright_is_likely)
-    images = torch.stack([random_image(6, 6, seed=i) for i in range(3)])
-    asked = tuple(example(i, (6, 6), 3) for i in range(3))
-    batch = PixelBatch(stub, (0, 1, 2), asked, images, Groups(tuple("ABC"), ((0,), (1,), (2,))))
-    found = batch.scores(["integrated gradients"], "channel")["integrated gradients"]
-    with torch.no_grad():
-        rows = torch.arange(3)
-        change = batch.log_probs(images / 255, rows) - batch.log_probs(torch.zeros_like(images), rows)
-    torch.testing.assert_close(found.sum((1, 2, 3)), change[:, 0], rtol=1e-5, atol=0)
-    pixels = batch.scores(["integrated gradients"], "patch", patch=4)["integrated gradients"]
-    torch.testing.assert_close(pixels.sum((1, 2)), change[:, 0], rtol=1e-5, atol=0)
-
-
 def test_images_and_groupings_that_make_no_sense_are_refused(qwen: VisionModel) -> None:
     asked = example(0, (16, 16), 4)
     with pytest.raises(ValueError, match="over must be one of pixel, channel, patch, token, not 'limb'"):
         score_pixels(qwen, asked, ["SNIP"], over="limb")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"a patch is a square.*not 0"):
         score_pixels(qwen, asked, ["SNIP"], over="patch", patch=0)
-    with pytest.raises(ValueError, match="Grad-CAM has one value a pixel"):
-        score_pixels(qwen, asked, ["Grad-CAM"], over="channel")
     with pytest.raises(ValueError, match="example 'tiny/0' has no image"):
         score_pixels(qwen, replace(asked, image=None))
     with pytest.raises(ValueError, match="2 to 6 options, not 1"):

@@ -304,48 +304,6 @@ def test_a_batch_of_several_sizes_gives_the_logits_of_each_image_alone(kind: str
     assert (swapped - torch.cat(alone)).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("kind", VISION_KINDS)
-def test_feature_maps_hold_the_image_tokens_and_carry_the_gradient(kind: str, models) -> None:
-    model = models[kind]
-    height, width = (16, 16) if kind == "llava" else (16, 24)
-    images = torch.stack([random_image(height, width, seed) for seed in range(3)]).double()
-    layout = model.layout(height, width)
-    plain = model.last_logits(images, PROMPTS)
-    seen: list[Tensor] = []
-    with model.feature_maps() as maps:
-        maps.register_forward_hook(lambda module, args, output: seen.append(output))
-        logits = model.last_logits(images, PROMPTS)
-    torch.testing.assert_close(logits, plain)
-    assert seen[0].shape == (3, 16, layout.rows, layout.columns)
-    features = model.network.model.get_image_features(**model.preprocess(images)).pooler_output
-    torch.testing.assert_close(seen[0].flatten(2).transpose(1, 2), torch.stack(list(features)))
-    assert torch.autograd.grad(logits[:, ID["A"]].sum(), seen[0])[0].abs().amax((1, 2, 3)).min() > 0
-    model.last_logits(images, PROMPTS)
-    assert len(seen) == 1  # the route is closed with the context
-
-
-@pytest.mark.parametrize("kind", VISION_KINDS)
-def test_captum_takes_the_feature_maps_as_a_layer(kind: str, models) -> None:
-    from captum.attr import LayerGradCam
-
-    model = models[kind]
-    images = torch.stack([random_image(16, 16, seed) for seed in range(3)]).double()
-    seen: list[Tensor] = []
-    with model.feature_maps() as maps:
-        cam = LayerGradCam(lambda x: model.last_logits(x, PROMPTS), maps).attribute(images, target=ID["B"])
-        maps.register_forward_hook(lambda module, args, output: seen.append(output))
-        logits = model.last_logits(images, PROMPTS)
-    (gradient,) = torch.autograd.grad(logits[:, ID["B"]].sum(), seen[0])
-    expected = (gradient.mean((2, 3), keepdim=True) * seen[0]).sum(1, keepdim=True)
-    torch.testing.assert_close(cam, expected)
-
-
-def test_feature_maps_of_different_sizes_are_refused(models) -> None:
-    model = models["qwen2_vl"]
-    with model.feature_maps(), pytest.raises(ValueError, match="images of one size in a batch"):
-        model.last_logits([random_image(16, 16), random_image(16, 24)], PROMPTS[:2])
-
-
 def test_the_layout_says_which_pixels_a_token_sees(models) -> None:
     layout = models["qwen2_5_vl"].layout(24, 40)
     assert (layout.rows, layout.columns, layout.block, layout.resized) == (3, 5, BLOCK, (24, 40))

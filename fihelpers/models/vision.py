@@ -8,8 +8,7 @@ with a CLIP tower.
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from os import PathLike
@@ -18,7 +17,7 @@ from typing import Any
 
 import PIL
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import interpolate
 from transformers import AutoModelForImageTextToText, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -263,7 +262,6 @@ class VisionModel:
         # Experiments ask the same prompts about the same images many times.
         self._ids = lru_cache(maxsize=4096)(self._prompt_ids)
         self._texts = lru_cache(maxsize=64)(self._text_inputs)
-        self._shown: list[PatchLayout] = []  # the images of the last call
 
     @property
     def device(self) -> torch.device:
@@ -290,38 +288,11 @@ class VisionModel:
             given = "one text" if isinstance(prompts, str) else f"{len(prompts)} prompts"
             raise ValueError(f"each image needs a prompt, got {given} for {len(images)} images.")
         inputs = self.preprocess([image.to(self.device) for image in images])
-        self._shown = [self.layout(*image.shape[-2:]) for image in images]
-        batch, text = self._texts(tuple(prompts), tuple((at.rows, at.columns) for at in self._shown))
+        layouts = [self.layout(*image.shape[-2:]) for image in images]
+        batch, text = self._texts(tuple(prompts), tuple((at.rows, at.columns) for at in layouts))
         values = inputs.pop("pixel_values").to(self.network.dtype)
         output = self.network(**text, pixel_values=values, **inputs, use_cache=False, logits_to_keep=1)
         return checked_logits(output.logits[:, -1], batch.index, self.name)
-
-    @contextmanager
-    def feature_maps(self) -> Iterator[nn.Module]:
-        """Route the image tokens' features, as the language model gets them, through a module.
-
-        While the context is open, the module that it yields takes and gives them as (B, C, rows, columns) in
-        every forward pass, so Captum's LayerGradCam can use it as its layer. The images of a batch have to
-        have one size, else the forward pass raises ValueError.
-        """
-        maps, core = nn.Identity(), self.network.model
-        usual = core.get_image_features
-
-        def routed(*args: Any, **kwargs: Any) -> Any:
-            output = usual(*args, **kwargs)
-            sizes = {(at.rows, at.columns) for at in self._shown}
-            if len(sizes) > 1:
-                raise ValueError("feature maps need images of one size in a batch; give them one by one.")
-            tokens = torch.stack(list(output.pooler_output)).unflatten(1, sizes.pop())
-            seen = maps(tokens.permute(0, 3, 1, 2))
-            output.pooler_output = list(seen.permute(0, 2, 3, 1).flatten(1, 2))
-            return output
-
-        core.get_image_features = routed
-        try:
-            yield maps
-        finally:
-            del core.get_image_features
 
     def plain(self, prompt: str) -> str:
         """Return the text that stands in for a chat template: the image's tokens and the prompt.

@@ -1,8 +1,8 @@
 """Scores of the parts of an image: pixels, channels, patches, image tokens.
 
 :func:`score_pixels` scores a vision-language model's images from their class gradients, see
-`fihelpers.scores.inputs`, and adds Captum's attributions. A perturbation of an image is in units of its full
-range of grey levels: pixel values are scaled to [0, 1].
+`fihelpers.scores.inputs`. A perturbation of an image is in units of its full range of grey levels: pixel
+values are scaled to [0, 1].
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from fihelpers.answers import Answers, Groups, letters
-from fihelpers.extras import optional
 from fihelpers.filters import EXACT, Spectral
 from fihelpers.images import read_image
 from fihelpers.measures import Measure
@@ -29,10 +28,6 @@ from fihelpers.tasks import Example
 from fihelpers.tasks.pictures import LETTERS
 
 Grouping = Literal["pixel", "channel", "patch", "token"]
-
-INTEGRATED_GRADIENTS = "integrated gradients"
-GRAD_CAM = "Grad-CAM"
-PATH_STEPS = 16  # points on the path from black to the image where integrated gradients are taken
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,15 +91,9 @@ class PixelBatch:
     ) -> dict[str, Tensor]:
         """The measures of every group of this batch, {measure name: (N, ...)}; see :func:`score_pixels`."""
         blocks = self._blocks(over, patch)
-        found: dict[str, Tensor] = {}
-        for measure in measures:
-            if measure in (INTEGRATED_GRADIENTS, GRAD_CAM):
-                found[str(measure)] = self._attribution(str(measure), over, blocks)
-            elif blocks:
-                found |= blocks.cut_grads(self.grads).scores([measure], (0, 2, 4), spectral)
-            else:
-                found |= self.grads.scores([measure], 0 if over == "pixel" else (), spectral)
-        return found
+        if blocks:
+            return blocks.cut_grads(self.grads).scores(measures, (0, 2, 4), spectral)
+        return self.grads.scores(measures, 0 if over == "pixel" else (), spectral)
 
     def _blocks(self, over: Grouping, patch: int) -> Blocks | None:
         """The blocks of pixels to join; None for single pixels."""
@@ -112,61 +101,14 @@ class PixelBatch:
         if over in ("pixel", "channel"):
             return None
         if over == "token":
-            return self._token_blocks()
+            layout = self.model.layout(height, width)
+            return Blocks(layout.token_rows, layout.token_columns, (layout.rows, layout.columns))
         if over != "patch":
             raise ValueError(f"over must be one of {', '.join(get_args(Grouping))}, not {over!r}.")
         if not isinstance(patch, int) or patch < 1:
             raise ValueError(f"a patch is a square, so give its side as one whole number, not {patch}.")
         rows, columns = torch.arange(height) // patch, torch.arange(width) // patch
         return Blocks(rows, columns, (int(rows[-1]) + 1, int(columns[-1]) + 1))
-
-    def _token_blocks(self) -> Blocks:
-        layout = self.model.layout(*self.images.shape[-2:])
-        return Blocks(layout.token_rows, layout.token_columns, (layout.rows, layout.columns))
-
-    def _attribution(self, name: str, over: Grouping, blocks: Blocks | None) -> Tensor:
-        if name == GRAD_CAM and over == "channel":
-            raise ValueError("Grad-CAM has one value a pixel and none for its channels; use over='pixel'.")
-        maps = self._grad_cam() if name == GRAD_CAM else self._integrated_gradients()
-        if over == "channel":
-            return maps
-        maps = maps.sum(1)
-        return maps if blocks is None else blocks.cut(maps).sum((2, 4))
-
-    def _integrated_gradients(self) -> Tensor:
-        """Absolute integrated gradients (N, 3, H, W) of log P(y_hat), on the path from black (Captum)."""
-        with optional():
-            from captum.attr import IntegratedGradients
-
-        x, rows, predicted = self._intact
-        made = IntegratedGradients(self.log_probs).attribute(
-            x, target=predicted, additional_forward_args=rows, n_steps=PATH_STEPS, internal_batch_size=len(x)
-        )
-        return made.detach().abs()
-
-    def _grad_cam(self) -> Tensor:
-        """Grad-CAM (N, 1, H, W) of log P(y_hat) at the image tokens, spread over the image (Captum)."""
-        with optional():
-            from captum.attr import LayerAttribution, LayerGradCam
-
-        x, rows, predicted = self._intact
-        with self.model.feature_maps() as layer:
-            coarse = LayerGradCam(self.log_probs, layer).attribute(
-                x, target=predicted, additional_forward_args=rows, relu_attributions=True
-            )
-        seen = self._token_blocks()
-        down, across = ((labels >= 0).nonzero()[:, 0] for labels in (seen.rows, seen.columns))
-        maps = torch.zeros_like(x[:, :1])  # also where the model cuts the image off
-        fine = LayerAttribution.interpolate(coarse.detach(), (len(down), len(across)), "bilinear")
-        maps[..., down[:, None], across] = fine
-        return maps
-
-    @cached_property
-    def _intact(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The images in [0, 1], their rows, and the predicted classes."""
-        x, rows = self.images / 255, torch.arange(len(self.images))
-        with torch.no_grad():
-            return x.requires_grad_(), rows, self.log_probs(x, rows).argmax(-1)
 
 
 def score_pixels(
@@ -182,8 +124,7 @@ def score_pixels(
 ) -> dict[str, list[Tensor]]:
     """Score the parts of every example's image: {measure name: one map an example} (method 1, 3 and 4.1).
 
-    measures: as in :func:`score_inputs`, and Captum's "integrated gradients" (absolute values) and
-        "Grad-CAM", both of log P(y_hat) and summed over a group.
+    measures: as in :func:`score_inputs`.
     answers: the classes, by default the letters of an example's options; ``Top`` is fixed on the intact
         image.
     over: "pixel" (its three channels together), map (H, W); "channel" (each value by itself), map (3, H, W);
@@ -196,11 +137,10 @@ def score_pixels(
     """
     chosen = [examples] if isinstance(examples, Example) else examples
     batches = pixel_batches(model, chosen, answers, batch_size)
-    from_grads = [m for m in measures if m not in (INTEGRATED_GRADIENTS, GRAD_CAM)]
     return gathered(
         batches,
         lambda batch: batch.scores(measures, over, patch=patch, spectral=spectral),
-        from_grads,
+        measures,
         spectral,
     )
 

@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 from tqdm import tqdm
 
 from fichapters import tables
+from fichapters.attributions import ATTRIBUTIONS, GRAD_CAM, INTEGRATED_GRADIENTS
 from fichapters.noises import NOISES, information_loss, noised
 from fihelpers.answers import Top
 from fihelpers.evaluate.questions import answer_images
@@ -26,14 +27,7 @@ from fihelpers.influence import SaturationWarning, ceiling, saturated
 from fihelpers.measures import Influence, Measure, Random, find_measure
 from fihelpers.models.vision import VisionModel
 from fihelpers.perturb.pixels import Fill, masked, top_patches, top_pixels
-from fihelpers.scores.pixels import (
-    GRAD_CAM,
-    INTEGRATED_GRADIENTS,
-    Grouping,
-    PixelBatch,
-    image_of,
-    pixel_batches,
-)
+from fihelpers.scores.pixels import Grouping, PixelBatch, image_of, pixel_batches
 from fihelpers.tasks import Example, load_task
 from fihelpers.trials import Kept, Labels, Trials, Values, collect
 
@@ -174,10 +168,10 @@ class Scored:
         return [{**names, "correct": c, "log_prob": p} for c, p in zip(correct, log_prob, strict=True)]
 
     def _scores(self, measure: str | Measure, over: Grouping, patch: int) -> Tensor:
-        if measure in (GRAD_CAM, INTEGRATED_GRADIENTS):
+        if isinstance(measure, str) and measure in ATTRIBUTIONS:
             if over == "patch":  # a patch is worth the sum of its pixels
                 return patch_sums(self.scores(measure), patch)
-            return self.letters.scores([measure])[str(measure)].cpu()
+            return ATTRIBUTIONS[measure](self.letters).cpu()
         batch = self.top if measure == FI_TOP else self.letters
         name = "FI exact" if measure == FI_TOP else measure
         with warnings.catch_warnings():

@@ -14,6 +14,7 @@ from scipy.stats import DegenerateDataWarning, pearsonr, rankdata
 from torch import Tensor, nn
 
 from fichapters import tables
+from fichapters.attributions import feature_maps
 from fichapters.ch05.wordings import load_wordings
 from fichapters.noises import information_loss
 from fihelpers.answers import Top
@@ -682,11 +683,11 @@ def _image_features(model: VisionModel, examples: Sequence[Example]) -> list[Ten
     def keep(_: nn.Module, __: object, output: Tensor) -> None:
         found.append(output[0].float().mean((1, 2)))
 
-    with model.feature_maps() as maps, torch.no_grad():
-        handle = maps.register_forward_hook(keep)
-        for example in examples:
-            model.last_logits([image_of(example)], [example.prompt])
-        handle.remove()
+    for example in examples:
+        image = image_of(example)
+        with feature_maps(model, model.layout(*image.shape[-2:])) as maps, torch.no_grad():
+            maps.register_forward_hook(keep)
+            model.last_logits([image], [example.prompt])
     return found
 
 
