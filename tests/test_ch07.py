@@ -12,10 +12,10 @@ from tiny import tiny_model
 
 from fichapters.ch07 import draw, lab
 from fichapters.ch07.judges import LikelihoodJudge, length_controlled_win_rates
+from fichapters.pruning import score_pruning
 from fihelpers.models.generate import Response
 from fihelpers.models.language import LanguageModel, open_model
 from fihelpers.perturb.sparsify import linear_names, select
-from fihelpers.scores.pruning import score_pruning
 from fihelpers.scores.weights import score_weights
 from fihelpers.tasks import Example
 from fihelpers.trials import Kept, Trials, collect

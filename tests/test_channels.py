@@ -8,6 +8,7 @@ from test_pruning import fed
 from tiny import tiny_examples, tiny_model
 from torch import Tensor, nn
 
+from fichapters.pruning import score_pruning
 from fihelpers.answers import Top, letters
 from fihelpers.filters import EXACT, Damped
 from fihelpers.influence import SaturationWarning, ceiling, fi
@@ -22,7 +23,6 @@ from fihelpers.scores.channels import (
     score_channels,
 )
 from fihelpers.scores.class_gradients import class_gradients
-from fihelpers.scores.pruning import score_pruning
 from fihelpers.scores.store import Scores
 from fihelpers.scores.weights import score_weights
 

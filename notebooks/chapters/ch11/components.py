@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fichapters.pruning import score_pruning
 from fihelpers.answers import Answers, usual_answers
 from fihelpers.evaluate.questions import Evaluator
 from fihelpers.filters import Damped, Exact, Spectral
@@ -29,7 +30,6 @@ from fihelpers.models.language import Batch, LanguageModel
 from fihelpers.perturb.sparsify import zeroed
 from fihelpers.scores.channels import MEAN_INPUT, score_activations
 from fihelpers.scores.hooks import Block, class_grad_blocks, frozen, missed_by_hooks, named_parameters
-from fihelpers.scores.pruning import score_pruning
 from fihelpers.tasks import Example
 
 READERS = {"o_proj": "head", "down_proj": "neurons"}  # the matrix that reads a component, and its kind
