@@ -8,6 +8,7 @@ from test_pruning import fed
 from tiny import tiny_examples, tiny_model
 from torch import Tensor, nn
 
+from fichapters.ch08.joint import score_channels
 from fichapters.pruning import score_pruning
 from fihelpers.answers import Top, letters
 from fihelpers.filters import EXACT, Damped
@@ -20,7 +21,6 @@ from fihelpers.scores.channels import (
     channel_scores,
     displacement_scores,
     score_activations,
-    score_channels,
 )
 from fihelpers.scores.class_gradients import class_gradients
 from fihelpers.scores.store import Scores

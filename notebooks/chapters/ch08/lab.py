@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fichapters.ch07.lab import draw_of
+from fichapters.ch08.joint import score_channels
 from fichapters.packed import packed_layers, quantize_model
 from fichapters.papers import published
 from fichapters.stored import open_quantized, save_quantized, size_report
@@ -51,7 +52,6 @@ from fihelpers.scores.channels import (
     channel_scores,
     displacement_scores,
     score_activations,
-    score_channels,
 )
 from fihelpers.scores.store import Scores
 from fihelpers.scores.weights import score_weights
