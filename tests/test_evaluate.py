@@ -14,7 +14,6 @@ from fihelpers.answers import Answers, Groups, Top, usual_answers
 from fihelpers.evaluate.questions import Evaluator, Outcome, answer_all
 from fihelpers.evaluate.stats import (
     crossed_difference,
-    crossed_ratio,
     mean_interval,
     paired_difference,
     spearman,
@@ -325,18 +324,3 @@ def test_crossed_difference_covers_seeds_and_questions() -> None:
     for bad in (a[0], a[:, :0], a[:2], np.full((5, 40), np.nan)):
         with pytest.raises(ValueError, match=r"shape|NaN"):
             crossed_difference(bad, b, seed=0)
-
-
-def test_crossed_ratio_is_the_relative_gain_of_the_means() -> None:
-    rng = np.random.default_rng(0)
-    b = (rng.random((3, 60)) < 0.5).astype(float)
-    a = np.maximum(b, rng.random((3, 60)) < 0.4)
-    gain, low, high = crossed_ratio(a, b, seed=0)
-    assert gain == pytest.approx(a.mean() / b.mean() - 1) and 0 < low < gain < high
-    assert crossed_ratio(b, b, seed=0) == (0, 0, 0)
-    # nothing right counts as half an answer
-    assert np.isfinite(crossed_ratio(a, np.zeros_like(b), seed=0)).all()
-    with pytest.raises(ValueError, match="shape"):
-        crossed_ratio(a[0], b[0], seed=0)
-    with pytest.raises(ValueError, match="NaN"):
-        crossed_ratio(np.full_like(a, np.nan), b, seed=0)

@@ -284,6 +284,17 @@ def test_differences_weigh_the_domains_alike() -> None:
         lab.difference(trials, [("x", "z")], counts, 0)
 
 
+def test_a_relative_gain_is_that_of_the_means() -> None:
+    rng = np.random.default_rng(0)
+    b = (rng.random((3, 60)) < 0.5).astype(float)
+    a = np.maximum(b, rng.random((3, 60)) < 0.4)
+    gain, low, high = lab.relative_gain(a, b, 0)
+    assert gain == pytest.approx(a.mean() / b.mean() - 1) and 0 < low < gain < high
+    assert lab.relative_gain(b, b, 0) == (0, 0, 0)
+    # nothing right counts as half an answer
+    assert np.isfinite(lab.relative_gain(a, np.zeros_like(b), 0)).all()
+
+
 def test_a_written_merge_is_the_one_in_memory(experts: lab.Experts) -> None:
     card, apart = lab.written(experts, lab.Setting(Average(), by=lab.EXACT, share=0.05))
     assert apart == 0 and "Protection: top 5 %" in card

@@ -62,42 +62,20 @@ def crossed_difference(
     that the interval covers the choice of the calibration sets and of the questions.
     Raises ValueError for input that is empty, unequal or not finite.
     """
-    left, right = _crossed(a, b)
+    left, right = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    if left.ndim != 2 or left.shape != right.shape or left.size == 0:
+        raise ValueError(f"a and b need one shape (seeds, questions), got {left.shape} and {right.shape}.")
     difference = left - right
+    if not np.isfinite(difference).all():
+        raise ValueError("a or b holds NaN or infinite values; leave them out.")
     set_weights, question_weights = resampled(*difference.shape, seed, resamples)
     means = ((set_weights @ difference) * question_weights).sum(1)
     return float(difference.mean()), *_ends(means)
 
 
-def crossed_ratio(
-    a: ArrayLike, b: ArrayLike, *, seed: int, resamples: int = 10_000
-) -> tuple[float, float, float]:
-    """Return by what share the mean of a exceeds that of b and its interval: (relative gain, low, high).
-
-    a and b hold right (1) and wrong (0), in shape, pairing and resampling as in :func:`crossed_difference`;
-    both means come from the same draws. Where b has nothing right, half an answer stands for it.
-    Raises ValueError for input that is empty, unequal or not finite.
-    """
-    left, right = _crossed(a, b)
-    least = 0.5 / left.size
-    weights = resampled(*left.shape, seed, resamples)
-    above, below = (((weights[0] @ values) * weights[1]).sum(1) for values in (left, right))
-    gains = above / np.maximum(below, least) - 1
-    return float(left.mean() / max(right.mean(), least) - 1), *_ends(gains)
-
-
 def _ends(means: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
-
-
-def _crossed(a: ArrayLike, b: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    left, right = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
-    if left.ndim != 2 or left.shape != right.shape or left.size == 0:
-        raise ValueError(f"a and b need one shape (seeds, questions), got {left.shape} and {right.shape}.")
-    if not np.isfinite(left - right).all():
-        raise ValueError("a or b holds NaN or infinite values; leave them out.")
-    return left, right
 
 
 @lru_cache(maxsize=2)

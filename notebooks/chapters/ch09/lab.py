@@ -27,7 +27,7 @@ from fichapters.estimates import estimate_merge
 from fichapters.parameters import nearest
 from fichapters.tables import RESAMPLES, interval_text, with_verdict
 from fihelpers.evaluate.questions import Evaluator
-from fihelpers.evaluate.stats import crossed_difference, crossed_ratio
+from fihelpers.evaluate.stats import LEVEL, crossed_difference, resampled
 from fihelpers.jobs.preflight import Estimate, estimate_scores
 from fihelpers.measures import FISHER, SQUARED_SCORE, Influence, Random, find_measure
 from fihelpers.models.files import ModelWeights, open_weights
@@ -807,7 +807,21 @@ def relative(
 ) -> tuple[float, float, float]:
     """Accuracy of the first over that of the second in one domain, minus 1, with its bootstrap interval."""
     first, second = (_weighted(values, counts, domain) for values in _paired(trials, pair, "accuracy"))
-    return _rounded(crossed_ratio(first, second, seed=seed, resamples=RESAMPLES))
+    return _rounded(relative_gain(first, second, seed))
+
+
+def relative_gain(a: np.ndarray, b: np.ndarray, seed: int) -> tuple[float, float, float]:
+    """By what share the mean of a exceeds that of b, and its interval: (relative gain, low, high).
+
+    a and b (sets, questions) hold right (1) and wrong (0), paired and resampled as in `crossed_difference`;
+    both means come from the same draws. Where b has nothing right, half an answer stands for it.
+    """
+    least = 0.5 / a.size
+    of_sets, of_questions = resampled(*a.shape, seed, RESAMPLES)
+    above, below = (((of_sets @ values) * of_questions).sum(1) for values in (a, b))
+    gains = above / np.maximum(below, least) - 1
+    low, high = np.quantile(gains, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(a.mean() / max(b.mean(), least) - 1), float(low), float(high)
 
 
 def conventions(chosen: Mapping[str, Setting]) -> dict[str, Setting]:
