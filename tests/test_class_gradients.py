@@ -1,16 +1,24 @@
 """Class gradients by plain autograd: against small steps of a weight, and against their own identity."""
 
-import pytest
 import torch
 from tiny import tiny_examples, tiny_model
+from torch import Tensor
 
 from fihelpers.answers import letters
 from fihelpers.filters import Damped
 from fihelpers.influence import ceiling, fi
-from fihelpers.scores.class_gradients import class_gradients, gradients_of_weight
+from fihelpers.models.language import LanguageModel
+from fihelpers.scores.class_gradients import class_gradients
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 PROMPT = tiny_examples(1)[0].prompt
+
+
+def gradients_of_weight(model: LanguageModel, prompt: str, name: str) -> tuple[Tensor, Tensor]:
+    """Class gradients (4, *shape) of one parameter for one prompt, and the probabilities P (4,)."""
+    (batch,) = model.batches([prompt])
+    log_p = letters(model.tokenizer).log_probs(model.last_logits(batch))[0]
+    return class_gradients(log_p, model.network.get_parameter(name)), log_p.detach().exp()
 
 
 def test_they_are_what_a_small_step_of_a_weight_does_to_log_p() -> None:
@@ -52,8 +60,3 @@ def test_any_tensor_will_do_and_what_is_not_read_has_no_gradient() -> None:
     truth = torch.eye(3, dtype=torch.float64) - log_p.exp()
     torch.testing.assert_close(class_gradients(log_p, logits), truth)
     assert torch.equal(class_gradients(log_p, unread), torch.zeros(3, 2, dtype=torch.float64))
-
-
-def test_an_unknown_weight_is_an_error() -> None:
-    with pytest.raises(AttributeError, match="nothing"):
-        gradients_of_weight(tiny_model("llama"), PROMPT, "nothing")
