@@ -84,11 +84,6 @@ def as_loaded(stored: Tensors, config: PreTrainedConfig, label: str) -> LoadedTe
     )
 
 
-def builds_tensors(network: PreTrainedModel) -> bool:
-    """Whether the library changes more than names when it loads or saves such a network."""
-    return any(isinstance(t, WeightConverter) for t in get_model_conversion_mapping(network))
-
-
 class LoadedTensors:
     """What a network without storage would hold once it had loaded `stored`, a tied weight once.
 

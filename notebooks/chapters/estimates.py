@@ -9,6 +9,10 @@ from __future__ import annotations
 from collections.abc import Collection
 from os import PathLike
 
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
+
 from fichapters.stored import packed_bytes
 from fihelpers.jobs.preflight import (
     SCORE,
@@ -18,7 +22,6 @@ from fihelpers.jobs.preflight import (
     narrower,
     source_of,
 )
-from fihelpers.models.conversion import builds_tensors
 from fihelpers.models.language import find_dtype
 from fihelpers.models.linear import as_rows, linear_names, turned_names
 from fihelpers.perturb.merge_methods import Dare, Method, Ties, find_method
@@ -101,7 +104,7 @@ def estimate_merge(
         "masks": masks,
         "pieces at work": WORK,
     }
-    if builds_tensors(first.network):
+    if _builds_tensors(first.network):
         memory["stored tensors that it is built from"] = largest * first.itemsize
     disk = {"merged model": first.parameters * first.itemsize}
     if protected:
@@ -110,3 +113,8 @@ def estimate_merge(
         disk["scores of A and B, saved"] = 2 * linear * SCORE
     what = f"merging {' and '.join(source.label for source in sources[-2:])}"
     return estimate_of(what, sources, memory, disk, "cpu", out, {})
+
+
+def _builds_tensors(network: PreTrainedModel) -> bool:
+    """Whether the library changes more than names when it loads or saves such a network."""
+    return any(isinstance(t, WeightConverter) for t in get_model_conversion_mapping(network))
