@@ -23,6 +23,7 @@ from transformers import (
     Qwen3_5ForConditionalGeneration,
 )
 
+from fihelpers.models import files
 from fihelpers.models.files import open_weights
 from fihelpers.models.language import LanguageModel, open_model
 from fihelpers.perturb.merge import Merger, merge_models
@@ -128,7 +129,7 @@ def logits(network: PreTrainedModel) -> Tensor:
     ("kind", "dtype"), [*((kind, torch.float32) for kind in KINDS), ("mixtral", torch.bfloat16)], ids=str
 )
 def test_an_architecture_is_merged_under_the_names_of_the_opened_model(
-    kind: str, dtype: torch.dtype, tmp_path: Path
+    kind: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     a, b = pair(kind, tmp_path, dtype)
     name = str(dtype).removeprefix("torch.")
@@ -143,7 +144,8 @@ def test_an_architecture_is_merged_under_the_names_of_the_opened_model(
     assert same(merged_state(None, a, b, "average", protection), wanted)
     assert same(merged_state(None, one, two, "average", protection), wanted)
 
-    out = merge_models(None, a, b, tmp_path / "out", "average", protection, shard_bytes=6000)
+    monkeypatch.setattr(files, "SHARD_BYTES", 6000)
+    out = merge_models(None, a, b, tmp_path / "out", "average", protection)
     assert {n: v.shape for n, v in stored(out).items()} == {n: v.shape for n, v in stored(a).items()}
     _, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not any(info.values())

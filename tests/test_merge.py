@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
+from fihelpers.models import files
 from fihelpers.models.files import open_weights, write_weights
 from fihelpers.models.language import LanguageModel, open_model
 from fihelpers.models.tensors import layout
@@ -319,7 +320,9 @@ def saved(folder: Path, models: Trio) -> tuple[Path, Path, Path]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_written_folder_is_a_model_that_says_how_it_was_made(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_the_written_folder_is_a_model_that_says_how_it_was_made(
+    tmp_path: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base, a, b = saved(tmp_path, trio(dtype))
     assert len(list(a.glob("*.safetensors"))) > 1
     hashes = [open_weights(p).sha256 for p in (base, a, b)]
@@ -327,7 +330,9 @@ def test_the_written_folder_is_a_model_that_says_how_it_was_made(tmp_path: Path,
     s = Scores(own.values, {**own.metadata, "sha256": hashes[1], "model": "first", "n": "64"})
     s.save(tmp_path / "scores.safetensors")
     method, protection = Ties(task_weight=0.6), Protection(0.05, tmp_path / "scores.safetensors")
-    out = merge_models(base, a, b, tmp_path / "new" / "merged", method, protection, shard_bytes=4000)
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "SHARD_BYTES", 4000)
+        out = merge_models(base, a, b, tmp_path / "new" / "merged", method, protection)
     assert len(list(out.glob("*.safetensors"))) > 1
     opened = open_model(out, dtype=str(dtype).removeprefix("torch."))
     assert opened.network.dtype == dtype

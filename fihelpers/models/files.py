@@ -169,21 +169,16 @@ def _unwritten(out: Path, error: OSError) -> OSError:
     return OSError(error.errno, f"{out} could not be written ({reason}) and nothing of it is left; make room")
 
 
-def write_weights(
-    folder: Path,
-    layouts: Mapping[str, Tensor],
-    make: Callable[[str], Tensor],
-    shard_bytes: int = SHARD_BYTES,
-) -> None:
+def write_weights(folder: Path, layouts: Mapping[str, Tensor], make: Callable[[str], Tensor]) -> None:
     """Write `make(name)` for every name into safetensors files, one tensor in memory at a time.
 
-    One file where all fit into `shard_bytes`, otherwise several with an index, as transformers reads them.
+    One file where all fit into SHARD_BYTES, otherwise several with an index, as transformers reads them.
     """
     split = split_state_dict_into_shards_factory(
         dict(layouts),
         get_storage_size=lambda layout: layout.nbytes,
         filename_pattern="model{suffix}.safetensors",
-        max_shard_size=shard_bytes,
+        max_shard_size=SHARD_BYTES,
     )
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))}

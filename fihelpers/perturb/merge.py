@@ -30,7 +30,7 @@ from torch import Tensor
 
 from fihelpers import __version__
 from fihelpers.models.conversion import StoredTensors
-from fihelpers.models.files import SHARD_BYTES, ModelWeights, new_folder, open_weights, write_weights
+from fihelpers.models.files import ModelWeights, new_folder, open_weights, write_weights
 from fihelpers.models.language import WEIGHTS_INDEX, LanguageModel
 from fihelpers.models.tensors import TensorDict, TensorFile
 from fihelpers.perturb.merge_methods import (
@@ -72,7 +72,6 @@ def merge_models(
     protection: Protection | None = None,
     *,
     fishers: tuple[AnyScores, AnyScores] | None = None,
-    shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Merge two models into a normal model folder with a model card; returns the folder.
 
@@ -97,7 +96,7 @@ def merge_models(
         for file in sorted(source.iterdir()):
             if file.suffix in (".json", ".model", ".txt", ".jinja") and file.name != WEIGHTS_INDEX:
                 shutil.copyfile(file, folder / file.name)
-        write_weights(folder, layouts, make, shard_bytes)
+        write_weights(folder, layouts, make)
         (folder / "README.md").write_text(merger.card(out.name), encoding="utf-8")
     return out
 
