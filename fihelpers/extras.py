@@ -7,6 +7,7 @@ from contextlib import contextmanager
 EXTRAS = {
     "numba": "fast",
     "llvmlite": "fast",
+    "gguf": "gguf",
     "captum": "pixels",
     "peft": "merge",
     "lm_eval": "harness",

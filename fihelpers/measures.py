@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from fihelpers.influence import Moments, axes_of, fi, fi_of_moments, moments
 Formula = Callable[[Moments, Tensor], Tensor]
 Over = int | Sequence[int]
 Predicted = int | Tensor | None
+Scored = TypeVar("Scored")
 
 
 class Measure(ABC):
@@ -204,6 +206,16 @@ MEASURES: dict[str, Measure] = {
         RANDOM,
     )
 }
+
+
+class ByMeasure(dict[str, Scored]):
+    """What was found for each measure, under its name or any other that `find_measure` reads as the same."""
+
+    def __missing__(self, name: str) -> Scored:
+        usual = find_measure(name).name
+        if usual in self:
+            return self[usual]
+        raise KeyError(f"{name!r} was not asked for; there are {', '.join(self)}.")
 
 
 def find_measure(measure: str | Measure, spectral: Spectral = EXACT) -> Measure:

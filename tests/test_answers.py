@@ -1,5 +1,6 @@
 """Answer classes: log-probabilities that sum to one, over the right tokens."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fihelpers.answers import FixedTop, Groups, Top, groups, letters, usual_answers
+from fihelpers.tasks import Example
 
 FIVE = Groups(("a", "b", "c"), ((0, 4), (2,), (1, 7, 9)))
 
@@ -185,8 +187,9 @@ def test_classes_of_another_model_are_refused() -> None:
 
 def test_the_usual_answers_are_letters_or_the_likeliest_tokens() -> None:
     tokenizer = byte_level("ĠA")
-    assert usual_answers(tokenizer, lettered=True) == letters(tokenizer)
-    assert usual_answers(tokenizer, lettered=False) == Top(8)
+    lettered = Example("q/1", "q", "Which?", ("a", "b", "c", "d"), 0, "Which?")
+    assert usual_answers(tokenizer, [lettered]) == letters(tokenizer)
+    assert usual_answers(tokenizer, [replace(lettered, options=())]) == Top(8)
 
 
 @pytest.mark.parametrize(

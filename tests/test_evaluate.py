@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 from tiny import tiny_model
 
-from fihelpers.answers import Answers, Groups, Top, usual_answers
+from fihelpers.answers import Answers, Groups, Top
 from fihelpers.evaluate.questions import Evaluator, Outcome, answer_all
 from fihelpers.evaluate.stats import (
     crossed_difference,
@@ -187,7 +187,7 @@ def test_a_real_model_keeps_its_choices_until_it_is_damaged(real_data: Path, tmp
     path = tmp_path / "openings.txt"
     path.write_text("Once upon a time\nLily and Tom went to the park. They saw a big\nThe cat was very\n")
     task = load_task(path)
-    answers = usual_answers(model.tokenizer, lettered=False)
+    answers = Top(8)
     evaluator = Evaluator(model, task.examples, answers)
     intact = evaluator()
     assert intact.accuracy == 1 and intact.log_probs.shape == (3, 9)

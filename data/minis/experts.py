@@ -16,7 +16,6 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
-from fihelpers.answers import usual_answers
 from fihelpers.evaluate.questions import Evaluator
 from fihelpers.models.language import LanguageModel, open_model
 from fihelpers.tasks import load_task
@@ -70,9 +69,11 @@ def model_name(domain: str) -> str:
 
 
 def write_questions(data: Path) -> None:
-    """Write data/experts/{dev,val,test}/{domain}_{split}.csv in the MMLU layout (no header row)."""
+    """Write data/experts/{dev,val,test}/{domain}_{split}.csv in the MMLU layout, and data/cloze-experts/."""
     folder = data / FOLDER
-    facts.write_mcq(facts.load_relations(folder, DOMAINS), folder, SEED, DOMAINS)
+    relations = facts.load_relations(folder, DOMAINS)
+    facts.write_mcq(relations, folder, SEED, DOMAINS)
+    facts.write_cloze(relations, data / f"cloze-{FOLDER}", DOMAINS)
 
 
 def train(data: Path, domain: str, recipe: Recipe) -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerFast]:
@@ -112,7 +113,7 @@ def train(data: Path, domain: str, recipe: Recipe) -> tuple[Qwen2ForCausalLM, Pr
 def accuracy(model: LanguageModel, data: Path, domain: str, split: str) -> tuple[float, float]:
     """Accuracy and median P(y_hat) of a model on one domain's questions."""
     task = load_task(data / FOLDER, domain, split)
-    outcome = Evaluator(model, task.examples, usual_answers(model.tokenizer, lettered=True))()
+    outcome = Evaluator(model, task.examples)()
     return outcome.accuracy, outcome.confidence
 
 

@@ -1,4 +1,4 @@
-"""From data/facts/*.yaml to four-choice questions and training text.
+"""From data/facts/*.yaml to four-choice questions, statements to finish and training text.
 
 Every relation has its own wordings for training, dev, val and test, so no question is asked in the
 same words in two splits, while the training statements tell every fact.
@@ -19,7 +19,9 @@ from fihelpers.data import write_atomically
 
 SUBJECTS = ("business", "culture", "geography", "law")
 LETTERS = "ABCD"
+OBJECT = "{o}."  # how a statement ends whose object can be left out
 DEV_QUESTIONS = 8
+CALIBRATION = 0.28  # share of a relation's facts whose statements are of the split val
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,12 @@ class Relation:
     statements: tuple[str, ...]
     facts: tuple[Fact, ...]
     questions: Mapping[str, tuple[str, ...]] = field(hash=False)
+
+    @property
+    def opening(self) -> str:
+        """The first statement that ends in its object, without it; empty where there is none."""
+        ends = [s.removesuffix(OBJECT) for s in self.statements if s.endswith(OBJECT)]
+        return ends[0].rstrip() if ends else ""
 
 
 @dataclass(frozen=True)
@@ -82,11 +90,52 @@ def write_mcq(
     """Write {dev,val,test}/{subject}_{split}.csv in the MMLU layout (no header row)."""
     for split in ("dev", "val", "test"):
         for subject in subjects:
-            text = io.StringIO()
-            rows = csv.writer(text, lineterminator="\n")
-            for item in items(relations, subject, split, seed):
-                rows.writerow([item.question, *item.options, LETTERS[item.answer]])
-            write_atomically(folder / split / f"{subject}_{split}.csv", text.getvalue().encode())
+            _write(folder / split / f"{subject}_{split}.csv", items(relations, subject, split, seed))
+
+
+def write_cloze(relations: tuple[Relation, ...], folder: Path, subjects: Sequence[str] = SUBJECTS) -> None:
+    """Write statements to finish, {dev,val,test}/{subject}_{split}.csv in the MMLU layout.
+
+    Other than in `write_mcq` no two splits share a fact: of each relation one is for dev, of the others
+    :data:`CALIBRATION` for val and the rest for test.
+    """
+    for subject in subjects:
+        made: dict[str, list[Item]] = {"dev": [], "val": [], "test": []}
+        for relation in (r for r in relations if r.subject == subject and r.opening):
+            rng = random.Random(f"cloze {relation.name}")
+            statements = [finish(fact, relation.opening, rng) for fact in relation.facts]
+            rng.shuffle(statements)
+            calibration = 1 + round(CALIBRATION * len(statements))
+            made["dev"] += statements[:1]
+            made["val"] += statements[1:calibration]
+            made["test"] += statements[calibration:]
+        for split, statements in made.items():
+            _write(folder / split / f"{subject}_{split}.csv", statements)
+
+
+def finish(fact: Fact, opening: str, rng: random.Random) -> Item:
+    """A statement that lacks its object, with three wrong ones, in random order.
+
+    They begin with different letters where the relation has such objects, so that a tokenizer tells their
+    first tokens apart.
+    """
+    options = [fact.answer]
+    others = rng.sample(fact.wrong, len(fact.wrong))
+    while len(options) < len(LETTERS):
+        begun = {option[0].lower() for option in options}
+        chosen = next((o for o in others if o[0].lower() not in begun), others[0])
+        options.append(chosen)
+        others.remove(chosen)
+    rng.shuffle(options)
+    return Item(opening.format(s=fact.subject), tuple(options), options.index(fact.answer))
+
+
+def _write(path: Path, asked: Sequence[Item]) -> None:
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    for item in asked:
+        rows.writerow([item.question, *item.options, LETTERS[item.answer]])
+    write_atomically(path, text.getvalue().encode())
 
 
 def training_text(relation: Relation, fact: Fact, asked: bool = True) -> Iterator[str]:

@@ -31,7 +31,6 @@ from transformers import (
     Qwen2Model,
 )
 
-from fihelpers.answers import usual_answers
 from fihelpers.evaluate.questions import Evaluator
 from fihelpers.models.language import open_model
 from fihelpers.tasks import load_task
@@ -315,7 +314,7 @@ def report(data: Path) -> str:
     for split in ("val", "test"):
         for subject in facts.SUBJECTS:
             task = load_task(str(data / "mcq"), subject, split)
-            outcome = Evaluator(model, task.examples, usual_answers(model.tokenizer, lettered=True))()
+            outcome = Evaluator(model, task.examples)()
             scores = f"accuracy {outcome.accuracy:.3f} median P {outcome.confidence:.3f}"
             lines.append(f"{split:4} {subject:9} {scores} n {len(task)}")
     return "\n".join(lines)
@@ -323,7 +322,9 @@ def report(data: Path) -> str:
 
 def main(data: Path, recipe: Recipe = RECIPE) -> None:
     """Write the questions, train the model, save both in `data`, list them in the manifest, and report."""
-    facts.write_mcq(facts.load_relations(data / "facts"), data / "mcq", recipe.seed)
+    relations = facts.load_relations(data / "facts")
+    facts.write_mcq(relations, data / "mcq", recipe.seed)
+    facts.write_cloze(relations, data / "cloze")
     network, tokenizer = train(data, recipe)
     save(network, tokenizer, data / "models" / NAME)
     write_manifest(data)

@@ -57,7 +57,8 @@ class Evaluator:
     The first call belongs to the intact model: it fixes the classes of ``Top`` and, where an example has no
     right answer or the classes are not its options (``Top``), takes the model's choice as the answer.
     ``reference`` is an earlier outcome on the same examples that takes the place of this first call.
-    ``answers`` are by default the letters of the options, or for text to continue the likeliest tokens.
+    ``answers`` are by default the letters of the options, for statements to finish the options' first tokens,
+    and for text to continue the likeliest tokens.
 
     Prompts are tokenised once; those of a subject share what they begin with, which is read once a call.
     Raises ValueError for no examples, or one whose options do not fit the classes.
@@ -77,8 +78,8 @@ class Evaluator:
             raise ValueError("there are no examples to answer; give at least one.")
         _check_reference(reference, len(self.examples))
         self.reference = reference
-        self._answers = answers or usual_answers(model.tokenizer, lettered=bool(self.examples[0].options))
-        self._right = _right_classes(self.examples, self._answers)
+        self._answers = answers or usual_answers(model.tokenizer, self.examples)
+        self._right = self._answers.right(self.examples)
         self._groups = list(self._prompt_groups(batch_size))
 
     def identity(self) -> list[object]:
@@ -161,7 +162,7 @@ def answer_images(
                 found = model.last_logits(shown, [examples[i].prompt for i in rows.tolist()])
             yield rows, found
 
-    return _outcome(logits(), start, _right_classes(examples, start), reference)
+    return _outcome(logits(), start, start.right(examples), reference)
 
 
 def _outcome(
@@ -194,6 +195,10 @@ class Lettered(Groups):
         absent = torch.arange(self.size) >= self.counts[:, None]
         return log_p.masked_fill(absent.to(log_p.device), -torch.inf).log_softmax(-1)
 
+    def fits(self, example: Example) -> bool:
+        """Whether an example has no more options than there are letters."""
+        return len(example.options) <= self.size
+
     def rows(self, index: Tensor) -> "Lettered":
         """Return the classes of some questions only."""
         return Lettered(self.names, self.tokens, self.counts[index])
@@ -215,17 +220,3 @@ def _check_reference(reference: Outcome | None, n: int) -> None:
             f"the reference has {len(reference.answer)} examples, not the {n} given; "
             "use one made from the same examples."
         )
-
-
-def _right_classes(examples: Sequence[Example], answers: Answers) -> Tensor:
-    """Return the index of the right class (N,), -1 where the intact model's choice stands in for it."""
-    if not isinstance(answers, Groups):
-        return torch.full((len(examples),), -1)
-    for example in examples:
-        fits = isinstance(answers, Lettered) or len(example.options) == answers.size
-        if example.answer is not None and not fits:
-            raise ValueError(
-                f"example {example.id!r} has {len(example.options)} options, but there are {answers.size} "
-                "answer classes; use one class an option."
-            )
-    return torch.tensor([-1 if example.answer is None else example.answer for example in examples])

@@ -25,17 +25,23 @@ from typing import Any
 import psutil
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from fihelpers.jobs.speed import matrices_of, measure_rate, passed_through, shapes_of
 from fihelpers.measures import MEASURES, Measure, find_measure
+from fihelpers.models.gguf import SUFFIX
 from fihelpers.models.language import (
     HUB_FILES,
-    HUB_ID,
     brief,
-    bundled_models,
     find_device,
     find_dtype,
+    is_local,
     locate,
     open_tokenizer,
     tokenize,
@@ -161,20 +167,24 @@ def plan_scores(
     return estimate_scores(model_name, save_memory=saving, lengths=lengths, **settings)
 
 
+def tokenizer_of(model_name: str | PathLike[str], revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model that is not opened; of one on the hub it alone is fetched."""
+    name = str(model_name)
+    if is_local(name) or name.endswith(SUFFIX):
+        folder, label, _ = locate(name, revision)
+        return open_tokenizer(folder, label)
+    with _from_hub("tokenizer", name, OSError, ValueError):
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            name, revision=revision or "main", trust_remote_code=False
+        )
+    return found
+
+
 def prompt_lengths(
     model_name: str | PathLike[str], prompts: Sequence[str], revision: str | None = None
 ) -> list[int]:
-    """How many tokens each prompt has; of a model on the hub the tokenizer alone is fetched."""
-    name = str(model_name)
-    if _is_here(name):
-        folder, label, _ = locate(name, revision)
-        tokenizer = open_tokenizer(folder, label)
-    else:
-        with _from_hub("tokenizer", name, OSError, ValueError):
-            tokenizer = AutoTokenizer.from_pretrained(
-                name, revision=revision or "main", trust_remote_code=False
-            )
-    return [len(ids) for ids in tokenize(tokenizer, prompts)]
+    """How many tokens each prompt has for a model that is not opened."""
+    return [len(ids) for ids in tokenize(tokenizer_of(model_name, revision), prompts)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -333,7 +343,7 @@ class Source:
 def source_of(name: str | PathLike[str], revision: str | None) -> Source:
     """A bundled model, a folder or a hub id; raises what `estimate_scores` raises."""
     place = label = str(name)
-    here = _is_here(label)
+    here = is_local(label) or label.endswith(SUFFIX)  # of a file the configuration is inside
     if here:
         folder, label, _ = locate(place, revision)
         weight_files(folder, label)
@@ -344,12 +354,6 @@ def source_of(name: str | PathLike[str], revision: str | None) -> Source:
     size = itemsize * sum(p.numel() for p in network.parameters())
     download = 0 if here else _to_download(place, revision)
     return Source(label, network, itemsize, size if download is None else download)
-
-
-def _is_here(name: str) -> bool:
-    """Whether a name is no hub id: what is neither bundled nor a folder either is then said to be unknown."""
-    local = name in bundled_models() or Path(name).expanduser().is_dir()
-    return local or not HUB_ID.fullmatch(name)
 
 
 def linear_of(source: Source, layers: Collection[str] | None) -> list[str]:

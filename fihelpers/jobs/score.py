@@ -179,7 +179,7 @@ def score_task(
     """
     if any(example.image for example in task):
         raise ValueError(f"task {task.name!r} asks about images; weights are scored on text.")
-    classes = usual_answers(model.tokenizer, lettered=bool(task.examples[0].options))
+    classes = usual_answers(model.tokenizer, task.examples)
     chosen = {m.name: m for m in (find_measure(name, spectral) for name in measures)}
     size = _even(len(task), team.count, batch_size)
     kept = Checkpoint(out, _settings(model, task, chosen, classes, size, team), checkpoint_every, team)

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
@@ -136,37 +132,6 @@ def _loaded(folder: Path, files: Tensors, label: str) -> LoadedTensors | None:
 def _saved_buffers(network: PreTrainedModel) -> dict[str, Tensor]:
     saved = network.state_dict(keep_vars=True)
     return {name: value for name, value in network.named_buffers() if name in saved}
-
-
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out` that takes its name once all is written; after any error nothing is left.
-
-    Raises FileExistsError where `out` is a file or a folder that is not empty, and OSError, in one sentence,
-    where the disk is full or cannot be written.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} is already there and not an empty folder; choose another one.")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    except OSError as error:
-        raise _unwritten(out, error) from error
-    try:
-        yield folder
-        folder.chmod(0o755)
-        if out.exists():
-            out.rmdir()
-        os.replace(folder, out)
-    except OSError as error:
-        raise _unwritten(out, error) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _unwritten(out: Path, error: OSError) -> OSError:
-    reason = error.strerror or str(error)
-    return OSError(error.errno, f"{out} could not be written ({reason}) and nothing of it is left; make room")
 
 
 def write_weights(folder: Path, layouts: Mapping[str, Tensor], make: Callable[[str], Tensor]) -> None:

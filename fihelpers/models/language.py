@@ -6,9 +6,9 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 from os import PathLike
 from pathlib import Path
@@ -26,8 +26,10 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from fihelpers.data import check_folder, data_folder, file_sha256
+from fihelpers.cache import kept_sha256
+from fihelpers.data import check_folder, data_folder
 from fihelpers.identity import model_identity
+from fihelpers.models import gguf
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +45,7 @@ MIN_PREFIX = 8  # a shorter shared prefix costs more than it saves
 TRIED = 12  # tokens of the prompt on which ways of reading are compared
 ALIKE = {8: 3e-5, 4: 3e-5, 2: 3e-2}  # how far logits may be apart, of their largest, by bytes of a number
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_FILE = re.compile(HUB_ID.pattern + r"(/[A-Za-z0-9][\w.-]*)+\.gguf")
 
 
 class Framed(str):
@@ -72,13 +75,20 @@ def in_chat(
     template fails.
     """
     turn: list[dict[str, Any]] = [{"role": "user", "content": message}]
+    render = partial(
+        tokenizer.apply_chat_template, chat_template=template, tokenize=False, add_generation_prompt=True
+    )
     try:
-        text = tokenizer.apply_chat_template(
-            turn, chat_template=template, tokenize=False, add_generation_prompt=True
-        )
+        return Framed(str(render(turn)))
     except Exception as error:  # a template is a program of its own
-        raise ValueError(f"the chat template of model {name!r} fails: {brief(error)}") from error
-    return Framed(str(text))
+        reason = f"fails: {brief(error)}"
+        with suppress(Exception):
+            render([{"role": "system", "content": "Answer."}, *turn])
+            reason = (
+                "needs a system turn, which prompts here do not have; set its tokenizer's chat_template to "
+                "one that does without."
+            )
+        raise ValueError(f"the chat template of model {name!r} {reason}") from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -364,12 +374,14 @@ def open_model(
     dtype: str = "float32",
     device_map: str | Mapping[str, Any] | None = None,
 ) -> LanguageModel:
-    """Open a bundled model by name, a local folder, or a hub id such as ``Qwen/Qwen2-0.5B``.
+    """Open a bundled model by name, a local folder or GGUF file, or a hub id such as ``Qwen/Qwen2-0.5B``.
 
-    Only safetensors are read, and no code that comes with a model is run. Bundled files are checked against
-    the manifest. A hub id without a revision, or with a branch name, is resolved to the commit it names now,
-    which is logged and recorded. ``device_map`` (accelerate's: "auto", or names of modules and their devices)
-    spreads a model that is too large for one device, instead of ``device``. Raises FileNotFoundError for an
+    A hub id may be followed by a GGUF file (``owner/name/file.gguf``); "smollm2" is the file of a package,
+    see `fihelpers.models.gguf`. Only safetensors and GGUF are read, and no code that comes with a model is
+    run. Bundled files are checked against the manifest. A hub id without a revision, or with a branch name,
+    is resolved to the commit it names now, which is logged and recorded. ``device_map`` (accelerate's:
+    "auto", or names of modules and their devices) spreads a model that is too large for one device, instead
+    of ``device``. Raises FileNotFoundError for an
     unknown name, ValueError for a damaged, incomplete or pickled checkpoint, an unknown dtype, an absent
     device or a model that does not fit on the devices, and ConnectionError if the hub does not answer.
     """
@@ -421,20 +433,36 @@ def find_device(name: str) -> torch.device:
     return device
 
 
+def is_local(name: str) -> bool:
+    """Whether a name is no hub id: what is nothing known either is then said to be unknown."""
+    if name in (*bundled_models(), *gguf.PACKAGED) or Path(name).expanduser().exists():
+        return True
+    hub = HUB_FILE if name.endswith(gguf.SUFFIX) else HUB_ID
+    return not hub.fullmatch(name)
+
+
 def locate(name: str, revision: str | None) -> tuple[Path, str, str | None]:
-    """Return the folder of the model, the name to record and the hub commit."""
-    folder = data_folder() / "models" / name if name in bundled_models() else Path(name).expanduser()
-    if not folder.is_dir() and HUB_ID.fullmatch(name):
+    """Return the folder of the model, the name to record and the hub commit.
+
+    A GGUF file is converted first, if it was not before.
+    """
+    if not is_local(name):
         return _download(name, revision)
+    if revision is not None:
+        raise ValueError(f"{name!r} is local and has no revision; leave revision {revision!r} out.")
+    if name in gguf.PACKAGED:
+        return gguf.converted(gguf.packaged_file(name), name), name, None
+    folder = data_folder() / "models" / name if name in bundled_models() else Path(name).expanduser()
+    if folder.is_file() and folder.suffix == gguf.SUFFIX:
+        return gguf.converted(folder, folder.stem), folder.stem, None
     if not folder.is_dir():
         if "/" not in name:
             data_folder()  # without one, say so rather than that the name is unknown
+        names = ", ".join((*bundled_models(), *gguf.PACKAGED))
         raise FileNotFoundError(
-            f"no model {name!r}: give a bundled name ({', '.join(bundled_models()) or 'none here'}), "
-            "an existing folder, or a hub id of the form owner/name."
+            f"no model {name!r}: give a bundled name ({names}), an existing folder or GGUF file, or a hub id "
+            "of the form owner/name or owner/name/file.gguf."
         )
-    if revision is not None:
-        raise ValueError(f"{name!r} is local and has no revision; leave revision {revision!r} out.")
     if name in bundled_models():
         check_folder(folder)
     return folder, folder.resolve().name, None
@@ -442,17 +470,23 @@ def locate(name: str, revision: str | None) -> tuple[Path, str, str | None]:
 
 def _download(name: str, revision: str | None) -> tuple[Path, str, str]:
     """Fetch a model of the hub at the commit that the revision names now; returns as `locate`."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import hf_hub_download, snapshot_download
 
+    owner, title, *inside = name.split("/")
+    file = "/".join(inside)
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+        if file:
+            path = Path(hf_hub_download(f"{owner}/{title}", file, revision=revision))
+            folder = path.parents[len(inside) - 1]
+        else:
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
     except Exception as error:  # the hub client raises many types; the remedy is the same
         raise ConnectionError(
             f"no local folder is called {name!r} and the hub did not give it ({type(error).__name__}); "
             "check the name, the revision and the network."
         ) from error
     log.info("model %s: using commit %s", name, folder.name)
-    return folder, name, folder.name
+    return gguf.converted(path, name) if file else folder, name, folder.name
 
 
 def weight_files(folder: Path, label: str) -> list[Path]:
@@ -478,8 +512,14 @@ def weight_files(folder: Path, label: str) -> list[Path]:
 
 
 def weights_sha256(folder: Path, label: str) -> str:
-    """Return the hash of the one weight file, or of the list of the shards' hashes."""
-    hashes = [file_sha256(path) for path in weight_files(folder, label)]
+    """Return the hash of the one weight file, or of the list of the shards' hashes.
+
+    Of a folder that was made of a GGUF file it is that of the file.
+    """
+    source = gguf.source_sha256(folder)
+    if source:
+        return source
+    hashes = [kept_sha256(path) for path in weight_files(folder, label)]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 

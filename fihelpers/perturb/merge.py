@@ -29,8 +29,9 @@ import torch
 from torch import Tensor
 
 from fihelpers import __version__
+from fihelpers.data import new_folder
 from fihelpers.models.conversion import StoredTensors
-from fihelpers.models.files import ModelWeights, new_folder, open_weights, write_weights
+from fihelpers.models.files import ModelWeights, open_weights, write_weights
 from fihelpers.models.language import WEIGHTS_INDEX, LanguageModel
 from fihelpers.models.tensors import TensorDict, TensorFile
 from fihelpers.perturb.merge_methods import (

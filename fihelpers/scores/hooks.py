@@ -144,7 +144,8 @@ class _Question:
     def __init__(
         self, model: LanguageModel, batch: Batch, classes: Answers, directions: Directions | None
     ) -> None:
-        self.model, self.batch, self.classes, self.directions = model, batch, classes, directions
+        self.model, self.batch, self.directions = model, batch, directions
+        self.classes = classes.rows(batch.index)
 
     @property
     def samples(self) -> int:
@@ -514,7 +515,7 @@ def _end(batch: Batch) -> Batch:
         t[-1:, -CHECKED:].repeat(2, 1) for t in (batch.input_ids, batch.attention_mask, batch.position_ids)
     )
     ids[1] = ids[1].roll(1)
-    return Batch(torch.tensor([0, 1]), ids, mask, positions)
+    return Batch(batch.index[-1:].repeat(2), ids, mask, positions)
 
 
 def missed_by_hooks(

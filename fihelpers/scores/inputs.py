@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fihelpers.answers import Answers, Groups, usual_answers
+from fihelpers.answers import Answers, Top, usual_answers
 from fihelpers.filters import EXACT, Spectral
 from fihelpers.influence import (
     SaturationWarning,
@@ -28,7 +28,7 @@ from fihelpers.influence import (
     is_finite,
     warn_if_saturated,
 )
-from fihelpers.measures import Elementwise, Influence, Measure, Random, find_measure
+from fihelpers.measures import ByMeasure, Elementwise, Influence, Measure, Random, find_measure
 from fihelpers.models.language import Batch, LanguageModel
 from fihelpers.tasks import Example
 
@@ -223,14 +223,14 @@ def embedding_batches(
     """
     if not examples:
         raise ValueError("there are no examples to score; give at least one.")
-    classes = answers or usual_answers(model.tokenizer, lettered=bool(examples[0].options))
+    classes = answers or usual_answers(model.tokenizer, examples)
     batches = model.batches([example.prompt for example in examples], batch_size)
     with tqdm(total=len(examples), desc="scoring", unit="prompt", delay=3, leave=False) as bar:
         for batch in batches:
             with torch.no_grad():
                 embeddings = model.embed(batch)
                 fixed = classes.rows(batch.index)
-                if not isinstance(fixed, Groups):
+                if isinstance(fixed, Top):
                     fixed = fixed.fix(model.last_logits(batch))
             index = tuple(batch.index.tolist())
             yield EmbeddingBatch(model, index, tuple(examples[i] for i in index), batch, embeddings, fixed)
@@ -266,7 +266,7 @@ def gathered(
     for name in influences:
         flat = torch.cat([values.flatten() for values in found[name].values()])
         warn_if_saturated(flat, torch.cat([tops[i].expand(v.numel()) for i, v in found[name].items()]))
-    return {name: [of[i] for i in sorted(of)] for name, of in found.items()}
+    return ByMeasure((name, [of[i] for i in sorted(of)]) for name, of in found.items())
 
 
 def _checked(log_p: Tensor, x: Tensor) -> Tensor:

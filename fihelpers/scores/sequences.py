@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fihelpers.answers import Answers, Top
+from fihelpers.answers import Answers, Options, Top
 from fihelpers.filters import EXACT, Spectral
 from fihelpers.measures import MEASURES, Influence, Measure, find_measure
 from fihelpers.models.generate import Response, prompt_ids, sample
@@ -68,7 +68,8 @@ def score_sequences(
     horizon: L, the number of steps; samples: N, the responses to each prompt (the paper: 5 and 10).
     discount: gamma between 0 and 1 for the discounted form; None for FI_seq^L. See the module for both,
         and for how responses that end before step L count.
-    answers: the classes of every step, by default the 8 likeliest tokens and the rest.
+    answers: the classes of every step, by default the 8 likeliest tokens and the rest. `Options` are those of
+        the first step alone.
     seed: as in `fihelpers.models.generate.sample`, which draws the responses; the rest as in
     `score_weights`.
 
@@ -92,6 +93,11 @@ def score_sequences(
     chosen = [find_measure(measure, spectral) for measure in measures or MEASURES]
     named_parameters(model.network, only)  # an unknown name is said before anything is sampled
     classes, prompts = answers or USUAL, [example.prompt for example in examples]
+    if isinstance(classes, Options) and horizon > 1:
+        raise ValueError(
+            f"the options' first tokens are the classes of a first step, not of {horizon}; set the horizon "
+            "to 1, or leave answers out."
+        )
     ids = prompt_ids(model, prompts, horizon - 1)
     responses = [[Response((), False, "")] * samples for _ in prompts]
     if horizon > 1:  # as much as the steps need: a token less

@@ -16,7 +16,7 @@ from fihelpers.answers import Answers, usual_answers
 from fihelpers.extras import EXTRAS, missing
 from fihelpers.filters import EXACT, Spectral
 from fihelpers.influence import moments_of_turned, turned_classes, warn_if_saturated
-from fihelpers.measures import MEASURES, DataFree, Influence, Measure, find_measure
+from fihelpers.measures import MEASURES, ByMeasure, DataFree, Influence, Measure, find_measure
 from fihelpers.models.language import Batch, LanguageModel
 from fihelpers.scores.hooks import (
     Block,
@@ -57,14 +57,14 @@ def score_weights(
     save_memory: keep the activations of one transformer block at a time, at the cost of one more forward
         pass. With batch_size=1 little more is held than the weights and the scores.
 
-    Returns {measure name: Scores}. Metadata `per_example` is the JSON list of the
-    measure's mean over the weights, one for each example. Raises ValueError for an empty calibration
-    set, an unknown name, or memory to be saved on a model without a list of transformer blocks, and
-    FloatingPointError for NaN or infinite logits or gradients.
+    Returns {measure name: Scores}, which finds any spelling of a name. Metadata `per_example` is the JSON
+    list of the measure's mean over the weights, one for each example. Raises ValueError for an empty
+    calibration set, an unknown name, or memory to be saved on a model without a list of transformer blocks,
+    and FloatingPointError for NaN or infinite logits or gradients.
     """
     if len(examples) == 0:
         raise ValueError("The calibration set is empty; choose n of at least 1.")
-    classes = answers or usual_answers(model.tokenizer, lettered=bool(examples[0].options))
+    classes = answers or usual_answers(model.tokenizer, examples)
     batches = model.batches([e.prompt for e in examples], batch_size)
     contexts = [(batch, torch.ones(len(batch.index))) for batch in batches]
     return score_contexts(
@@ -216,7 +216,7 @@ class Totals:
         """Their means over the samples; the totals themselves become the scores."""
         means = {name: total.div_(self.n) for name, total in self.sums.items()}
         places = {name: place for place, name in enumerate(self.grown)}
-        made = {}
+        made: ByMeasure[Scores] = ByMeasure()
         for name, measure in self.measures.items():
             if isinstance(measure, DataFree):
                 values, of_each = self._free_of_data(measure)

@@ -5,16 +5,26 @@ from functools import partial
 from os import PathLike
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
 from fihelpers.data import data_folder
 from fihelpers.tasks import instructions, mcq, text
 from fihelpers.tasks import pictures as images
 from fihelpers.tasks.base import Example, Task, make_task
 from fihelpers.tasks.pictures import image_prompt, with_instruction
+from fihelpers.tasks.words import first_tokens
 
 __all__ = ["Example", "Task", "image_prompt", "load_task", "with_instruction"]
 
 ALL = "all"
-BUNDLED = {"bundled": "mcq", "bundled-experts": "experts"}  # questions as text, by their folder in data/
+CLOZE = "cloze"  # statements to finish; before a colon and another task: its questions without options
+# questions as text, by their folder in data/
+BUNDLED = {
+    "bundled": "mcq",
+    "bundled-experts": "experts",
+    CLOZE: "cloze",
+    f"{CLOZE}-experts": "cloze-experts",
+}
 JSON, TEXT = ".json", ".txt"
 
 Found = tuple[Sequence[Example], str, Sequence[str]]  # examples, their split, and what was left out and why
@@ -27,6 +37,8 @@ def load_task(
     n: int | None = None,
     seed: int = 0,
     shots: int = 0,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Task:
     """Load questions as text, questions about images, instructions, or contexts to continue.
 
@@ -35,6 +47,12 @@ def load_task(
     "derek-thomas/ScienceQA" or "declare-lab/PuzzleVQA". Instructions: "bundled-instructions", a .json file in
     the layout of AlpacaEval or "tatsu-lab/alpaca_eval"; every other one is of split val, the others of test.
     Contexts: a .txt file with one a line.
+
+    Asked for the options' own words, not their letters: "cloze" and "cloze-experts", the bundled facts as
+    statements to finish, of which no two splits share one; and "cloze:" before any questions as text
+    ("cloze:cais/mmlu", "cloze:path/to/folder"). With the ``tokenizer`` of the model that is to be asked, the
+    questions whose options it does not tell apart are left out before the draw, and named in
+    ``Task.skipped``.
 
     ``subject`` None takes all subjects, one after the other; ``n`` draws a seeded subset; ``shots`` puts
     that many solved questions of the dev split before each question, for questions as text only. A text
@@ -51,23 +69,49 @@ def load_task(
     if read and shots:
         raise ValueError(f"{name} has no solved questions, so none for {shots} shots; set shots to 0.")
     examples, split, skipped = read(subject, split) if read else _questions(name, subject, split, shots)
+    if tokenizer is not None:
+        examples, unclear = _told_apart(examples, tokenizer)
+        skipped = (*skipped, *unclear)
     whole = text.SUBJECT if name.endswith(TEXT) else ALL
     return make_task(_label(name), subject or whole, split, examples, n, seed, skipped)
+
+
+def _told_apart(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Example], list[str]]:
+    """The examples that a model with this tokenizer can be asked, and why the others cannot."""
+    kept, unclear = [], []
+    for example in examples:
+        try:
+            if example.in_words:
+                first_tokens(tokenizer, example)
+            kept.append(example)
+        except ValueError as error:
+            unclear.append(str(error))
+    return kept, unclear
 
 
 def _label(name: str) -> str:
     if name in (*BUNDLED, mcq.HUB, *READERS):
         return name
+    if name.startswith(f"{CLOZE}:"):
+        return f"{CLOZE}:{_label(name.removeprefix(f'{CLOZE}:'))}"
     label = Path(name).expanduser().resolve().name
     return label.removesuffix(".tsv").removesuffix(JSON).removesuffix(TEXT)
 
 
 def _questions(name: str, subject: str | None, split: str, shots: int) -> Found:
     """Questions as text, each after solved ones."""
-    read = question_reader(name)
+    inner = name.removeprefix(f"{CLOZE}:")
+    read = question_reader(inner)
     rows = read(subject=subject, split=split)
     solved = read(subject=subject, split="dev") if shots else {}
-    return mcq.make_examples(rows, split, solved, shots), split, ()
+    prompt = mcq.format_prompt
+    if inner.startswith(CLOZE):
+        prompt = mcq.statement
+    elif inner != name:
+        prompt = mcq.open_prompt
+    return mcq.make_examples(rows, split, solved, shots, prompt), split, ()
 
 
 def question_reader(name: str) -> partial[mcq.Rows]:
@@ -80,7 +124,7 @@ def question_reader(name: str) -> partial[mcq.Rows]:
         return partial(mcq.read_folder, Path(name).expanduser(), bundled=False)
     raise FileNotFoundError(
         f"no task {name!r}: give {', '.join(map(repr, BUNDLED))}, {mcq.HUB!r}, a folder in the MMLU CSV "
-        "layout or a .txt file; "
+        f"layout, each with {CLOZE}: before it to be asked without options, or a .txt file; "
         f"for images {images.BUNDLED!r}, a .tsv file in the layout of MMBench, a folder of ScienceQA or "
         f"PuzzleVQA, {images.SCIENCEQA!r} or {images.PUZZLEVQA!r}; for instructions "
         f"{instructions.BUNDLED!r}, {instructions.ALPACA!r} or a .json file in its layout."

@@ -21,6 +21,7 @@ class Example:
     ``options`` is empty for plain text, whose ``question`` is the prompt itself. Of an image question,
     ``image`` is the encoded file; ``hint`` and ``instruction`` stand in the prompt already. ``reference``
     is an answer in free text that comes with an instruction, written by its author or by another model.
+    ``in_words``: the answer is an option's own words, which the prompt does not list, not its letter.
     """
 
     id: str
@@ -33,6 +34,7 @@ class Example:
     hint: str = ""
     instruction: str = ""
     reference: str = ""
+    in_words: bool = False
 
 
 @dataclass(frozen=True)

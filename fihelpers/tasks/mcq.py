@@ -1,9 +1,9 @@
-"""Multiple-choice questions: the MMLU CSV layout, the hub's ``cais/mmlu``, and the MMLU prompt."""
+"""Multiple-choice questions: the MMLU CSV layout, the hub's ``cais/mmlu``, and how they are asked."""
 
 import csv
 import io
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,9 +46,26 @@ def header(subject: str) -> str:
     return f"The following are multiple choice questions (with answers) about {title}.\n\n"
 
 
-def make_examples(rows: Rows, split: str, solved: Rows, shots: int) -> list[Example]:
+def statement(subject: str, question: str, options: Sequence[str], shots: Sequence[Row] = ()) -> str:
+    """A statement to finish, after finished ones."""
+    solved = [f"{shot.question} {shot.options[shot.answer]}.\n\n" for shot in shots]
+    return "".join(solved) + question
+
+
+def open_prompt(subject: str, question: str, options: Sequence[str], shots: Sequence[Row] = ()) -> str:
+    """The MMLU question without its options, as lm-evaluation-harness asks it in its form "continuation"."""
+    title = subject.replace("_", " ")
+    solved = [f"Question: {shot.question}\nAnswer: {shot.options[shot.answer]}\n\n" for shot in shots]
+    begin = f"The following are questions (with answers) about {title}.\n\n"
+    return begin + "".join(solved) + f"Question: {question}\nAnswer:"
+
+
+def make_examples(
+    rows: Rows, split: str, solved: Rows, shots: int, prompt: Callable[..., str] = format_prompt
+) -> list[Example]:
     """Turn the questions of every subject into examples, each after the first ``shots`` solved ones.
 
+    prompt: as `format_prompt`, which asks for a letter; every other one asks for an option in its words.
     Raises ValueError if a subject has fewer solved questions than that.
     """
     for subject in rows:
@@ -62,10 +79,11 @@ def make_examples(rows: Rows, split: str, solved: Rows, shots: int) -> list[Exam
         Example(
             id=f"{subject}/{split}/{number}",
             subject=subject,
-            prompt=format_prompt(subject, row.question, row.options, solved.get(subject, [])[:shots]),
+            prompt=prompt(subject, row.question, row.options, solved.get(subject, [])[:shots]),
             options=row.options,
             answer=row.answer,
             question=row.question,
+            in_words=prompt is not format_prompt,
         )
         for subject, asked in rows.items()
         for number, row in enumerate(asked, start=1)

@@ -18,51 +18,35 @@ from fichapters.ch04.draw import covered
 from fichapters.ch09 import lab as merging
 from fichapters.explorers import Axes, Bar, Dial, Line, Live, Position, dial
 from fichapters.style import SEQUENTIAL
-from fihelpers.answers import usual_answers
 from fihelpers.evaluate.questions import Evaluator
 from fihelpers.evaluate.stats import wilson
-from fihelpers.filters import Damped
-from fihelpers.measures import Influence
 from fihelpers.models.language import LanguageModel
 from fihelpers.perturb.sparsify import select, zeroed
+from fihelpers.scores.pixels import PixelBatch
 from fihelpers.scores.store import Scores
 from fihelpers.scores.weights import score_weights
 from fihelpers.tasks import Example
 
 # --- chapter 03: from exact FI through damping to the Jacobian norm
 
-FILTERS = (
-    "FI exact",
-    *(f"FI damped {x}" for x in ("1e-08", "1e-07", "1e-06", "1e-05", "0.0001", "0.01")),
-    limits.JACOBIAN2,
-)
+SQUARED = "squared score"  # the square of the Jacobian norm, where the dial ends
 ZEROED = (0.003, 0.01, 0.02, 0.05)  # shares of the weights
 SIDE = 64  # weights along a side of the shown corner of a matrix
 
 
 def filter_curves(
-    model: LanguageModel,
-    scores: Mapping[str, Scores],
-    test: Sequence[Example],
-    names: Sequence[str],
-    seed: int,
-    shares: Sequence[float] = ZEROED,
-) -> pd.DataFrame:
-    """Zero the top share by each ranking and ask again.
-
-    scores: by ranking. Columns: ranking, share (0: nothing zeroed), accuracy, low, high (Wilson), n.
-    """
-    ask = Evaluator(model, test, usual_answers(model.tokenizer, lettered=bool(test[0].options)))
-    intact = int(ask().correct.sum())
-    rows = []
-    for ranking, found in tqdm(scores.items(), desc="damage by filter", unit="ranking"):
-        rows.append((ranking, 0.0, intact))
-        for share in shares:
-            with zeroed(model.network, select(found, share, names=names, seed=seed)):
-                rows.append((ranking, share, int(ask().correct.sum())))
-    n = len(test)
-    lines = [(ranking, share, right / n, *wilson(right, n), n) for ranking, share, right in rows]
-    return pd.DataFrame(lines, columns=["ranking", "share", "accuracy", "low", "high", "n"])
+    model: LanguageModel, scores: Mapping[str, Scores], test: Sequence[Example], seed: int
+) -> dict[str, list[float]]:
+    """Accuracy with the top share by each ranking zeroed, for none and each of ZEROED."""
+    ask = Evaluator(model, test)
+    intact = ask().accuracy
+    curves = {}
+    for ranking, found in tqdm(scores.items(), desc="damage by filter", unit="ranking", leave=False):
+        curves[ranking] = [intact]
+        for share in ZEROED:
+            with zeroed(model, select(found, share, seed=seed)):
+                curves[ranking].append(ask().accuracy)
+    return curves
 
 
 @dataclass(frozen=True)
@@ -71,84 +55,74 @@ class _Filters:
 
     model: LanguageModel
     scores: Mapping[str, Scores]
-    ranks: pd.DataFrame
-    curves: pd.DataFrame
+    curves: Mapping[str, list[float]]
     calibration: Sequence[Example]
     test: Sequence[Example]
-    names: Sequence[str]
     seed: int
 
     def stored(self, ranking: str, matrix: str) -> Position:
-        """One of FILTERS, from what the chapter computed."""
-        likeness = self.ranks.groupby("ranking")["with_jacobian"].mean()[ranking]
-        told = f". Over all weights its rank correlation with the {limits.JACOBIAN2} is {likeness:.2f}."
-        own = self.curves[self.curves.ranking == ranking]
-        return self._position(ranking, matrix, self.scores[ranking].values, own, told)
+        """One of the rankings that the chapter computed."""
+        return self._position(ranking, matrix, self.scores[ranking].values, self.curves[ranking])
 
     def computed(self, matrix: str, decade: float) -> Position:
         """Damping by any 10^decade, computed now."""
-        measure = Influence(Damped(10**decade))
-        found = score_weights(self.model, self.calibration, [measure], only=self.names)[measure.name]
-        own = filter_curves(self.model, {measure.name: found}, self.test, self.names, self.seed)
-        return self._position(measure.name, matrix, found.values, own, ".")
+        measure, names = f"FI damped {10**decade:g}", list(self.scores[SQUARED].values)
+        found = score_weights(self.model, self.calibration, [measure], only=names)
+        curve = filter_curves(self.model, found, self.test, self.seed)
+        return self._position(measure, matrix, found[measure].values, next(iter(curve.values())))
 
     def _position(
-        self, ranking: str, matrix: str, scores: Mapping[str, Tensor], own: pd.DataFrame, told: str
+        self, ranking: str, matrix: str, scores: Mapping[str, Tensor], own: Sequence[float]
     ) -> Position:
-        at = own.set_index("share").accuracy
-        beside = {name: self.curves[self.curves.ranking == name] for name in (limits.JACOBIAN2, "random")}
-        end = self.scores[limits.JACOBIAN2]
+        right = [wilson(round(a * len(self.test)), len(self.test)) for a in own]
+        low, high = (_rounded(ends) for ends in zip(*right, strict=True))
+        x = list(map(float, range(len(own))))
+        beside = [Line(name, x, _rounded(self.curves[name])) for name in (SQUARED, "random")]
+        told = ", ".join(f"{a:.2f} with {100 * k:g} %" for k, a in zip(ZEROED, own[1:], strict=True))
         return Position(
             label=ranking.removeprefix("FI "),
-            note=f"{ranking}: accuracy {at[0.02]:.2f} with 2 % zeroed, {at[0.05]:.2f} with 5 %{told}",
+            note=f"{ranking}: accuracy {told} zeroed.",
             # at the end of the dial the two are one
-            pictures={ranking: _ranks(scores[matrix]), limits.JACOBIAN2: _ranks(end[matrix])},
-            lines=[
-                _damage_line("this ranking", own, banded=True),
-                *(_damage_line(name, rows) for name, rows in beside.items()),
-            ],
+            pictures={ranking: _ranks(scores[matrix]), SQUARED: _ranks(self.scores[SQUARED][matrix])},
+            lines=[Line("this ranking", x, _rounded(own), low=low, high=high), *beside],
         )
 
 
 def filter_dial(
     model: LanguageModel,
     scores: Mapping[str, Scores],
-    ranks: pd.DataFrame,
-    curves: pd.DataFrame,
-    matrices: Sequence[str],
     calibration: Sequence[Example],
     test: Sequence[Example],
-    names: Sequence[str],
     seed: int,
 ) -> Dial:
-    """Turn the filter from exact FI to the Jacobian norm: the ranking of a matrix, and the damage it does.
+    """Turn the filter from exact FI to the squared score: the ranking of a matrix, and the damage it does.
 
-    scores: by ranking, of the questions `calibration`. ranks: from `fichapters.ch03.lab.likeness`. curves:
-    from `filter_curves`, with FILTERS and "random" among its rankings.
+    scores: by ranking, of the questions `calibration`: "FI exact", dampings from light to heavy, the squared
+    score, and "random".
     """
-    shown = _Filters(model, scores, ranks, curves, calibration, test, names, seed)
-    n = int(curves.n.iloc[0])
+    filters = [name for name in scores if name == SQUARED or name.startswith(("FI exact", "FI damped"))]
+    shown_scores = {name: scores[name] for name in (*filters, "random")}
+    curves = filter_curves(model, shown_scores, test, seed)
+    shown = _Filters(model, shown_scores, curves, calibration, test, seed)
+    parts = limits.parts_of(list(scores[SQUARED].values))
+    earlier = [name for name, part in parts.items() if part == limits.EARLIER]
+    matrices = dict.fromkeys([earlier[0], earlier[len(earlier) // 2], earlier[-1]])
     named = {f"block {limits.layer_of(m)}, {limits.matrix_of(m)}": m for m in matrices}
     return dial(
-        {(name,): [shown.stored(ranking, matrix) for ranking in FILTERS] for name, matrix in named.items()},
-        title="From exact FI to the squared Jacobian norm",
+        {(name,): [shown.stored(ranking, matrix) for ranking in filters] for name, matrix in named.items()},
+        title="From exact FI to the squared score",
         caption=(
             "Move the filter, with the mouse or the arrow keys. Pictures: ranks of the weights in a corner "
             f"of {SIDE} × {SIDE} of the matrix (a row an output, a column an input; yellow is most fragile). "
-            f"Chart: accuracy on {n} test questions after zeroing the top share of all weights; the band is "
-            "the 95 % Wilson interval. Try: at which λ do the stripes come, and where does the curve fall?"
+            f"Chart: accuracy on {len(test)} test questions after zeroing the top share of all weights; the "
+            "band is the 95 % Wilson interval. Try: at which λ do the stripes come, and where does the curve "
+            "fall?"
         ),
         names=("matrix", "filter"),
         axes=Axes("share of the weights zeroed", "accuracy", ticks=_percent_ticks((0, *ZEROED))),
-        start=FILTERS.index("FI damped 1e-06"),
+        start=len(filters) // 2,
         live=Live("log₁₀ λ", -6.5, -12, 4, lambda options, decade: shown.computed(named[options[0]], decade)),
     )
-
-
-def _damage_line(name: str, rows: pd.DataFrame, banded: bool = False) -> Line:
-    x = list(map(float, range(len(rows))))
-    ends = {"low": _rounded(rows.low), "high": _rounded(rows.high)} if banded else {}
-    return Line(name, x, _rounded(rows.accuracy), **ends)
 
 
 def _ranks(values: Tensor) -> np.ndarray:
@@ -164,10 +138,10 @@ GUIDES = ("FI damped 0.0001", "FI exact", "Jacobian norm", "random")
 
 @dataclass(frozen=True)
 class _Masks:
-    """What the dial of the masks shows; at: of each shown picture its row of `pixels.flip_counts`."""
+    """What the dial of the masks shows; at: the id of each shown picture."""
 
-    gallery: Sequence[pixels.Scored]
-    at: Mapping[str, pd.DataFrame]
+    batches: Sequence[PixelBatch]
+    at: Mapping[str, str]
     seed: int
 
     def cases(self, name: str) -> dict[str, pixels.Case]:
@@ -188,7 +162,7 @@ class _Masks:
         return _masked_position(self._case(name, guide, (count,)), count, _guide_lines(cases), None)
 
     def _case(self, name: str, guide: str, counts: Sequence[int]) -> pixels.Case:
-        return pixels.look_at(self.gallery, self.at[name], guide, counts, self.seed)
+        return pixels.look_at(self.batches, self.at[name], guide, counts, self.seed)
 
 
 def _guide_lines(cases: Mapping[str, pixels.Case]) -> list[Line]:
@@ -201,13 +175,13 @@ def _guide_lines(cases: Mapping[str, pixels.Case]) -> list[Line]:
     ]
 
 
-def mask_dial(gallery: Sequence[pixels.Scored], flips: pd.DataFrame, seed: int) -> Dial:
+def mask_dial(batches: Sequence[PixelBatch], ids: Sequence[str], seed: int) -> Dial:
     """Mask more and more of a picture's highest pixels and see the answers move, for three pictures.
 
-    flips: from `pixels.flip_counts`; its first, middle and last picture are shown.
+    ids: of pictures of the batches, from the most fragile one on; the first, middle and last are shown.
     """
-    chosen = {"most fragile": 0, "in the middle": len(flips) // 2, "sturdiest": len(flips) - 1}
-    shown = _Masks(gallery, {name: flips.iloc[[place]] for name, place in chosen.items()}, seed)
+    chosen = {"most fragile": ids[0], "in the middle": ids[len(ids) // 2], "sturdiest": ids[-1]}
+    shown = _Masks(batches, chosen, seed)
     known = {name: shown.cases(name) for name in chosen}
     groups: dict[tuple[str, ...], list[Position]] = {
         (name, guide): positions

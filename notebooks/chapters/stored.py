@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from fichapters.packed import packed_layers, plain_tensors, quantize_model, unpacked_dtypes
-from fihelpers.models.files import new_folder
+from fihelpers.data import new_folder
 from fihelpers.models.language import (
     WEIGHTS,
     LanguageModel,

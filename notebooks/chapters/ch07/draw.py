@@ -7,12 +7,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from fichapters.style import GREY, INK, SEQUENTIAL, WIDTH, legend_outside, look, new_figure
+from fichapters.style import GREY, INK, WIDTH, legend_outside, look, new_figure
 from fihelpers.measures import MEASURES
 
 LOW = ", low half"
@@ -142,24 +141,6 @@ def concentration_curves(table: pd.DataFrame) -> Figure:
     ax.yaxis.set_major_formatter(PercentFormatter(1))
     ax.xaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
     legend_outside(ax)
-    return figure
-
-
-def location_map(tables: dict[str, pd.DataFrame], share: float) -> Figure:
-    """Share of each matrix that is among the top weights, layer by matrix, one panel a measure."""
-    figure, axes = new_figure(len(tables), 1, size=(WIDTH, 2.3 * len(tables) + 0.8), sharex=True)
-    for ax, (name, table) in zip(axes[:, 0], tables.items(), strict=True):
-        grid = table.pivot(index="layer", columns="matrix", values="top_share")[
-            list(dict.fromkeys(table.matrix))
-        ]
-        sns.heatmap(
-            100 * grid, ax=ax, cmap=SEQUENTIAL, annot=True, fmt=".1f", annot_kws={"size": 9}, cbar=False
-        )
-        ax.set(title=name, xlabel="", ylabel="layer")
-        ax.tick_params(axis="x", labelrotation=40)
-        for label in ax.get_xticklabels():
-            label.set_horizontalalignment("right")
-    figure.supxlabel(f"percent of each matrix among the model's top {share:.0%}", fontsize=10)
     return figure
 
 

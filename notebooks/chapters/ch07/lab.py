@@ -24,7 +24,6 @@ from fihelpers.data import data_folder
 from fihelpers.evaluate.stats import crossed_difference
 from fihelpers.models.generate import Response, greedy
 from fihelpers.models.language import LanguageModel, in_chat
-from fihelpers.perturb.sparsify import Which, select
 from fihelpers.scores.store import Scores
 from fihelpers.tasks import Example, load_task
 from fihelpers.tasks.instructions import ALPACA, SUBJECT, instruction_prompt, load_instructions
@@ -36,19 +35,27 @@ SCORES = ("rouge1", "win_rate", "length_controlled")
 SIDES = ("below", "above")
 
 
-def questions(p: SimpleNamespace, split: str, n: int | None, seed: int) -> dict[str, Sequence[Example]]:
-    """Examples of each of a chapter's SUBJECTS from its TASK, drawn with a seed (n each; all if None)."""
-    return {subject: draw_of(p.TASK, subject, split, n, seed) for subject in p.SUBJECTS}
+def questions(
+    p: SimpleNamespace, split: str, n: int | None, seed: int, model: LanguageModel | None = None
+) -> dict[str, Sequence[Example]]:
+    """Examples of each of a chapter's SUBJECTS from its TASK, drawn with a seed (n each; all if None).
+
+    Of statements to finish only those whose options the model tells apart by their first tokens.
+    """
+    return {subject: draw_of(p.TASK, subject, split, n, seed, model) for subject in p.SUBJECTS}
 
 
-def draw_of(task: str, subject: str | None, split: str, n: int | None, seed: int) -> Sequence[Example]:
+def draw_of(
+    task: str, subject: str | None, split: str, n: int | None, seed: int, model: LanguageModel | None = None
+) -> Sequence[Example]:
     """Examples of a task, as `load_task` draws them.
 
     Of a text file the first half is the val split, drawn with the seed, and the rest the test split, of which
     the first n are taken. Raises ValueError where there are fewer than n.
     """
     if not task.endswith(".txt"):
-        return load_task(task, subject, split, n, seed).examples
+        speaks = model.tokenizer if model else None
+        return load_task(task, subject, split, n, seed, tokenizer=speaks).examples
     whole = load_task(task).examples
     half = whole[: len(whole) // 2] if split == "val" else whole[len(whole) // 2 :]
     if n is not None and n > len(half):
@@ -132,46 +139,6 @@ def concentration(scores: Mapping[str, Scores], points: int = 200) -> pd.DataFra
         index = np.clip((shares * len(flat)).round().astype(int) - 1, 0, len(flat) - 1)
         lines += [(name, w, float(total[i]), len(flat)) for w, i in zip(shares, index, strict=True)]
     return pd.DataFrame(lines, columns=["measure", "weights", "total", "n"])
-
-
-def locations(scores: Scores, share: float) -> pd.DataFrame:
-    """Where the top weights sit: columns layer, matrix, weights, top, top_share (of the matrix)."""
-    chosen = select(scores, share)
-    lines = []
-    for name, value in scores.values.items():
-        layer = next((int(part) for part in name.split(".") if part.isdigit()), -1)
-        matrix = name.split(".")[-2]
-        lines.append((layer, matrix, value.numel(), len(chosen[name]), len(chosen[name]) / value.numel()))
-    return pd.DataFrame(lines, columns=["layer", "matrix", "weights", "top", "top_share"])
-
-
-def removed(scores: Mapping[str, Scores], rate: float, which: Which, scope: str) -> pd.DataFrame:
-    """What goes with the weights that each measure chooses, as shares of the whole model's.
-
-    size: of the sum of W²; output: of that of W² ‖x‖², Wanda's score squared; information: of the
-    information length of removal. shared with Wanda: of its choice. A row for each measure.
-    """
-    flat = {name: torch.cat([v.flatten() for v in s.values.values()]).double() for name, s in scores.items()}
-    sums = {"size": flat["magnitude"].square(), "output": flat["Wanda"].square()}
-    sums["information"] = flat["information length"]
-    chosen = {name: _mask(s, rate, which, scope) for name, s in scores.items()}
-    lines = {
-        name: {of: float(v[mask].sum() / v.sum()) for of, v in sums.items()}
-        | {"shared with Wanda": float((mask & chosen["Wanda"]).sum() / max(1, int(mask.sum())))}
-        for name, mask in chosen.items()
-    }
-    return pd.DataFrame(lines).T.rename_axis("measure").reset_index()
-
-
-def _mask(scores: Scores, rate: float, which: Which, scope: str) -> torch.Tensor:
-    """Whether each weight is chosen, over all tensors in their order."""
-    positions = select(scores, rate, which, scope=scope)  # type: ignore[arg-type]
-    masks = []
-    for name, value in scores.values.items():
-        mask = torch.zeros(value.numel(), dtype=torch.bool)
-        mask[positions[name].cpu()] = True
-        masks.append(mask)
-    return torch.cat(masks)
 
 
 # --- text
