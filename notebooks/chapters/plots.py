@@ -191,4 +191,7 @@ def _scaled(ax: Axes, scale: str, values: Sequence[float]) -> None:
 
 
 def _count(table: pd.DataFrame) -> str:
-    return f"n = {int(table.n.max())}" if "n" in table else f"{len(table)} rows"
+    if "n" not in table:
+        return f"{len(table)} rows"
+    least, most = int(table.n.min()), int(table.n.max())
+    return f"n = {most}" if least == most else f"n = {least} to {most}"
