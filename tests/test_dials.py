@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import numpy as np
-import pandas as pd
 import pytest
 import torch
 from tiny import tiny_examples, tiny_model
@@ -83,11 +81,11 @@ class Gallery:
     examples = tuple(Example(f"p{i}", "tiny", "?", ("dark", "light"), 1, "Which?") for i in range(3))
     images = torch.full((3, 3, 40, 40), 200.0)
 
-    class letters:
-        model = None
+    model = None
 
-    def scores(self, measure: str) -> Tensor:
-        return torch.arange(1600.0).reshape(40, 40).expand(3, 40, 40) * (1 if measure == "FI exact" else -1)
+    def scores(self, measures: list[str]) -> dict[str, Tensor]:
+        ramp = torch.arange(1600.0).reshape(40, 40).expand(3, 40, 40)
+        return {measure: ramp * (1 if measure == "FI exact" else -1) for measure in measures}
 
 
 @pytest.fixture
@@ -97,8 +95,7 @@ def mask_dial(monkeypatch: pytest.MonkeyPatch) -> Dial:
         return torch.stack([1 - left, left], 1)
 
     monkeypatch.setattr(pixels, "probabilities", light)
-    flips = pd.DataFrame({"id": ["p2", "p0", "p1"], "flips_at": [np.nan] * 3, "left": [0.0] * 3})
-    return dials.mask_dial([Gallery()], flips, 0)  # type: ignore[list-item]
+    return dials.mask_dial([Gallery()], ["p2", "p0", "p1"], 0)  # type: ignore[list-item]
 
 
 def test_masks_grow_and_the_answer_follows(mask_dial: Dial) -> None:

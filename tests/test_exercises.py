@@ -248,7 +248,6 @@ SLIPS = [  # a check, what it is given, and a word of its hint
     (ch03.filter_takes_over, (100.0, *ch03.many_weights()), "smaller"),
     (ch04.fewest_tokens, (5, 13, 3, 2), "no token"),
     (ch04.fewest_tokens, (4, 12, 3, 2), "still at the ceiling"),
-    (ch04.verdicts, ({"a": "holds"}, {"a": (-0.1, 0.1)}), "*whole* interval"),
     (ch04.mean_height, (float(np.mean(CURVE)), SHARES, CURVE), "evenly spaced"),
     (ch04.costly_pixel, (torch.full((3, 8, 8), 240.0),), "one colour"),
     (ch04.costly_pixel, (255 * torch.eye(8).expand(3, 8, 8),), "beside everything"),

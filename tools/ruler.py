@@ -69,6 +69,7 @@ class Bounds:
 
 LESSONS = {  # chapters that are lessons, and have to stay so
     "01_first_look": Bounds(),
+    "04_fragile_pixels": Bounds(),
     "07_sparsification": Bounds(words=2900, code=170),
 }
 

@@ -1,14 +1,13 @@
-"""Checks of chapter 04: classes against dimensions, verdicts, deletion curves, pairing, information loss."""
+"""Checks of chapter 04: classes against dimensions, deletion curves, pairing, information loss."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from fichapters.claims import judge
-from fichapters.exercises import Wrong, choice, equal, exercise, tensor, whole
+from fichapters.exercises import Wrong, equal, exercise, tensor, whole
 from fichapters.noises import information_loss
 from fihelpers.evaluate.stats import mean_interval, paired_difference
 
@@ -35,27 +34,6 @@ def fewest_tokens(for_pixel: object, for_square: object, channels: int, side: in
                 "dimensions, and K - 1 must be larger than p. What is K?"
             )
     return "The room has to be filled, though: classes with hardly any probability leave FI near the ceiling."
-
-
-@exercise
-def verdicts(answers: Mapping[str, object], intervals: Mapping[str, tuple[float, float]]) -> str:
-    """What intervals of differences say about the claim that the difference is below zero."""
-    if not isinstance(answers, Mapping) or set(answers) != set(intervals):
-        raise Wrong(f"Give a verdict for each of {', '.join(intervals)}.")
-    hints = {
-        "holds": "Damage is a fall of log P. A claim holds where the *whole* interval lies on its side "
-        "of zero.",
-        "undecided": "Undecided is only what has zero inside its interval.",
-        "does not hold": "A claim does not hold where the whole interval lies above zero: FI did less "
-        "damage.",
-    }
-    for name, (low, high) in intervals.items():
-        right = judge(low, high, below=0)
-        wrong = {word: f"({name}) {hint}" for word, hint in hints.items() if word != right}
-        choice(answers[name], right, wrong)
-    return (
-        "An undecided claim is not a refuted one: the interval's ends say how large the effect may still be."
-    )
 
 
 @exercise

@@ -1,161 +1,136 @@
-"""Figures of chapter 04: maps of fragile pixels, masks, and what they do to the answer."""
+"""Figures of chapter 04: pictures, maps of fragile pixels, masks, and what they do to the answer."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from fichapters.ch04.lab import RANDOM, Case
-from fichapters.style import INK, SEQUENTIAL, WIDTH, look, new_figure
+from fichapters import plots
+from fichapters.ch04.lab import FI, PAPER, Case
+from fichapters.papers import published
+from fichapters.style import INK, SEQUENTIAL, WIDTH, new_figure
+from fihelpers.evaluate.questions import Outcome
+from fihelpers.scores.pixels import image_of
 from fihelpers.tasks import Example
 
 RIGHT, WRONG = "#2F6DB5", "#C9C9C9"  # bars of the right answer and of the others
+NOISES = {  # what the earlier version's figure is called -> the change
+    "noise_fi": "FI damped 0.0001",
+    "noise_poisson": "Poisson",
+    "noise_salt": "salt & pepper",
+    "noise_speckle": "speckle",
+    "noise_erasing": "random erasing",
+}
 
 
-def gallery(pictures: Sequence[tuple[Tensor, Example, Tensor]], columns: int = 4) -> Figure:
-    """Pictures (3, H, W) with their questions, their options and P of each; the right one is marked."""
-    rows = -(-len(pictures) // columns)
-    figure, axes = new_figure(rows, columns, size=(WIDTH, 3.3 * rows))
+def gallery(examples: Sequence[Example], outcome: Outcome, each: int = 2) -> Figure:
+    """The first pictures of every subject with their questions and P of the options; the right one is marked.
+
+    outcome: what was answered to the examples.
+    """
+    subjects = dict.fromkeys(e.subject for e in examples)
+    places = [[i for i, e in enumerate(examples) if e.subject == s][:each] for s in subjects]
+    figure, axes = new_figure(each, len(places), size=(WIDTH, 3.3 * each))
     for ax in axes.flat:
         ax.axis("off")
-    for ax, (image, example, probs) in zip(axes.flat, pictures, strict=False):
-        _picture(ax, image, example.subject)
-        lines = [_wrapped(example.question, 23)]
-        for i, (option, p) in enumerate(zip(example.options, probs.tolist(), strict=True)):
-            mark = "✓" if i == example.answer else "  "
-            lines.append(f"{mark} {'ABCDEF'[i]}. {option}  {p:.2f}")
-        ax.text(0, -0.05, "\n".join(lines), transform=ax.transAxes, va="top", fontsize=9)
+    for column, here in zip(axes.T, places, strict=True):
+        for ax, place in zip(column, here, strict=False):
+            example = examples[place]
+            _picture(ax, image_of(example), example.subject)
+            lines = [textwrap.fill(example.question, 23)]
+            said = outcome.log_probs[place].exp().tolist()
+            for i, (option, p) in enumerate(zip(example.options, said, strict=False)):
+                lines.append(f"{'✓' if i == example.answer else '  '} {'ABCDEF'[i]}. {option}  {p:.2f}")
+            ax.text(0, -0.05, "\n".join(lines), transform=ax.transAxes, va="top", fontsize=9)
+    return figure
+
+
+def one_picture(
+    example: Example, maps: Mapping[str, Tensor], hidden: Mapping[int, Tensor], probs: Tensor
+) -> Figure:
+    """A picture, its maps (H, W), itself with more and more pixels hidden, and P of the options each time.
+
+    hidden: pictures by the number of hidden pixels, from 0 on; probs: of these, (len(hidden), K).
+    """
+    figure, axes = new_figure(3, len(hidden), size=(WIDTH, 6.2), height_ratios=(1.2, 1.2, 1))
+    for ax in axes[:2].flat:
+        ax.axis("off")
+    for ax, (name, values) in zip(axes[0], maps.items(), strict=False):
+        ax.imshow(values.numpy(), cmap=SEQUENTIAL, vmax=float(values.quantile(0.99)), interpolation="nearest")
+        ax.set_title(textwrap.fill(name, 16), fontsize=9)
+    for column, (count, image) in enumerate(hidden.items()):
+        _picture(axes[1, column], image, f"{count} hidden" if count else "untouched")
+        _bars(axes[2, column], probs[column], example, column == 0)
+    figure.suptitle(example.question, fontsize=11)
     return figure
 
 
 def setting_maps(image: Tensor, maps: Mapping[str, tuple[Tensor, float]]) -> Figure:
     """One picture and its map under every setting, each from 0 to its own 99th percentile.
 
-    maps: values of any grid and the ceiling of FI. The title gives the spread of the map as a share of the
-    ceiling: the 5th and the 95th percentile.
+    maps: values of any grid and the ceiling of FI, from `lab.setting_maps`. The title gives the spread of a
+    map of FI as a share of the ceiling: the 5th and the 95th percentile.
     """
     figure, axes = new_figure(2, 5, size=(WIDTH, 4.1))
     for ax in axes.flat:
         ax.axis("off")
     _picture(axes[0, 0], image, "the picture")
-    axes[0, 0].set_title("the picture", fontsize=9)
     for ax, (name, (values, top)) in zip(axes.flat[1:], maps.items(), strict=False):
         grid = values.mean(0) if values.dim() == 3 else values
-        ax.imshow(
-            grid.numpy(),
-            cmap=SEQUENTIAL,
-            vmin=0,
-            vmax=float(grid.quantile(0.99)) or 1.0,
-            interpolation="nearest",
-        )
-        low, high = np.quantile(values.double().numpy(), [0.05, 0.95])
-        share = 1.0 if "Jacobian" in name else top
-        told = f"{low / share:.2g} to {high / share:.2g}"
+        highest = float(grid.quantile(0.99)) or 1.0
+        ax.imshow(grid.numpy(), cmap=SEQUENTIAL, vmin=0, vmax=highest, interpolation="nearest")
+        low, high = np.quantile(values.double().numpy(), [0.05, 0.95]) / top
+        told = "" if "Jacobian" in name else f"{low:.2g} to {high:.2g}"
         ax.set_title(f"{name.replace(', ', ',' + chr(10))}\n{told}", fontsize=9, fontweight="normal")
     return figure
 
 
-def deletion_curves(
-    table: pd.DataFrame, panels: Mapping[str, Sequence[str]], xlabel: str, percent: bool
-) -> Figure:
-    """log P of the right answer (above) and accuracy (below) against the amount masked, by measure.
+def ten_pixels(table: pd.DataFrame) -> Figure:
+    """What ten pixels cost, by measure and category, beside the paper's mean over its models.
 
-    table: from `lab.curves`; amounts are shares (percent) or counts, drawn at even steps.
+    table: of `lab.by_category`. Hollow: the paper's, where FI has no filter that it names.
     """
-    figure, axes = new_figure(2, len(panels), size=(WIDTH, 6.4), sharey="row", sharex=True)
-    steps = sorted(table.amount.unique())
-    for column, (title, names) in enumerate(panels.items()):
-        for name in names:
-            part = table[table.measure == name].sort_values("amount")
-            x = part.amount if percent else [steps.index(a) for a in part.amount]
-            for row, value in enumerate(("log_prob", "accuracy")):
-                axes[row, column].plot(x, part[value], **look(name))
-        axes[0, column].set_title(title)
-        bottom = axes[1, column]
-        bottom.set_xlabel(xlabel)
-        if percent:
-            bottom.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        else:
-            bottom.set_xticks(range(len(steps)), [f"{s:g}" for s in steps])
-        bottom.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncol=2, columnspacing=1.0)
-    n = int(table.n.max())
-    axes[0, 0].set_ylabel(f"log P, right answer (nats, n = {n})")
-    axes[1, 0].set_ylabel(f"accuracy (n = {n})")
+    counts = table.groupby("subject").n.max()
+    shown = table.assign(subject=[f"{s}\nn = {counts[s]}" for s in table.subject])
+    figure = plots.forest(shown, "measure", panels="subject", label="accuracy minus that of the untouched")
+    names = list(dict.fromkeys(table.measure))
+    start = published("pixels_original").value
+    marks = dict.fromkeys(FI, "pixels_fi")
+    marks |= {"Jacobian norm": "pixels_jacobian", "saliency": "pixels_saliency", "random": "pixels_random"}
+    whole = figure.axes[-1]
+    for name, key in marks.items():
+        lost = published(key).value - start
+        whole.plot([lost], [names.index(name)], "D", color=INK, markerfacecolor="none", label="published")
+    for ax in figure.axes:
+        ax.xaxis.set_major_locator(MaxNLocator(2))
+    figure.legend([whole.lines[-1]], ["the paper, mean of its models"], loc="outside upper center")
     return figure
 
 
-def area_dots(tables: Mapping[str, pd.DataFrame]) -> Figure:
-    """Mean height of the deletion curve of log P less that of random masks, with intervals; a panel each."""
-    figure, axes = new_figure(1, len(tables), size=(WIDTH, 4.0), sharey=True)
-    order = list(next(iter(tables.values())).sort_values("less_log_prob", ascending=False).index.drop(RANDOM))
-    for ax, (title, table) in zip(axes[0], tables.items(), strict=True):
-        for y, name in enumerate(order):
-            row = table.loc[name]
-            _dot(ax, row.less_log_prob, row.less_log_prob_low, row.less_log_prob_high, y, look(name))
-        ax.axvline(0, color=INK, linewidth=0.8)
-        ax.set_title(f"{title} (n = {int(table.n.max())})")
-    axes[0, 0].set_yticks(range(len(order)), order)
-    figure.supxlabel(
-        "mean height of the curve of log P, less that of random masks (nats; left: more damage)", fontsize=10
-    )
-    return figure
+def duels(*tables: pd.DataFrame) -> Figure:
+    """FI minus the paper's other measures, a panel for each mask; tables: of `lab.duels`."""
+    forms = {"count": "{:g} pixels", "share": "{:.0%} of the pixels", "patches": "{:g} patches"}
+    both = pd.concat(tables)
+    both = both[both.other.isin(PAPER)]
+    both["masked"] = [forms[kind].format(n) for kind, n in zip(both.kind, both.amount, strict=True)]
+    return plots.forest(both, "fi", by="other", panels="masked", label="log P, FI minus the other, nats")
 
 
-def ratio_dots(table: pd.DataFrame) -> Figure:
-    """Mean score on drawn things over that on the paper, by setting, with intervals."""
-    figure, axes = new_figure(size=(WIDTH, 3.2))
-    ax = axes[0, 0]
-    for y, row in enumerate(table.itertuples()):
-        _dot(ax, row.ratio, row.low, row.high, y, {"color": "#2F6DB5", "marker": "o"})
-    ax.axvline(1, color=INK, linewidth=0.8)
-    ax.set_yticks(range(len(table)), table.index)
-    ax.invert_yaxis()
-    ax.set(xscale="log", xlabel=f"mean on drawn things / mean on the paper (n = {int(table.n.max())})")
-    ax.xaxis.set_major_locator(LogLocator(base=2))
-    ax.xaxis.set_major_formatter("{x:g}")
-    ax.xaxis.set_minor_locator(NullLocator())
-    return figure
+def falls(table: pd.DataFrame) -> Figure:
+    """What changes do to P of the right answer, beside the earlier version's one picture (hollow).
 
-
-def fill_dots(tables: Mapping[str, pd.DataFrame], names: Sequence[str], share: float) -> Figure:
-    """What each fill does at one share: log P less that of random masks with the same fill, by measure."""
-    figure, axes = new_figure(1, len(tables), size=(WIDTH, 3.2), sharey=True, sharex=True)
-    for ax, (fill, table) in zip(axes[0], tables.items(), strict=True):
-        for y, name in enumerate(names):
-            row = table.loc[name]
-            _dot(ax, row.log_prob, row.log_prob_low, row.log_prob_high, y, look(name))
-        ax.axvline(0, color=INK, linewidth=0.8)
-        ax.set_title(fill)
-    axes[0, 0].set_yticks(range(len(names)), names)
-    axes[0, 0].invert_yaxis()
-    n = int(next(iter(tables.values())).n.max())
-    figure.supxlabel(
-        f"log P less that of random masks of {share:.0%} of the pixels (nats, n = {n})", fontsize=10
-    )
-    return figure
-
-
-def case_figure(case: Case) -> Figure:
-    """The picture, its map, the mask that was shown, and the answer before and after."""
-    figure, axes = new_figure(2, 3, size=(WIDTH, 5.0), height_ratios=(1.5, 1))
-    count = case.shown
-    _picture(axes[0, 0], case.image, "picture")
-    axes[0, 1].imshow(case.scores.numpy(), cmap=SEQUENTIAL, interpolation="nearest")
-    axes[0, 1].set_title(case.measure)
-    _picture(axes[0, 2], covered(case, count), f"{count} pixels masked")
-    for ax in axes[0]:
-        ax.axis("off")
-    more = max(case.masks)
-    for ax, n in zip(axes[1], (0, count, more), strict=True):
-        _bars(ax, case.probs[n], case.example, f"{n} masked" if n else "untouched", ax is axes[1, 0])
-    figure.suptitle(case.example.question, fontsize=11)
-    return figure
+    table: of `Trials.compare` with the untouched pictures.
+    """
+    before = published("noise_before").value
+    marks = {change: published(key).value - before for key, change in NOISES.items()}
+    return plots.forest(table, "first", label="P of the right answer minus untouched", marks=marks)
 
 
 def covered(case: Case, count: int) -> Tensor:
@@ -163,23 +138,12 @@ def covered(case: Case, count: int) -> Tensor:
     return case.image * ~case.masks[count] if count else case.image
 
 
-def noise_pictures(case: Case, pictures: Mapping[str, tuple[Tensor, Tensor]]) -> Figure:
-    """The same picture under the mask and under noises, (image, P of the options) by name."""
-    figure, axes = new_figure(2, len(pictures), size=(WIDTH, 3.2), height_ratios=(1.1, 1))
-    for column, (name, (image, probs)) in enumerate(pictures.items()):
-        _picture(axes[0, column], image, "")
-        axes[0, column].set_title(name, fontsize=9)
-        axes[0, column].axis("off")
-        _bars(axes[1, column], probs, case.example, "", column == 0)
-    return figure
-
-
 def _picture(ax: Axes, image: Tensor, title: str) -> None:
     ax.imshow(image.permute(1, 2, 0).clamp(0, 255).round().byte().numpy(), interpolation="nearest")
-    ax.set_title(title)
+    ax.set_title(title, fontsize=9)
 
 
-def _bars(ax: Axes, probs: Tensor, example: Example, title: str, named: bool) -> None:
+def _bars(ax: Axes, probs: Tensor, example: Example, named: bool) -> None:
     right = [i == example.answer for i in range(len(probs))]
     ax.barh(range(len(probs)), probs.tolist(), color=[RIGHT if r else WRONG for r in right])
     for y, p in enumerate(probs.tolist()):
@@ -189,19 +153,7 @@ def _bars(ax: Axes, probs: Tensor, example: Example, title: str, named: bool) ->
         ax.text(x, y, f"{p:.2f}", va="center", ha=side, fontsize=9, color=colour)
     ax.set(xlim=(0, 1), xlabel="P")
     ax.set_xticks((0, 0.5, 1), ("0", "0.5", "1"))
-    ax.set_title(title, fontsize=10)
     names = [f"{'ABCDEF'[i]}. {option}" for i, option in enumerate(example.options)]
     ax.set_yticks(range(len(probs)), names if named else [""] * len(probs))
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
-
-
-def _dot(ax: Axes, middle: float, low: float, high: float, y: float, style: Mapping[str, object]) -> None:
-    ax.plot([low, high], [y, y], color=style["color"], linewidth=1.4)
-    ax.plot([middle], [y], color=style["color"], marker=style["marker"], linestyle="none")
-
-
-def _wrapped(text: str, width: int) -> str:
-    import textwrap
-
-    return "\n".join(textwrap.wrap(text, width))

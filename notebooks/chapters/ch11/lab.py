@@ -116,6 +116,11 @@ def _pair(first: str, minus: str) -> dict[str, Any]:
     return {"chapter": "07_sparsification", "table": "pairs", "first": first, "minus": minus, "rate": 0.01}
 
 
+def _gain(measure: str) -> dict[str, Any]:
+    """What masking by a measure does beyond random masks, along the deletion curve of chapter 04."""
+    return {"chapter": "04_fragile_pixels", "table": "gains", "measure": measure}
+
+
 QUOTED = {  # numbers of other chapters that answer a reviewer, by the end of their names here
     "path_jacobian": _record("06_embedding_attacks", "ch06_lag_exact"),
     "path_damped": _record("06_embedding_attacks", "ch06_lag_damped"),
@@ -123,10 +128,10 @@ QUOTED = {  # numbers of other chapters that answer a reviewer, by the end of th
     "damped_random": _pair(DAMPED, RANDOM),
     "length_snip": _pair(LENGTH, "SNIP"),
     "merged_better": _record("09_merging", "ch09_beat_random"),
-    "cam": _record("04_fragile_pixels", "ch04_gain_pixels_gradcam"),
-    "cam_exact": _record("04_fragile_pixels", "ch04_gain_pixels_exact"),
-    "cam_damped": _record("04_fragile_pixels", "ch04_gain_pixels_damped"),
-    "paths": _record("04_fragile_pixels", "ch04_gain_pixels_path"),
+    "cam": _gain("Grad-CAM"),
+    "cam_exact": _gain(EXACT),
+    "cam_damped": _gain(DAMPED),
+    "paths": _gain("integrated gradients"),
     "close": _record("05_prompts_and_pixels", "ch05_close_all"),
 }
 DIRECTIONS = ("natural gradient", "gradient", "its signs", "removal", "random")
