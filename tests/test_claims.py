@@ -214,12 +214,13 @@ def test_what_is_kept_tells_every_claim(rows: pd.DataFrame) -> None:
 
 
 def test_a_chapter_that_was_run_is_judged_by_its_own_numbers_alone(tmp_path: Path) -> None:
-    records = [{"name": "ch02_wrong_ours", "value": 3, "low": None, "high": None, "n": 9}]
-    (tmp_path / "02_the_measure.json").write_text(json.dumps({"records": records}))
+    row = {"way": "fihelpers.fi", "cases": 9, "wrong": 3, "violations": 0, "low": 0, "high": 1}
+    pd.DataFrame([row]).to_csv(tmp_path / "02_the_measure.rounding.csv", index=False)
+    (tmp_path / "02_the_measure.json").write_text('{"records": []}')
     found = judges.judged(judges.load_claims(), judges.of_run(tmp_path))
     own = found[found.chapter == "02_the_measure"].set_index("part").verdict
-    assert own["the spectral form computes it"] == FAILS
-    assert set(own.drop("the spectral form computes it")) == {NOT_MEASURED}
+    assert own["the spectral form computes it"] == FAILS and own["none in the complement"] == HOLDS
+    assert set(own.drop(["the spectral form computes it", "none in the complement"])) == {NOT_MEASURED}
     assert (found[found.chapter == "03_what_fi_can_say"].verdict != NOT_MEASURED).all()
 
 

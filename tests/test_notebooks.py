@@ -26,6 +26,7 @@ LONGEST = 15  # lines of a code cell
 RECORDS = ("run.record(", "run.table(")
 SHOWN = {  # what scores, chooses and perturbs in a lesson's functions, where no weights are zeroed
     "04_fragile_pixels": ("batch.scores(", "top_pixels(", "masked("),
+    "05_prompts_and_pixels": ("score(asked", "top_pixels(", "hide("),
     "06_embedding_attacks": ("batch.scores(", "top_dimensions", "attack"),
     "08_quantization": ("score_weights(", "select(", "with quantized("),
 }

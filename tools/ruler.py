@@ -69,8 +69,13 @@ class Bounds:
 
 LESSONS = {  # chapters that are lessons, and have to stay so
     "01_first_look": Bounds(),
+    "02_the_measure": Bounds(words=2900),
+    "03_what_fi_can_say": Bounds(words=2900),
     "04_fragile_pixels": Bounds(),
+    "05_prompts_and_pixels": Bounds(),
+    "06_embedding_attacks": Bounds(),
     "07_sparsification": Bounds(words=2900, code=170),
+    "08_quantization": Bounds(),
 }
 
 

@@ -1,30 +1,35 @@
-"""Chapter 02: the measure, from the family of distributions to the closed form (method 1 and 1a)."""
+"""Chapter 02: made-up networks of two inputs, FI in several coordinates, and rounding (method 1).
+
+What the chapter derives stands in its own cells; here is what it is tried on.
+"""
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.func import jacrev, vmap
+from torch.func import jacrev
 
-from fihelpers.answers import Answers, usual_answers
-from fihelpers.filters import Damped, Exact, Spectral
-from fihelpers.influence import Moments, SaturationWarning, ceiling, fi, moments
+from fichapters.papers import published
+from fihelpers.evaluate.stats import wilson
+from fihelpers.filters import Exact
+from fihelpers.influence import SaturationWarning, ceiling, fi
 from fihelpers.measures import JACOBIAN, SNIP
-from fihelpers.models.language import Batch, LanguageModel
-from fihelpers.tasks import Example
+from fihelpers.models.language import LanguageModel
 
-BASE = (0.55, 0.30, 0.15)  # P at omega = 0 of the three-class family
+BASE = (0.55, 0.30, 0.15)  # P at omega = 0 of the network with three answers
+BASE5 = (0.4, 0.25, 0.15, 0.12, 0.08)  # and of that with five
+NETS = ((BASE, 2, 8), (BASE5, 2, 0))  # the two that the chapter searches: P, inputs, seed
 RTOL = 1e-6  # the rank cut of float32, for every way to compute FI in the rounding experiment
 RESAMPLES = 500  # of the bootstrap
 TOLERANCE = 1e-5  # how far above its ceiling FI counts as a violation, relative
+
+Map = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -44,10 +49,6 @@ class Family:
         hidden = torch.tanh(omega @ self.inner.T + self.shift)
         return torch.log_softmax(self.bias + hidden @ self.outer.T, -1)
 
-    def on_sphere(self, omega: Tensor) -> Tensor:
-        """2 sqrt(P), a point on a sphere of radius 2, shape (..., K)."""
-        return 2 * (self.log_probs(omega) / 2).exp()
-
 
 class Local(NamedTuple):
     """All that FI needs to know at one point: P (K,), class gradients (K, p), y_hat and metric G (p, p)."""
@@ -58,209 +59,91 @@ class Local(NamedTuple):
     metric: Tensor
 
 
-def make_family(
-    base: Sequence[float], dims: int, seed: int, scales: Sequence[float] | None = None, hidden: int = 6
-) -> Family:
-    """A random family with the probabilities `base` at omega = 0.
-
-    dims: p. scales: how strongly the network reads each dimension of omega; 1 for each where None.
-    """
+def make_family(base: Sequence[float], dims: int, seed: int, hidden: int = 6) -> Family:
+    """A random network of `dims` inputs omega with the probabilities `base` at omega = 0."""
     g = torch.Generator().manual_seed(seed)
-    size = torch.ones(dims) if scales is None else torch.tensor(scales)
-    inner = torch.randn(hidden, dims, generator=g, dtype=torch.float64) * size.double()
+    inner = torch.randn(hidden, dims, generator=g, dtype=torch.float64)
     shift = 0.5 * torch.randn(hidden, generator=g, dtype=torch.float64)
     outer = torch.randn(len(base), hidden, generator=g, dtype=torch.float64)
     bias = torch.tensor(base, dtype=torch.float64).log() - outer @ torch.tanh(shift)
     return Family(inner, shift, outer, bias)
 
 
-def local(log_probs: Callable[[Tensor], Tensor], origin: Tensor) -> Local:
+def local(log_probs: Map, origin: Tensor) -> Local:
     """P, class gradients, y_hat and metric of omega -> log P at a point `origin` of shape (p,)."""
     probs = log_probs(origin).exp()
     grads = jacrev(log_probs)(origin)
     return Local(probs, grads, int(probs.argmax()), torch.einsum("k,ki,kj->ij", probs, grads, grads))
 
 
-def grid_lines(family: Family, reach: float, lines: int, points: int = 81) -> pd.DataFrame:
-    """Lines of constant omega_1 and of constant omega_2 in [-reach, reach]^2, and P along them.
+def weight_of(model: LanguageModel, name: str) -> Tensor:
+    """A parameter by its name. Raises KeyError for an unknown one."""
+    named = dict(model.network.named_parameters())
+    if name not in named:
+        raise KeyError(f"the model {model.name!r} has no weight {name!r}; take a name from its state dict.")
+    return named[name]
 
-    Columns: held (which coordinate is held), line, omega_1, omega_2, P_1, P_2, P_3.
+
+def probes(rows: Sequence[Sequence[Any]]) -> pd.DataFrame:
+    """Weights that were moved: name, FI, |df|, information length, step, and the measured change of f.
+
+    By FI's promise f changes by sqrt(FI) times the length; that, and the measured over it, join as columns.
     """
-    along = torch.linspace(-reach, reach, points, dtype=torch.float64)
-    parts = []
-    for number, at in enumerate(torch.linspace(-reach, reach, lines).tolist()):
-        fixed = torch.full_like(along, at)
-        for held, pair in ((1, (fixed, along)), (2, (along, fixed))):
-            parts.append(_points(family, torch.stack(pair, -1)).assign(held=held, line=number))
-    return pd.concat(parts, ignore_index=True)
-
-
-def rings(family: Family, metric: Tensor, radius: float, points: int = 121) -> pd.DataFrame:
-    """Two rings about omega = 0 and their images: equal information length, and equal length in omega.
-
-    The first is the ellipse omega^T G omega = radius^2; the second a circle of the same area. Columns as in
-    `grid_lines`, with `ring` in the place of `held` and `line`.
-    """
-    angle = torch.linspace(0, 2 * math.pi, points, dtype=torch.float64)
-    circle = torch.stack([angle.cos(), angle.sin()], -1)
-    mu, vectors = torch.linalg.eigh(metric)
-    ellipse = radius * circle @ (vectors / mu.sqrt()) @ vectors.T
-    even = radius * circle / mu.prod() ** 0.25
-    return pd.concat(
-        [
-            _points(family, ellipse).assign(ring="equal information length"),
-            _points(family, even).assign(ring="equal length in ω"),
-        ],
-        ignore_index=True,
+    columns = ["weight", "FI", "|∂f|", "length ℓ", "step / typical weight", "measured |Δf|"]
+    table = pd.DataFrame([[row[0], *map(float, row[1:])] for row in rows], columns=columns).set_index(
+        "weight"
     )
+    table.insert(4, "predicted |Δf|", table["length ℓ"] * table["FI"] ** 0.5)
+    return table.assign(**{"measured / predicted": table["measured |Δf|"] / table["predicted |Δf|"]})
 
 
-def _points(family: Family, omega: Tensor) -> pd.DataFrame:
-    table = torch.cat([omega, family.log_probs(omega).exp()], -1)
-    names = ["omega_1", "omega_2", *(f"P_{k + 1}" for k in range(table.shape[1] - 2))]
-    return pd.DataFrame(table.numpy(), columns=names)
+# --- coordinates
 
 
-def kl_ratios(family: Family, metric: Tensor, steps: Sequence[float], directions: int = 6) -> pd.DataFrame:
-    """KL(P_0 || P_eps) over eps^T G eps / 2, for steps eps of several sizes and directions (degrees)."""
-    origin = family.log_probs(torch.zeros(2, dtype=torch.float64))
-    rows = []
-    for degrees in (360 * i / directions for i in range(directions)):
-        v = _direction(torch.tensor(math.radians(degrees), dtype=torch.float64))
-        for size in steps:
-            eps = size * v
-            kl = (origin.exp() * (origin - family.log_probs(eps))).sum()
-            rows.append((degrees, size, float(kl / (eps @ metric @ eps / 2))))
-    return pd.DataFrame(rows, columns=["degrees", "step", "ratio"])
-
-
-def _direction(angle: Tensor) -> Tensor:
-    return torch.stack([angle.cos(), angle.sin()], -1)
-
-
-def path_lengths(family: Family, paths: dict[str, Tensor]) -> pd.DataFrame:
-    """The information length of each path (T, p), from the metric, and on the sphere of 2 sqrt(P).
-
-    `great circle` is the shortest way between the ends for a model that could reach every P;
-    `f change` is the change of -log P(y_hat), y_hat being the prediction at the start.
-    """
-    rows = []
-    for name, path in paths.items():
-        ball = family.on_sphere(path)
-        cosine = (ball[0] @ ball[-1]) / 4
-        log_p = family.log_probs(path[[0, -1]])[:, family.log_probs(path[0]).argmax()]
-        rows.append(
-            {
-                "path": name,
-                "by the metric": float(_metric_steps(family, path).sum()),
-                "on the sphere": float(ball.diff(dim=0).norm(dim=-1).sum()),
-                "great circle": float(2 * torch.acos(cosine)),
-                "f change": float(log_p[0] - log_p[1]),
-            }
-        )
-    return pd.DataFrame(rows)
-
-
-def _metric_steps(family: Family, path: Tensor) -> Tensor:
-    """Length of each step of a path (T, p), by G at its middle: shape (T-1,)."""
-    middle = (path[1:] + path[:-1]) / 2
-    grads = vmap(jacrev(family.log_probs))(middle)
-    moved = torch.einsum("tki,ti->tk", grads, path.diff(dim=0))
-    return (family.log_probs(middle).exp() * moved.square()).sum(-1).sqrt()
-
-
-def bow(start: Tensor, end: Tensor, height: float, points: int = 400) -> Tensor:
-    """A path (points, 2) from start to end, bent sideways by `height` times its length; 0 is straight."""
-    t = torch.linspace(0, 1, points, dtype=torch.float64)[:, None]
-    way = end - start
-    side = torch.stack([-way[1], way[0]])
-    return start + t * way + height * torch.sin(math.pi * t) * side
-
-
-def curve_ratios(family: Family, velocities: dict[str, tuple[Tensor, Tensor]], far: float) -> pd.DataFrame:
-    """(change of f)^2 / length^2 along curves t v + t^2 b from omega = 0, against the length walked.
-
-    velocities: name -> (v, b). far: information length at which a curve stops, roughly.
-    """
-    here = local(family.log_probs, torch.zeros(2, dtype=torch.float64))
-    rows = []
-    for name, (v, b) in velocities.items():
-        unit = v / (v @ here.metric @ v).sqrt()
-        t = torch.cat([torch.zeros(1), torch.logspace(-4, math.log10(far), 400)]).double()[:, None]
-        path = t * unit + t * t * b
-        length = _metric_steps(family, path).cumsum(0)
-        f = -family.log_probs(path)[:, here.predicted]
-        ratio = (f[1:] - f[0]) ** 2 / length**2
-        rows.append(pd.DataFrame({"curve": name, "length": length, "ratio": ratio}))
-    return pd.concat(rows, ignore_index=True)
-
-
-def direction_search(here: Local, n: int) -> pd.DataFrame:
-    """(grad f . v)^2 / v^T G v for n directions v in the plane, over half a turn (v and -v are alike)."""
-    angle = torch.arange(n, dtype=torch.float64) * math.pi / n
-    v = _direction(angle)
-    change = (v @ here.grads[here.predicted]) ** 2
-    length2 = torch.einsum("ni,ij,nj->n", v, here.metric, v)
-    return pd.DataFrame({"degrees": torch.rad2deg(angle), "ratio": change / length2})
-
-
-def angle_of(v: Tensor) -> float:
-    """Direction of a vector (2,) in degrees, in [0, 180)."""
-    return math.degrees(math.atan2(float(v[1]), float(v[0]))) % 180
-
-
-def _polar(nu: Tensor) -> Tensor:
+def polar(nu: Tensor) -> Tensor:
+    """omega from a radius and an angle about the point (-5, 0)."""
     r, theta = 5 + nu[0], nu[1]
     return torch.stack([r * theta.cos() - 5, r * theta.sin()])
 
 
-def _curved(nu: Tensor) -> Tensor:
+def curved(nu: Tensor) -> Tensor:
+    """omega from two numbers, neither of which enters as a straight line."""
     return torch.stack([3 * torch.sinh(nu[0]) + nu[1] + nu[1] ** 2, (torch.exp(4 * nu[1]) - 1) / 2])
 
 
-def _linear(rows: Sequence[Sequence[float]]) -> Callable[[Tensor], Tensor]:
+def linear(rows: Sequence[Sequence[float]]) -> Map:
+    """The map nu -> matrix nu."""
     matrix = torch.tensor(rows, dtype=torch.float64)
     return lambda nu: matrix @ nu
 
 
-COORDINATES: dict[str, Callable[[Tensor], Tensor]] = {
+COORDINATES: dict[str, Map] = {
     "as given": lambda nu: nu,
-    "other units (× 100, × 0.02)": _linear([[100, 0], [0, 0.02]]),
-    "rotated by 30°": _linear([[0.75**0.5, -0.5], [0.5, 0.75**0.5]]),
-    "sheared": _linear([[1, 3], [0, 1]]),
-    "polar": _polar,
-    "nonlinear": _curved,
+    "other units (× 100, × 0.02)": linear([[100, 0], [0, 0.02]]),
+    "rotated by 30°": linear([[0.75**0.5, -0.5], [0.5, 0.75**0.5]]),
+    "sheared": linear([[1, 3], [0, 1]]),
+    "polar": polar,
+    "nonlinear": curved,
 }
 
 
-def _through(family: Family, phi: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The family's log-probabilities in the coordinates nu, omega = phi(nu)."""
-    return lambda nu: family.log_probs(phi(nu))
+def invariance(family: Family) -> pd.DataFrame:
+    """FI and the Jacobian norm of one network in several coordinates omega = phi(nu), phi(0) = 0.
 
-
-def invariance(family: Family, lam: float) -> pd.DataFrame:
-    """FI and the Jacobian norm of one family in several coordinates omega = phi(nu), phi(0) = 0.
-
-    Columns: FI of the pair, its relative difference to the first row, FI of each coordinate alone, the
-    Jacobian norm of the pair, and FI damped by `lam`.
+    Index: coordinates. Columns: FI of the pair, its relative difference to the first row, Jacobian norm.
     """
-    rows = []
+    rows = {}
     for name, phi in COORDINATES.items():
-        here = local(_through(family, phi), torch.zeros(2, dtype=torch.float64))
-        single = _quiet_fi(here.grads, here.probs)
-        rows.append(
-            {
-                "coordinates": name,
-                "FI": float(fi(here.grads, here.probs, over=0)),
-                "FI of ν₁ alone": float(single[0]),
-                "FI of ν₂ alone": float(single[1]),
-                "Jacobian norm": float(here.grads[here.predicted].norm()),
-                f"FI damped {lam:g}": float(fi(here.grads, here.probs, over=0, spectral=Damped(lam))),
-            }
-        )
-    table = pd.DataFrame(rows).set_index("coordinates")
+        here = local(_composed(family.log_probs, phi), torch.zeros(2, dtype=torch.float64))
+        norm = here.grads[here.predicted].norm()
+        rows[name] = (float(fi(here.grads, here.probs, over=0)), float(norm))
+    table = pd.DataFrame.from_dict(rows, "index", columns=["FI", "Jacobian norm"]).rename_axis("coordinates")
     table.insert(1, "relative difference", (table["FI"] / table["FI"].iloc[0] - 1).abs())
     return table
+
+
+def _composed(outer: Map, inner: Map) -> Map:
+    return lambda nu: outer(inner(nu))
 
 
 def _quiet_fi(grads: Tensor, probs: Tensor, **options: object) -> Tensor:
@@ -270,53 +153,7 @@ def _quiet_fi(grads: Tensor, probs: Tensor, **options: object) -> Tensor:
         return fi(grads, probs, **options)  # type: ignore[arg-type]
 
 
-def spectrum(here: Local, filters: Sequence[Spectral]) -> pd.DataFrame:
-    """The directions that FI adds up (method 1a): mu, leverage U[y_hat, i]^2 / P(y_hat), and each filter's h.
-
-    The null direction sqrt(P), which exists for every model, is left out.
-    """
-    root = here.probs.sqrt()[:, None] * here.grads
-    mu, vectors = torch.linalg.eigh(root @ root.T)
-    mu, vectors = mu[1:].flip(0), vectors[:, 1:].flip(1)
-    table = {"μ": mu, "leverage": vectors[here.predicted] ** 2 / here.probs[here.predicted]}
-    gains = {f"h {h}": h.gain(mu, mu[0], mu.dtype) for h in filters}
-    return pd.DataFrame({name: column.numpy() for name, column in {**table, **gains}.items()})
-
-
-def gains(filters: Sequence[Spectral], low: float, high: float, points: int = 400) -> pd.DataFrame:
-    """h(mu) of each filter, mu from low to high; the largest mu of the group is `high`."""
-    mu = torch.logspace(math.log10(low), math.log10(high), points, dtype=torch.float64)
-    top = torch.tensor(high, dtype=torch.float64)
-    columns = {str(h): h.gain(mu, top, torch.float32).numpy() for h in filters}
-    return pd.DataFrame({"μ": mu.numpy(), **columns}).melt("μ", var_name="filter", value_name="h")
-
-
-def damping_path(here: Local, lams: Sequence[float]) -> pd.DataFrame:
-    """FI of single elements (p = 1) under a range of dampings, each relative to the largest element.
-
-    Columns: element, lam, value, exact (the same for exact FI) and jacobian2 (for the squared Jacobian norm).
-    """
-    m = moments(here.grads, here.probs)
-    exact, jacobian2 = _relative(fi(here.grads, here.probs)), _relative(m.score**2)
-    rows = []
-    for lam in lams:
-        values = _relative(fi(here.grads, here.probs, spectral=Damped(lam)))
-        for i, (value, e, j) in enumerate(zip(values, exact, jacobian2, strict=True)):
-            rows.append((f"{i + 1}", lam, float(value), float(e), float(j)))
-    return pd.DataFrame(rows, columns=["element", "lam", "value", "exact", "jacobian2"])
-
-
-def _relative(values: Tensor) -> Tensor:
-    return values / values.max()
-
-
-def rank_agreement(path: pd.DataFrame) -> pd.DataFrame:
-    """Spearman's rank correlation of damped FI with exact FI and the squared Jacobian norm, for each lam."""
-    rows = []
-    for lam, part in path.groupby("lam"):
-        ranks = part[["value", "exact", "jacobian2"]].rank().corr()["value"]
-        rows.append((lam, ranks["exact"], ranks["jacobian2"]))
-    return pd.DataFrame(rows, columns=["lam", "with_exact", "with_jacobian2"])
+# --- rounding
 
 
 class Cases(NamedTuple):
@@ -388,154 +225,84 @@ WAYS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def rounding_cases(cases: Cases) -> pd.DataFrame:
-    """FI of every case by every way, over its ceiling. Columns: way, unsure (1 - P(y_hat)), over, error.
+def rounding(cases: Cases) -> pd.DataFrame:
+    """How often each way exceeds the ceiling, with a Wilson interval, and is more than 1 % wrong.
 
-    `over` is FI / ceiling, at most 1 where FI is right; `error` is the relative difference to the same
-    computation in float64.
+    Index: way. Columns: cases, violations, worst (largest FI / ceiling), wrong (beside the same computation
+    in float64), low, high (of the violations).
     """
     top = ceiling(cases.probs, 0).double()
     truth = by_this_package(cases.exact_grads, cases.exact_probs).double()
-    parts = []
+    rows = []
     for name, way in WAYS.items():
         values = way(cases.grads, cases.probs).double()
-        error = (values / truth - 1).abs()
-        columns = {"unsure": cases.exact_probs[1:].sum(0), "over": values / top, "error": error}
-        parts.append(pd.DataFrame({k: v.numpy() for k, v in columns.items()}).assign(way=name))
-    return pd.concat(parts, ignore_index=True)
+        over, count = values / top, len(values)
+        violations = int((over > 1 + TOLERANCE).sum())
+        low, high = (count * end for end in wilson(violations, count))
+        wrong = int(((values / truth - 1).abs() > 0.01).sum())
+        rows.append((name, count, violations, float(over.max()), wrong, low, high))
+    columns = ["way", "cases", "violations", "worst", "wrong", "low", "high"]
+    return pd.DataFrame(rows, columns=columns).set_index("way")
 
 
-def rounding_summary(table: pd.DataFrame) -> pd.DataFrame:
-    """For each way the violations of the ceiling, the worst FI / ceiling, and the cases over 1 % wrong."""
-    judged = table.assign(violates=table.over > 1 + TOLERANCE, wrong=table.error > 0.01)
-    return judged.groupby("way", sort=False).agg(
-        cases=("over", "size"),
-        violations=("violates", "sum"),
-        worst=("over", "max"),
-        wrong=("wrong", "sum"),
-    )
+# --- a sure and an unsure answer
 
 
-def margins(
-    sure: Sequence[float], unsure: Sequence[float], draws: int, seed: int
-) -> dict[str, tuple[float, float, float]]:
-    """How much larger each measure is for an unsure than for a sure answer, all else equal (claim 3).
+def margins(draws: int, seed: int) -> pd.DataFrame:
+    """How much larger each measure is for the paper's unsure answer than for its sure one, all else equal.
 
-    `draws` single perturbations with random slopes of the logits, the same under both distributions; the
-    value for SNIP is drawn as well. Returns by measure the ratio of the means with its bootstrap interval.
+    Both are divided by their sums. `draws` single perturbations have random slopes of the logits, the same
+    under both; the value for SNIP is drawn as well. Index: quantity. Columns: value, the ratio of the means,
+    with its bootstrap interval low, high, and n.
     """
+    pair = [torch.tensor(published(f"pair_{one}").values, dtype=torch.float64) for one in ("sure", "unsure")]
+    tops = [ceiling(probs / probs.sum()) for probs in pair]
+    rows = {"ceiling": (float(tops[1] / tops[0]), None, None, len(pair))}
     g = torch.Generator().manual_seed(seed)
-    slopes = torch.randn(len(sure), draws, generator=g, dtype=torch.float64)
+    slopes = torch.randn(len(pair[0]), draws, generator=g, dtype=torch.float64)
     value = torch.randn(draws, generator=g, dtype=torch.float64)
-    found: dict[str, list[Tensor]] = {"exact": [], "jacobian": [], "snip": []}
-    for printed in (sure, unsure):
-        probs = torch.tensor(printed, dtype=torch.float64)
-        probs = probs / probs.sum()
+    found: dict[str, list[Tensor]] = {"FI exact": [], "Jacobian norm": [], "SNIP": []}
+    for probs in (printed / printed.sum() for printed in pair):
         grads = slopes - probs @ slopes
-        found["exact"].append(fi(grads, probs))
-        found["jacobian"].append(JACOBIAN(grads, probs))
-        found["snip"].append(SNIP(grads, probs, value=value))
+        found["FI exact"].append(fi(grads, probs))
+        found["Jacobian norm"].append(JACOBIAN(grads, probs))
+        found["SNIP"].append(SNIP(grads, probs, value=value))
     pick = torch.randint(draws, (RESAMPLES, draws), generator=g)
-    ratios = {}
-    for name, (low, high) in found.items():
-        again = (high[pick].mean(1) / low[pick].mean(1)).quantile(torch.tensor([0.025, 0.975]).double())
-        ratios[name] = (float(high.mean() / low.mean()), *again.tolist())
-    return ratios
+    for name, (sure, unsure) in found.items():
+        again = unsure[pick].mean(1) / sure[pick].mean(1)
+        low, high = again.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+        rows[name] = (float(unsure.mean() / sure.mean()), low, high, draws)
+    table = pd.DataFrame.from_dict(rows, "index", columns=["value", "low", "high", "n"], dtype=float)
+    return table.rename_axis("quantity").astype({"n": int})
 
 
-def ceiling_curve(points: int = 200) -> pd.DataFrame:
-    """The ceiling (1 - P) / P for P(y_hat) from .2 to .99."""
-    p = torch.linspace(0.2, 0.99, points)
-    return pd.DataFrame({"P": p.numpy(), "ceiling": ((1 - p) / p).numpy()})
+# --- what the claims of chapter 12 read
 
 
-@dataclass(frozen=True, eq=False)
-class Question:
-    """One question put to a model, and the classes that its answer is judged on."""
-
-    model: LanguageModel
-    batch: Batch
-    classes: Answers
-
-    def log_probs(self) -> Tensor:
-        """log P of the K classes, (K,), in float64 from the model's own logits, differentiable."""
-        return self.classes.log_probs(self.model.last_logits(self.batch).double())[0]
-
-
-def ask(model: LanguageModel, example: Example) -> Question:
-    """Put a question to a model; its classes are fixed, so a changed model is judged on the same ones."""
-    batch = model.batches([example.prompt])[0]
-    answers = usual_answers(model.tokenizer, lettered=bool(example.options))
-    with torch.no_grad():
-        return Question(model, batch, answers.fix(model.last_logits(batch)))
-
-
-def weight_gradients(question: Question, name: str) -> tuple[Tensor, Tensor]:
-    """P (K,) and the class gradients (K, *shape) of one weight tensor, by K - 1 backward passes.
-
-    The row of the predicted class follows from sum_y P(y) s_y = 0. Raises KeyError for an unknown name.
-    """
-    weight = weight_of(question.model, name)
-    log_p = question.log_probs()
-    probs = log_p.detach().exp().cpu()
-    y_hat = int(probs.argmax())
-    grads = torch.zeros(len(probs), *weight.shape, dtype=torch.float64)
-    for y in range(len(probs)):
-        if y != y_hat:
-            grads[y] = torch.autograd.grad(log_p[y], weight, retain_graph=True)[0].double().cpu()
-            grads[y_hat] -= probs[y] / probs[y_hat] * grads[y]
-    return probs, grads
-
-
-def weight_of(model: LanguageModel, name: str) -> Tensor:
-    """A parameter by its name. Raises KeyError for an unknown one."""
-    named = dict(model.network.named_parameters())
-    if name not in named:
-        raise KeyError(f"the model {model.name!r} has no weight {name!r}; take a name from its state dict.")
-    return named[name]
-
-
-def probes(
-    question: Question, name: str, m: Moments, values: Tensor, lengths: Sequence[float]
+def checks(
+    searches: Mapping[str, tuple[Tensor, Tensor, Tensor, Tensor]],
+    family: Family,
+    moved: pd.DataFrame,
+    saliency: Tensor,
 ) -> pd.DataFrame:
-    """Move single weights by given information lengths; f should change by sqrt(FI) times the length.
+    """One number a check, of what the chapter shows and of the coordinates of `invariance`.
 
-    m: moments of the tensor's class gradients; values: its FI. The weights are those of the highest and of
-    the median FI, and that of the largest |df|. The step is relative to the root mean square of the tensor.
+    searches: by name the ratios (n,) of n directions, and FI, which none should pass. moved: of `probes`, of
+    whose shortest steps the least and the most stand here. saliency: of each weight, of which the share of
+    zeros does.
+
+    Index: check. Columns: value, low and high where it has an interval, n.
     """
-    order = values.flatten().argsort()
-    chosen = {
-        "highest FI": int(order[-1]),
-        "median FI": int(order[len(order) // 2]),
-        "largest |∂f|": int(m.score.abs().flatten().argmax()),
-    }
-    weight = weight_of(question.model, name)
-    typical = float(weight.detach().float().square().mean().sqrt())
-    with torch.no_grad():
-        before = question.log_probs()
-    rows = []
-    for label, i in chosen.items():
-        for length in lengths:
-            step = length / float(m.metric.flatten()[i].sqrt())
-            with _moved(weight, i, step), torch.no_grad():
-                change = float((question.log_probs() - before)[before.argmax()].abs())
-            predicted = length * float(values.flatten()[i].sqrt())
-            gradient = float(m.score.flatten()[i].abs())
-            rows.append(
-                (label, float(values.flatten()[i]), gradient, length, step / typical, predicted, change)
-            )
-    columns = ["weight", "FI", "|∂f|", "length ℓ", "step / typical weight", "predicted |Δf|", "measured |Δf|"]
-    table = pd.DataFrame(rows, columns=columns).set_index("weight")
-    return table.assign(**{"measured / predicted": table["measured |Δf|"] / table["predicted |Δf|"]})
-
-
-@contextmanager
-def _moved(weight: Tensor, index: int, step: float) -> Iterator[None]:
-    """One entry of a weight is displaced for a while, and put back bit for bit."""
-    flat = weight.data.view(-1)
-    old = flat[index].clone()
-    flat[index] += step
-    try:
-        yield
-    finally:
-        flat[index] = old
+    rows: dict[str, tuple[float, float | None, float | None, int]] = {}
+    for name, (ratio, value, _, _) in searches.items():
+        rows[f"{name}, best direction over FI"] = (float(ratio.max() / value), None, None, len(ratio))
+    table = invariance(family)
+    norms = table["Jacobian norm"]
+    rows["FI, largest relative change"] = (table["relative difference"].max(), None, None, len(table))
+    rows["Jacobian norm, most over least"] = (norms.max() / norms.min(), None, None, len(table))
+    near = moved[moved["length ℓ"] == moved["length ℓ"].min()]["measured / predicted"]
+    rows["least measured over predicted"] = (near.min(), None, None, len(near))
+    rows["most measured over predicted"] = (near.max(), None, None, len(near))
+    zeros, n = int((saliency == 0).sum()), saliency.numel()
+    rows["share of saliency that is zero"] = (zeros / n, *wilson(zeros, n), n)
+    return pd.DataFrame.from_dict(rows, "index", columns=["value", "low", "high", "n"]).rename_axis("check")
