@@ -8,12 +8,11 @@ from tiny import tiny_examples, tiny_model
 from torch import Tensor
 
 from fichapters import dials
-from fichapters.ch03 import lab as limits
 from fichapters.ch04 import lab as pixels
 from fichapters.explorers import Dial
-from fihelpers.filters import Damped, Exact
 from fihelpers.models.language import LanguageModel
 from fihelpers.perturb.sparsify import linear_names
+from fihelpers.scores.weights import score_weights
 from fihelpers.tasks import Example
 
 EXAMPLES = tiny_examples(4)
@@ -33,34 +32,24 @@ def model() -> LanguageModel:
     return tiny_model("qwen2")
 
 
+SHOWN = ["FI exact", *(f"FI damped {lam}" for lam in ("1e-08", "1e-06", "0.0001", "0.01")), dials.SQUARED]
+
+
 @pytest.fixture(scope="module")
 def filter_dial(model: LanguageModel) -> Dial:
     names = linear_names(model.network)
-    tried = [Exact(), *(Damped(lam) for lam in (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-2))]
-    ranks = limits.likeness(limits.filter_sweep(model, [EXAMPLES[:2]], EXAMPLES, names, tried, 0.1), tried)
-    scores = limits.rankings(model, EXAMPLES[:2], names, tried, 0)
-    shown = {name: scores[name] for name in (*dials.FILTERS, "random")}
-    curves = dials.filter_curves(model, shown, EXAMPLES, names, 0)
-    return dials.filter_dial(model, scores, ranks, curves, names[:2], EXAMPLES[:2], EXAMPLES, names, 0)
+    scores = score_weights(model, EXAMPLES[:2], [*SHOWN, "FI cut 0.01", "random"], only=names)
+    return dials.filter_dial(model, scores, EXAMPLES[:2], EXAMPLES, 0)
 
 
-def test_the_damage_of_a_filter_begins_intact(model: LanguageModel) -> None:
-    names = linear_names(model.network)
-    scores = limits.rankings(model, EXAMPLES[:2], names, [Exact()], 0)
-    curves = dials.filter_curves(model, scores, EXAMPLES, names, 0, [0.5, 1.0])
-    assert set(curves.ranking) == set(scores) and (curves.n == len(EXAMPLES)).all()
-    assert curves[curves.share == 0].accuracy.nunique() == 1
-    assert curves[curves.share == 1].accuracy.nunique() == 1  # all is gone, whatever ranked it
-    assert ((curves.low <= curves.accuracy) & (curves.accuracy <= curves.high)).all()
-
-
-def test_the_filter_turns_from_exact_to_the_jacobian(filter_dial: Dial) -> None:
-    first, second = filter_dial.groups
-    assert [position["label"] for position in first] == [name.removeprefix("FI ") for name in dials.FILTERS]
-    assert [line["name"] for line in first[0]["lines"]] == ["this ranking", limits.JACOBIAN2, "random"]
+def test_the_filter_turns_from_exact_to_the_squared_score(filter_dial: Dial) -> None:
+    first, *others = filter_dial.groups
+    assert [position["label"] for position in first] == [name.removeprefix("FI ") for name in SHOWN]
+    assert [line["name"] for line in first[0]["lines"]] == ["this ranking", dials.SQUARED, "random"]
     last = first[-1]["lines"]
-    assert last[0]["y"] == last[1]["y"]  # at the end the ranking is the Jacobian norm's
-    assert first[0]["pictures"][0] != second[0]["pictures"][0]
+    assert last[0]["y"] == last[1]["y"]  # at the end the ranking is the squared score's
+    assert last[0]["y"][0] == last[2]["y"][0]  # nothing zeroed
+    assert first[0]["pictures"][0] != others[0][0]["pictures"][0]
     assert [menu["name"] for menu in filter_dial.menus] == ["matrix"]
 
 

@@ -1,4 +1,4 @@
-"""Chapter 03: what FI can and cannot say: each point of method 1b, and its invariance, measured."""
+"""What chapter 03 does not write out: class gradients question by question, controls, samples (method 1b)."""
 
 from __future__ import annotations
 
@@ -6,117 +6,85 @@ import copy
 import json
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import torch
-from numpy.typing import ArrayLike
-from scipy.stats import rankdata
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from fihelpers.answers import Answers, Groups, Top, letters, usual_answers
-from fihelpers.evaluate.questions import Evaluator, answer_all
-from fihelpers.evaluate.stats import mean_interval, spearman, wilson
-from fihelpers.filters import Cut, Damped, Exact, Spectral
-from fihelpers.influence import (
-    SaturationWarning,
-    ceiling,
-    decompose,
-    fi,
-    fi_of_moments,
-    moments,
-    moments_of_others,
-    saturated,
-)
-from fihelpers.measures import JACOBIAN, MAGNITUDE, MEASURES, RANDOM, SNIP, Influence, Random
+from fichapters.papers import published
+from fihelpers.answers import Answers, Top, usual_answers
+from fihelpers.evaluate.questions import Outcome, answer_all
+from fihelpers.evaluate.stats import mean_interval, spearman
+from fihelpers.filters import Spectral
+from fihelpers.influence import Moments, SaturationWarning, axes_of, fi, moments, saturated
+from fihelpers.measures import JACOBIAN, MEASURES, RANDOM, Measure, Over, Predicted
 from fihelpers.models.language import LanguageModel
-from fihelpers.perturb.sparsify import linear_names, select, zeroed
+from fihelpers.perturb.sparsify import linear_names, select
 from fihelpers.scores.store import Scores
 from fihelpers.scores.weights import score_weights
 from fihelpers.tasks import Example, load_task
-from fihelpers.trials import RIGHT, Kept, Labels, Trial, Trials, Values, collect
+from fihelpers.trials import Trial, Trials
 
 EARLIER = "earlier blocks"
 LAST_KV = "last block, k and v"
 LAST_REST = "last block, the others"
-JACOBIAN2 = "squared Jacobian norm"
-SQUARED_SCORE = "squared score"  # the mean of s_y_hat^2
-
-KEYS = {  # short names, for the names of records
-    "intact": "intact",
-    "random": "random",
-    "FI exact": "exact",
-    "FI exact, mean": "mean",
-    "FI cut 0.001": "cut",
-    "FI damped 0.0001": "damped",
-    "Jacobian norm": "jacobian",
-    JACOBIAN2: "jacobian",
-    "SNIP": "snip",
-    "predicted change": "change",
-    "Fisher diagonal": "fisher",
-    "information length": "length",
-    "magnitude": "magnitude",
-    EARLIER: "early",
-    LAST_KV: "kv",
-    LAST_REST: "rest",
-}
+PLACE = ["classes", "k", "part", "size"]
+ROWS = 8  # of each matrix, where groups are counted
 
 
-@dataclass(frozen=True, eq=False)
-class Question:
-    """One question with its class gradients, all K of them: grads {weight: (K, *shape)} and probs (K,)."""
-
-    example: Example
-    grads: dict[str, Tensor]
-    probs: Tensor
-
-    def flat(self) -> Tensor:
-        """The class gradients of all weights in one row a class, (K, weights)."""
-        return torch.cat([g.flatten(1) for g in self.grads.values()], 1)
+# --- questions and weights to look at
 
 
-def draw(task: str, subjects: Sequence[str], split: str, n: int, seed: int) -> list[Example]:
-    """n questions of a split, equally many of each subject (the remainder goes to the first ones)."""
+def draw(
+    task: str, subjects: Sequence[str], split: str, n: int, seed: int, model: LanguageModel | None = None
+) -> list[Example]:
+    """n questions of a split, equally many of each subject (the remainder goes to the first ones).
+
+    Of statements to finish only those whose options the model tells apart by their first tokens.
+    """
+    speaks = model.tokenizer if model else None
     each = [n // len(subjects) + (i < n % len(subjects)) for i in range(len(subjects))]
     pairs = [(s, k) for s, k in zip(subjects, each, strict=True) if k]
-    return [e for s, k in pairs for e in load_task(task, s, split, k, seed)]
+    return [e for s, k in pairs for e in load_task(task, s, split, k, seed, tokenizer=speaks)]
+
+
+def check(p: SimpleNamespace) -> None:
+    """Draw whatever the chapter will draw, so that a bad parameter is refused before a model is opened."""
+    for split, n in (("val", p.N_CALIBRATION), ("test", p.N_TEST)):
+        draw(p.TASK, p.SUBJECTS, split, n, p.SEED)
 
 
 def look_at(network: PreTrainedModel, blocks: Sequence[int] | None = None) -> list[str]:
     """Names of the linear weights without lm_head, of all blocks or of some (-1 is the last).
 
-    Raises ValueError for a block that the network does not have.
+    Raises ValueError for a block that the network does not have, and where the last block is not among them,
+    or no earlier one: `parts_of` needs both.
     """
     names = linear_names(network)
-    if blocks is None:
-        return names
     depth = max(map(layer_of, names)) + 1
-    missing = [b for b in blocks if not -depth <= b < depth]
+    wanted = range(depth) if blocks is None else blocks
+    missing = [b for b in wanted if not -depth <= b < depth]
     if missing:
         raise ValueError(
             f"there is no block {missing[0]}: the network's {depth} blocks are 0 to {depth - 1}."
         )
-    wanted = {b % depth for b in blocks}
-    return [n for n in names if layer_of(n) in wanted]
-
-
-def check_parts(network: PreTrainedModel, names: Sequence[str]) -> None:
-    """Raise ValueError where the last block is not among these weights, or no earlier one.
-
-    They are told apart by `parts_of`, which needs both.
-    """
-    blocks, last = set(map(layer_of, names)), max(map(layer_of, linear_names(network)))
-    if last not in blocks or len(blocks) < 2:
-        shown = ", ".join(map(str, sorted(blocks)))
+    kept = {b % depth for b in wanted}
+    if depth - 1 not in kept or len(kept) < 2:
+        shown = ", ".join(map(str, sorted(kept)))
         raise ValueError(
-            f"the last block ({last}) and an earlier one have to be looked at, not only block {shown}; "
+            f"the last block ({depth - 1}) and an earlier one have to be looked at, not only block {shown}; "
             "set LAYERS to [0, -1], or take a model with more blocks."
         )
+    return [n for n in names if layer_of(n) in kept]
 
 
 def layer_of(name: str) -> int:
@@ -142,17 +110,41 @@ def parts_of(names: Sequence[str]) -> dict[str, str]:
     return {n: EARLIER if layer_of(n) < last else LAST_KV if serving.search(n) else LAST_REST for n in names}
 
 
+# --- class gradients
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """One question with its class gradients, all K of them: grads {weight: (K, *shape)} and probs (K,)."""
+
+    example: Example
+    grads: dict[str, Tensor]
+    probs: Tensor
+
+    def flat(self) -> Tensor:
+        """The class gradients of all weights in one row a class, (K, weights)."""
+        return torch.cat([g.flatten(1) for g in self.grads.values()], 1)
+
+
 def questions(
     model: LanguageModel, examples: Sequence[Example], names: Sequence[str], answers: Answers | None = None
 ) -> Iterator[Question]:
     """Class gradients of some weights, question by question, by K plain backward passes."""
-    classes = answers or usual_answers(model.tokenizer, lettered=bool(examples[0].options))
+    classes = answers or usual_answers(model.tokenizer, examples)
     weights = [model.network.get_parameter(n) for n in names]
-    for example in tqdm(examples, desc="questions", delay=3, leave=False):
-        log_p = classes.log_probs(model.last_logits(model.batches([example.prompt])[0]))[0]
+    for i, example in enumerate(tqdm(examples, desc="questions", delay=3, leave=False)):
+        log_p = log_probs(model, [example], classes.rows(torch.tensor([i])))[0]
         passes = [torch.autograd.grad(one, weights, retain_graph=True) for one in log_p]
         grads = {n: torch.stack(g) for n, g in zip(names, zip(*passes, strict=True), strict=True)}
         yield Question(example, grads, log_p.detach().exp())
+
+
+def log_probs(model: LanguageModel, examples: Sequence[Example], answers: Answers | None = None) -> Tensor:
+    """Log-probabilities (N, K) of the classes of N questions, with the graph that leads to the weights."""
+    classes = answers or usual_answers(model.tokenizer, examples)
+    batches = model.batches([e.prompt for e in examples], len(examples))
+    found = [classes.rows(batch.index).log_probs(model.last_logits(batch)) for batch in batches]
+    return torch.cat(found)[torch.cat([batch.index for batch in batches]).argsort()]
 
 
 def in_dtype(model: LanguageModel, dtype: torch.dtype) -> LanguageModel:
@@ -160,87 +152,189 @@ def in_dtype(model: LanguageModel, dtype: torch.dtype) -> LanguageModel:
     return replace(model, network=copy.deepcopy(model.network).to(dtype))  # type: ignore[arg-type]
 
 
-def flatten(values: Mapping[str, Tensor]) -> Tensor:
-    """All values as one vector, in the order of the mapping."""
-    return torch.cat([v.flatten() for v in values.values()])
-
-
-def keyed(table: pd.DataFrame, column: str) -> pd.DataFrame:
-    """The rows whose `column` has a short name in `KEYS`, by that name."""
-    known = table[table[column].isin(KEYS)]
-    return known.set_index(known[column].map(KEYS).rename("key"))
-
-
 @contextmanager
-def _unwarned() -> Iterator[None]:
-    """Saturation is what these experiments count, so they do not warn of it."""
+def unwarned() -> Iterator[None]:
+    """Saturation is what the chapter counts, so it does not have itself warned of it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SaturationWarning)
         yield
 
 
-# --- the invariance of method 1 ---------------------------------------------------------------------
+# --- saturation
 
 
-def gated_pairs(network: nn.Module) -> list[tuple[str, str]]:
-    """Names of the weights (up_proj, down_proj) of every gated feed-forward layer.
+@dataclass(frozen=True)
+class Halves(Answers):
+    """Two classes: the first half of other classes together, and the rest of them."""
 
-    Raises ValueError for a network without one: rescaling them is what leaves its function unchanged.
+    of: Answers
+
+    @property
+    def size(self) -> int:
+        return 2
+
+    def log_probs(self, logits: Tensor) -> Tensor:
+        log_p, half = self.of.log_probs(logits), self.of.size // 2
+        return torch.stack([log_p[..., :half].logsumexp(-1), log_p[..., half:].logsumexp(-1)], -1)
+
+    def rows(self, index: Tensor) -> Halves:
+        return Halves(self.of.rows(index))
+
+
+def class_sets(model: LanguageModel, examples: Sequence[Example]) -> dict[str, Answers]:
+    """Three ways to form classes: options in two halves, options, the 8 likeliest tokens and the rest."""
+    usual = usual_answers(model.tokenizer, examples)
+    found = {"two halves": Halves(usual), "the options": usual, "top 8 and rest": Top(8)}
+    return {f"{name} (K = {classes.size})": classes for name, classes in found.items()}
+
+
+def saturation(
+    at_ceiling: Callable[[Tensor, Tensor, int], tuple[int, int]],
+    model: LanguageModel,
+    examples: Sequence[Example],
+    names: Sequence[str],
+    sizes: Sequence[int | str],
+    seed: int,
+) -> pd.DataFrame:
+    """Share of groups of neighbouring weights whose exact FI is at the ceiling (method 1b.2).
+
+    at_ceiling: counts those groups, and all, from class gradients (K, rows, inputs), probabilities (K,) and
+    the weights in a group. sizes: of groups, "row" for a whole one. `ROWS` rows of each matrix are looked at.
+    Columns: classes, k, part, size, share (mean over questions), low, high (t), n (questions) and groups.
     """
-    found = [
-        (f"{name}.up_proj.weight", f"{name}.down_proj.weight")
-        for name, m in network.named_modules()
-        if hasattr(m, "up_proj") and hasattr(m, "down_proj")
-    ]
-    if not found:
+    generator = torch.Generator().manual_seed(seed)
+    heights = {name: len(model.network.get_parameter(name)) for name in names}
+    rows = {name: torch.randperm(height, generator=generator)[:ROWS] for name, height in heights.items()}
+    parts, lines = parts_of(names), []
+    for label, classes in class_sets(model, examples).items():
+        for q in questions(model, examples, names, classes):
+            for (name, grads), size in product(q.grads.items(), sizes):
+                width = grads.shape[-1] if size == "row" else int(size)
+                with unwarned():
+                    found = at_ceiling(grads[:, rows[name]], q.probs, width)
+                lines.append((label, len(q.probs), parts[name], str(size), q.example.id, *found))
+    return _mean_shares(pd.DataFrame(lines, columns=[*PLACE, "question", "at", "groups"]))
+
+
+def _mean_shares(counts: pd.DataFrame) -> pd.DataFrame:
+    each = counts.groupby([*PLACE, "question"], sort=False)[["at", "groups"]].sum()
+    each["share"] = each["at"] / each["groups"].clip(lower=1)
+    lines = []
+    for key, part in each.groupby(PLACE, sort=False):
+        shares = part["share"].to_numpy()
+        mean, low, high = mean_interval(shares) if len(shares) > 1 else (shares.mean(),) * 3
+        lines.append((*key, mean, max(low, 0.0), min(high, 1.0), len(part), int(part["groups"].sum())))
+    return pd.DataFrame(lines, columns=[*PLACE, "share", "low", "high", "n", "groups"])
+
+
+def row_spread(
+    model: LanguageModel, examples: Sequence[Example], names: Sequence[str], spectral: Spectral
+) -> pd.DataFrame:
+    """How far a score tells rows of the earlier blocks apart.
+
+    A row is one perturbation, but for "FI exact, mean", the mean of its single weights' FI. Columns: score;
+    at_ceiling, the share of the rows; spread, the 90th over the 10th percentile of the rows' scores, a
+    geometric mean over questions; n.
+    """
+    ways = {
+        "FI exact": lambda grads, probs: fi(grads, probs, over=-1),
+        "FI exact, mean": lambda grads, probs: fi(grads, probs).mean(-1),
+        f"FI {spectral}": lambda grads, probs: fi(grads, probs, over=-1, spectral=spectral),
+        "Jacobian norm": lambda grads, probs: JACOBIAN(grads, probs, over=-1),
+    }
+    lines = []
+    earlier = [name for name, part in parts_of(names).items() if part == EARLIER]
+    for q in questions(model, examples, earlier):
+        for name, way in ways.items():
+            with unwarned():
+                values = torch.cat([way(grads, q.probs) for grads in q.grads.values()])
+            low, high = np.quantile(values.double().cpu().numpy(), [0.1, 0.9])
+            lines.append((name, float(saturated(values, q.probs).double().mean()), float(np.log(high / low))))
+    frame = pd.DataFrame(lines, columns=["score", "at_ceiling", "spread"])
+    means = frame.groupby("score", sort=False).mean().reset_index()
+    return means.assign(spread=np.exp(means["spread"]), n=len(examples))
+
+
+# --- the filter sweep
+
+
+def flatten(values: Mapping[str, Tensor]) -> Tensor:
+    """All values as one vector, in the order of the mapping."""
+    return torch.cat([v.flatten() for v in values.values()])
+
+
+def alike(scores: Mapping[str, Scores], other: str) -> dict[str, float]:
+    """Rank correlation of every score with the score `other`, over all weights; 0 for a constant one."""
+    flat = np.stack([flatten(s.values).double().cpu().numpy() for s in scores.values()])
+    found = np.nan_to_num(spearman(flat, flat[list(scores).index(other)]))
+    return dict(zip(scores, found.tolist(), strict=True))
+
+
+def noted(outcome: Outcome, likeness: float) -> dict[str, np.ndarray]:
+    """What was answered, with the likeness of the ranking beside it, the same for each question."""
+    answered = {name: getattr(outcome, name).cpu().numpy() for name in ("correct", "log_prob")}
+    return {**answered, "alike": np.full(len(outcome.correct), likeness)}
+
+
+def paired(sweep: Trials, pairs: Iterable[tuple[str, str]], seed: int) -> pd.DataFrame:
+    """`Trials.compare` of each question's mean over the calibration sets, which are taken as given.
+
+    Columns as there, and "of": log P of the right answer, or accuracy.
+    """
+    measures = dict.fromkeys(trial.labels["measure"] for trial in sweep.tried)
+    one = []
+    for m in measures:
+        right, log_p = (sweep.answers(value, measure=m).mean(0) for value in ("accuracy", "log_prob"))
+        one.append(Trial(0, {"measure": m}, {"correct": right, "log_prob": log_p}))
+    of = {"log P of the right answer": "log_prob", "accuracy": "accuracy"}
+    pairs = list(pairs)
+    found = [Trials([], one).compare(pairs, value=v, seed=seed).assign(of=name) for name, v in of.items()]
+    return pd.concat(found, ignore_index=True)
+
+
+# --- what a change of coordinates does to the measures
+
+
+def rescaled(model: LanguageModel, seed: int, reach: int = 4) -> tuple[LanguageModel, list[str]]:
+    """A copy with rows of up_proj times k, columns of down_proj divided by k: the same function.
+
+    k is a random power of two between 2^-reach and 2^reach for each hidden unit, so nothing is rounded. Also
+    the names of those weights. Raises ValueError for a network without gated feed-forward layers.
+    """
+    other = in_dtype(model, model.network.dtype)
+    generator = torch.Generator().manual_seed(seed)
+    names = []
+    for name, module in other.network.named_modules():
+        if hasattr(module, "up_proj") and hasattr(module, "down_proj"):
+            up, down = module.up_proj.weight.data, module.down_proj.weight.data
+            power = torch.randint(-reach, reach + 1, (len(up),), generator=generator)
+            k = (2.0**power).to(up)
+            up.mul_(k[:, None])
+            down.div_(k)
+            names += [f"{name}.up_proj.weight", f"{name}.down_proj.weight"]
+    if not names:
         raise ValueError(
             "The network has no up_proj and down_proj to rescale; take a gated model, as Qwen2 is."
         )
-    return found
-
-
-@contextmanager
-def rescaled(network: nn.Module, seed: int, reach: int = 4) -> Iterator[nn.Module]:
-    """Rows of up_proj times k, columns of down_proj divided by k: the same function in other coordinates.
-
-    k is a random power of two between 2^-reach and 2^reach for each hidden unit, so nothing is rounded.
-    On leaving the weights are as before, bit for bit.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    weights = dict(network.named_parameters())
-    kept = {}
-    try:
-        for up, down in gated_pairs(network):
-            kept[up], kept[down] = weights[up].data.clone(), weights[down].data.clone()
-            power = torch.randint(-reach, reach + 1, (len(weights[up]),), generator=generator)
-            k = (2.0**power).to(weights[up].data)
-            weights[up].data.mul_(k[:, None])
-            weights[down].data.div_(k)
-        yield network
-    finally:
-        for name, value in kept.items():
-            weights[name].data.copy_(value)
+    return other, names
 
 
 def invariance(model: LanguageModel, examples: Sequence[Example], share: float, seed: int) -> pd.DataFrame:
-    """Every measure of the up and down weights before and after `rescaled` (method 1, Theorem A.1).
+    """Every measure of the up and down weights in other coordinates (method 1, Theorem A.1).
 
     Columns: measure; change, the norm of the difference relative to the norm before; kept, the share of the
-    top weights that is still on top; log_prob, the largest change of any class's log-probability.
+    top weights that is still on top; log_prob, the largest change of any class's log-probability; n.
     """
-    names = [n for pair in gated_pairs(model.network) for n in pair]
-    measures = [m for m in MEASURES.values() if m is not RANDOM]
-    classes = usual_answers(model.tokenizer, lettered=bool(examples[0].options))
-    ask = Evaluator(model, examples, classes)
-    before, log_p = score_weights(model, examples, measures, only=names), ask().log_probs
-    with rescaled(model.network, seed):
-        after, moved = score_weights(model, examples, measures, only=names), ask().log_probs - log_p
-    rows = []
+    other, names = rescaled(model, seed)
+    measures = [m for m in MEASURES if m != RANDOM.name]
+    before, after = (score_weights(m, examples, measures, only=names) for m in (model, other))
+    first, second = (answer_all(m, examples).log_probs for m in (model, other))
+    moved, lines = float((second - first).abs().max()), []
     for m in measures:
-        old, new = flatten(before[m.name].values).double(), flatten(after[m.name].values).double()
-        kept = overlap(top(before[m.name], share, seed), top(after[m.name], share, seed))
-        rows.append((m.name, float((new - old).norm() / old.norm()), kept, float(moved.abs().max())))
-    return pd.DataFrame(rows, columns=["measure", "change", "kept", "log_prob"]).assign(n=len(examples))
+        old, new = (flatten(found[m].values).double() for found in (before, after))
+        kept = overlap(top(before[m], share, seed), top(after[m], share, seed))
+        lines.append((m, float((new - old).norm() / old.norm()), kept, moved))
+    return pd.DataFrame(lines, columns=["measure", "change", "kept", "log_prob"]).assign(n=len(examples))
 
 
 def top(scores: Scores | Mapping[str, Tensor], share: float, seed: int = 0) -> set[int]:
@@ -254,671 +348,125 @@ def overlap(a: set[int], b: set[int]) -> float:
     return len(a & b) / max(1, len(a))
 
 
-# --- 1, 2: ceiling and saturation -------------------------------------------------------------------
+# --- ties, averages, and a printed value
 
 
-def ceilings(model: LanguageModel, examples: Sequence[Example], names: Sequence[str]) -> pd.DataFrame:
-    """Exact FI of every single weight and of every whole matrix, beside the ceiling (method 1b.1).
+def by_place(values: Mapping[str, float]) -> pd.DataFrame:
+    """A number for each weight matrix as a map, block by matrix."""
+    lines = [(layer_of(name), matrix_of(name), value) for name, value in values.items()]
+    table = pd.DataFrame(lines, columns=["block", "matrix", "value"])
+    return table.pivot(index="block", columns="matrix", values="value")[table.matrix.unique()]
 
-    One row a question: question, text, confidence P(y_hat), doubt 1 - P(y_hat), ceiling; largest and median
-    over single weights; matrix_low and matrix_high over whole matrices, each one perturbation.
+
+def by_question(scores: Scores) -> np.ndarray:
+    """The mean of a score over all weights, of each calibration question by itself."""
+    return np.array(json.loads(scores.metadata["per_example"]))
+
+
+def above_ceiling() -> pd.DataFrame:
+    """The earlier version's largest FI of a pixel, one of four choices, beside the ceiling (method 1b.9).
+
+    Columns: P (of the answer), FI, times (FI over the ceiling), n (classes).
     """
-    rows = []
-    with _unwarned():
-        for q in questions(model, examples, names):
-            single = fi(q.flat(), q.probs)
-            whole = torch.stack([fi(g, q.probs, over=(0, 1)) for g in q.grads.values()])
-            rows.append(
-                {
-                    "question": q.example.id,
-                    "text": q.example.question,
-                    "confidence": float(q.probs.max()),
-                    "doubt": float(q.probs.sum() - q.probs.max()),
-                    "ceiling": float(ceiling(q.probs)),
-                    "largest": float(single.max()),
-                    "median": float(single.median()),
-                    "matrix_low": float(whole.min()),
-                    "matrix_high": float(whole.max()),
-                }
-            )
-    return pd.DataFrame(rows)
+    p, printed = published("pixel_p").value, published("pixel_fi").value
+    return pd.DataFrame({"P": [p], "FI": [printed], "times": [printed / ((1 - p) / p)], "n": [4]})
 
 
-def answer_sets(model: LanguageModel) -> dict[str, Answers]:
-    """Three sets of classes: two groups of letters, the four letters, the top 8 tokens and the rest."""
-    four = letters(model.tokenizer)
-    a, b, c, d = four.tokens
-    return {
-        "A or B, C or D (K = 2)": Groups(("A or B", "C or D"), (a + b, c + d)),
-        "four letters (K = 4)": four,
-        "top 8 + rest (K = 9)": Top(8),
-    }
+# --- weights and rows that are zeroed one at a time
 
 
-def mass_of(model: LanguageModel, examples: Sequence[Example], classes: Groups) -> float:
-    """Share of the next token's whole probability that falls on the classes' tokens, mean over questions."""
-    tokens = [t for ids in classes.tokens for t in ids]
-    shares = []
-    with torch.inference_mode():
-        for batch in model.batches([e.prompt for e in examples]):
-            log_p = model.last_logits(batch).log_softmax(-1)
-            shares.append(log_p[:, tokens].exp().sum(-1))
-    return float(torch.cat(shares).mean())
-
-
-def saturation(
-    model: LanguageModel,
-    examples: Sequence[Example],
-    names: Sequence[str],
-    sizes: Sequence[int],
-    rows: int,
-    seed: int,
-) -> pd.DataFrame:
-    """Share of groups whose exact FI is at the ceiling (method 1b.2): mean over questions, t interval.
-
-    A group is `size` neighbours in a row of a weight matrix, "row" the whole row; `rows` random rows of each
-    matrix are looked at. Columns: classes, k, part, size, share, low, high, n (questions), groups, and key,
-    the short name k_part_size.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    shapes = {n: model.network.get_parameter(n).shape for n in names}
-    chosen = {n: torch.randperm(s[0], generator=generator)[:rows] for n, s in shapes.items()}
-    parts = parts_of(names)
-    lines = []
-    for label, classes in answer_sets(model).items():
-        for q in questions(model, examples, names, classes):
-            for n in names:
-                grads = q.grads[n][:, chosen[n]]
-                for size in (*sizes, grads.shape[-1]):
-                    at, live = _at_ceiling(grads, q.probs, size)
-                    name = "row" if size == grads.shape[-1] else str(size)
-                    lines.append((label, len(q.probs), parts[n], name, q.example.id, at, live))
-    columns = ["classes", "k", "part", "size", "question", "at", "groups"]
-    return _mean_shares(pd.DataFrame(lines, columns=columns))
-
-
-def _at_ceiling(grads: Tensor, probs: Tensor, size: int) -> tuple[int, int]:
-    """How many groups of `size` neighbours are at the ceiling, and how many have any gradient."""
-    whole = grads.shape[-1] // size * size
-    groups = grads[..., :whole].unflatten(-1, (-1, size))
-    with _unwarned():
-        values = fi(groups, probs, over=-1)
-    return int(saturated(values, probs).sum()), int((values > 0).sum())
-
-
-def _mean_shares(counts: pd.DataFrame) -> pd.DataFrame:
-    by = ["classes", "k", "part", "size"]
-    each = counts.groupby([*by, "question"], sort=False)[["at", "groups"]].sum()
-    each["share"] = each["at"] / each["groups"].clip(lower=1)
-    lines = []
-    for key, part in each.groupby(by, sort=False):
-        mean, low, high = interval_of(part["share"])
-        lines.append((*key, mean, max(low, 0.0), min(high, 1.0), len(part), int(part["groups"].sum())))
-    table = pd.DataFrame(lines, columns=[*by, "share", "low", "high", "n", "groups"])
-    return table.assign(key=[f"{t.k}_{KEYS[t.part]}_{t.size}" for t in table.itertuples()])
-
-
-def interval_of(values: ArrayLike) -> tuple[float, float, float]:
-    """Mean and t interval; one value has no spread, so it is its own interval."""
-    numbers = np.asarray(values, dtype=float)
-    return mean_interval(numbers) if len(numbers) > 1 else (float(numbers.mean()),) * 3
-
-
-def row_scores(q: Question, spectral: Spectral) -> dict[str, Tensor]:
-    """Four ways to score the output rows of all matrices for one question (method 1b.2).
-
-    A row is one perturbation, but for "FI exact, mean", which is the mean of its single weights' FI.
-    """
-    with _unwarned():
-        joint = [fi(g, q.probs, over=-1) for g in q.grads.values()]
-        single = [fi(g, q.probs).mean(-1) for g in q.grads.values()]
-        damped = [fi(g, q.probs, over=-1, spectral=spectral) for g in q.grads.values()]
-    jacobian = [JACOBIAN(g, q.probs, over=-1) for g in q.grads.values()]
-    return {
-        "FI exact": torch.cat(joint),
-        "FI exact, mean": torch.cat(single),
-        f"FI {spectral}": torch.cat(damped),
-        "Jacobian norm": torch.cat(jacobian),
-    }
-
-
-def row_spread(
-    model: LanguageModel, examples: Sequence[Example], names: Sequence[str], spectral: Spectral
-) -> pd.DataFrame:
-    """How far a score tells rows apart: columns score, at_ceiling (share of rows), spread, n.
-
-    spread is the 90th over the 10th percentile of the rows' scores, a geometric mean over questions.
-    """
-    lines = []
-    for q in questions(model, examples, names):
-        for name, values in row_scores(q, spectral).items():
-            low, high = np.quantile(values.double().cpu().numpy(), [0.1, 0.9])
-            share = saturated(values, q.probs).double().mean()
-            lines.append((name, float(share), float(np.log(high / low))))
-    frame = pd.DataFrame(lines, columns=["score", "at_ceiling", "spread"])
-    means = frame.groupby("score", sort=False).mean().reset_index()
-    return means.assign(spread=np.exp(means["spread"]), n=len(examples))
-
-
-# --- 3: scale blindness and the filter sweep --------------------------------------------------------
-
-
-def filters(dampings: Sequence[float], cuts: Sequence[float]) -> list[Spectral]:
-    """Exact FI, then damped by each of the dampings, then cut at each of the cuts."""
-    return [Exact(), *map(Damped, dampings), *map(Cut, cuts)]
-
-
-def rankings(
-    model: LanguageModel,
-    examples: Sequence[Example],
-    names: Sequence[str],
-    tried: Sequence[Spectral],
-    seed: int,
-) -> dict[str, Scores]:
-    """Scores of the weights by FI under every filter, by the squared Jacobian norm, and at random.
-
-    The last two are the ends to compare with.
-    """
-    found = score_weights(model, examples, [*map(Influence, tried), SQUARED_SCORE, Random(seed)], only=names)
-    by_filter = {Influence(f).name: found[Influence(f).name] for f in tried}
-    return by_filter | {JACOBIAN2: found[SQUARED_SCORE], "random": found["random"]}
-
-
-def filter_sweep(
-    model: LanguageModel,
-    calibration: Sequence[Sequence[Example]],
-    test: Sequence[Example],
-    names: Sequence[str],
-    tried: Sequence[Spectral],
-    share: float,
-    kept: Kept | None = None,
-) -> Trials:
-    """Rank all linear weights by FI under every filter, zero the top share, and ask again (method 1b.3).
-
-    calibration: sets of questions that the scores are means over. Labels: ranking. Beside right and wrong and
-    log P of the right answer, the values hold with_exact and with_jacobian, the rank correlation over all
-    linear weights, the same for each question.
-    """
-    ask = Evaluator(model, test, usual_answers(model.tokenizer, lettered=bool(test[0].options)))
-    ends = {"with_exact": Influence(Exact()).name, "with_jacobian": JACOBIAN2}
-
-    def tries(k: int) -> Iterator[tuple[Labels, Values]]:
-        found = rankings(model, calibration[k], names, tried, k)
-        flat = np.stack([flatten(s.values).double().cpu().numpy() for s in found.values()])
-        like = {of: spearman(flat, flat[list(found).index(end)]) for of, end in ends.items()}
-        for row, (name, scores) in enumerate(found.items()):
-            with zeroed(model.network, select(scores, share, names=names, seed=k)):
-                outcome = ask()
-            values = {of: np.full(len(test), correlations[row]) for of, correlations in like.items()}
-            values |= {of: getattr(outcome, of).cpu().numpy() for of in ("correct", "log_prob")}
-            yield {"ranking": name}, values
-
-    return collect(ask, tries, sets=len(calibration), kept=kept)
-
-
-def likeness(sweep: Trials, tried: Sequence[Spectral]) -> pd.DataFrame:
-    """How like the two ends every ranking is, a row for each calibration set and ranking.
-
-    Columns: seed, ranking, kind, scale (lambda, or atol^2 of a cut: both act on mu), with_exact and
-    with_jacobian.
-    """
-    rows = sweep.rows().drop_duplicates(["set", "ranking"]).rename(columns={"set": "seed"})
-    known = _kinds(tried).reindex(rows.ranking)
-    kinds = known.kind.fillna(pd.Series(known.index, known.index)).to_numpy()
-    rows = rows.assign(kind=kinds, scale=known.scale.to_numpy())
-    return rows[["seed", "ranking", "kind", "scale", "with_exact", "with_jacobian"]].reset_index(drop=True)
-
-
-def _kinds(tried: Sequence[Spectral]) -> pd.DataFrame:
-    lines = {Influence(f).name: (_kind(f), _scale(f)) for f in tried}
-    return pd.DataFrame.from_dict(lines, orient="index", columns=["kind", "scale"])
-
-
-def _kind(spectral: Spectral) -> str:
-    return type(spectral).__name__.lower()
-
-
-def _scale(spectral: Spectral) -> float:
-    """Where on the axis of mu a filter begins to let pass: a cut acts on the root of mu."""
-    if isinstance(spectral, Damped):
-        return spectral.lam
-    return spectral.atol**2 if isinstance(spectral, Cut) else 0.0
-
-
-def damage(sweep: Trials, ranks: pd.DataFrame) -> pd.DataFrame:
-    """What is left after zeroing, one row a ranking; the first is the intact model. ranks: see `likeness`.
-
-    Columns: ranking, kind, scale; accuracy, low, high; log_prob, log_prob_low, log_prob_high; n, seeds.
-    Accuracy is the mean over calibration sets; its Wilson interval is that of n questions, since all sets
-    are tried on the same ones. The interval of the log-probability is a t interval over calibration sets.
-    """
-    known = ranks.drop_duplicates("ranking").set_index("ranking")[["kind", "scale"]]
-    lines = [{"ranking": "intact", **_left(sweep.start()[None], sweep.start("log_prob")[None])}]
-    for ranking in known.index:
-        values = (sweep.answers(of, ranking=ranking) for of in ("accuracy", "log_prob"))
-        lines.append({"ranking": ranking, **_left(*values)})
-    return pd.DataFrame(lines).join(known, on="ranking")
-
-
-def _left(right: np.ndarray, log_p: np.ndarray) -> dict[str, float]:
-    n, accuracy = right.shape[1], float(right.mean())
-    low, high = wilson(round(accuracy * n), n)
-    # the mean over sets need not be a whole number of questions, so the interval is widened to hold it
-    line = {"accuracy": accuracy, "low": min(low, accuracy), "high": max(high, accuracy)}
-    line |= dict(zip(("log_prob", "log_prob_low", "log_prob_high"), interval_of(log_p.mean(1)), strict=True))
-    return {**line, "n": n, "seeds": len(right)}
-
-
-def minus(sweep: Trials, pairs: Iterable[tuple[str, str]], value: str, seed: int) -> pd.DataFrame:
-    """What is left after zeroing by the first ranking of each pair minus that by the second.
-
-    value: "accuracy" or "log_prob". Each question's value is its mean over the calibration sets; the
-    bootstrap interval is over the questions, which both rankings share, and takes the calibration sets as
-    given. Columns as in `Trials.compare`.
-    """
-    means = {(t := trial.labels["ranking"]): sweep.answers(value, ranking=t).mean(0) for trial in sweep.tried}
-    name = RIGHT.get(value, value)
-    one = Trials([], [Trial(0, {"ranking": t}, {name: values}) for t, values in means.items()])
-    return one.compare(pairs, label="ranking", value=value, seed=seed)
-
-
-def stripes(scores: Scores, names: Sequence[str]) -> tuple[float, float]:
-    """Share of the variance of a score's ranks within a matrix between its rows, and between its columns.
-
-    A mean over the named matrices; 1 / (number of columns) and 1 / (number of rows) would be chance.
-    """
-    shares = []
-    for name in names:
-        ranks = rankdata(scores[name].cpu(), axis=None).reshape(scores[name].shape)
-        shares.append([ranks.mean(axis).var() / ranks.var() for axis in (1, 0)])
-    rows, columns = np.mean(shares, axis=0)
-    return float(rows), float(columns)
-
-
-def metric_quantiles(
-    model: LanguageModel, examples: Sequence[Example], names: Sequence[str], quantiles: Sequence[float]
-) -> np.ndarray:
-    """Quantiles over weights and questions of the Fisher metric G of a single weight (its only mu)."""
-    metrics = [moments(q.flat(), q.probs).metric.double() for q in questions(model, examples, names)]
-    return np.quantile(torch.cat(metrics).cpu().numpy(), quantiles)
-
-
-# --- 4: decomposition and prediction ----------------------------------------------------------------
-
-
-def decomposition_errors(
-    model: LanguageModel, examples: Sequence[Example], names: Sequence[str]
-) -> pd.DataFrame:
-    """SNIP^2 = FI x squared information length, per sample (method 1b.4): question, error, weights.
-
-    error is the largest relative difference of the two sides over all weights that have a gradient, in
-    float64.
-    """
-    theta = flatten({n: model.network.get_parameter(n).detach() for n in names}).double()
-    rows = []
-    for q in questions(model, examples, names):
-        d = decompose(q.flat().double(), q.probs.double(), -theta)
-        live = d.change2 > 0
-        error = ((d.fi * d.length2 - d.change2).abs() / d.change2)[live]
-        rows.append((q.example.id, float(error.max()), int(live.sum())))
-    return pd.DataFrame(rows, columns=["question", "error", "weights"])
-
-
-def between_averages(scores: Mapping[str, Scores]) -> Tensor:
-    """Mean change^2 over (mean FI x mean squared length) for each weight; 1 would be equality.
-
-    The displacement is the same for all samples and cancels, so this is E[s^2] / (E[FI] E[G]).
-    """
-    change, exact, metric = (
-        flatten(scores[m].values).double() for m in (SQUARED_SCORE, "FI exact", "Fisher diagonal")
-    )
-    live = (exact > 0) & (metric > 0)
-    return change[live] / (exact[live] * metric[live])
-
-
-def row_inequality(model: LanguageModel, examples: Sequence[Example], names: Sequence[str]) -> Tensor:
-    """(s_y_hat . delta)^2 over FI x delta^T G delta for whole rows, delta = -theta (method 1b.4, p > 1)."""
-    exact = in_dtype(model, torch.float64)
-    ratios = []
-    for q in questions(exact, examples, names):
-        for n, g in q.grads.items():
-            along = moments((g * exact.network.get_parameter(n).detach()).sum(-1), q.probs)
-            with _unwarned():
-                bound = fi(g, q.probs, over=-1) * along.metric
-            ratios.append((along.score.square() / bound)[bound > 0])
-    return torch.cat(ratios)
-
-
-def zero_weights(
-    model: LanguageModel, examples: Sequence[Example], names: Sequence[str], count: int, seed: int
-) -> pd.DataFrame:
-    """Really zero a seeded sample of single weights, one at a time, in float64 (method 1b.4).
-
-    One row for each question and weight: question, item, change (of log P(y_hat), absolute) and a column for
-    each measure of that weight on that question alone.
-    """
-    exact = in_dtype(model, torch.float64)
-    sizes = [exact.network.get_parameter(n).numel() for n in names]
+def some_weights(
+    model: LanguageModel, names: Sequence[str], count: int, seed: int
+) -> list[dict[str, Tensor]]:
+    """A seeded sample of single weights: for each its matrix and its flat position there."""
+    sizes = [model.network.get_parameter(n).numel() for n in names]
     places = torch.randperm(sum(sizes), generator=torch.Generator().manual_seed(seed))[:count].sort().values
-    theta = flatten({n: exact.network.get_parameter(n).detach() for n in names})[places]
-    parts = []
-    for q in questions(exact, examples, names):
-        grads = q.flat()[:, places]
-        values = {m.name: m(grads, q.probs, value=theta).cpu().numpy() for m in MEASURES.values()}
-        parts.append(pd.DataFrame({"question": q.example.id, "item": range(len(places)), **values}))
     starts = np.cumsum([0, *sizes[:-1]])
     owners = np.searchsorted(starts, places.numpy(), side="right") - 1
-    items = [{names[o]: places[[i]] - int(starts[o])} for i, o in enumerate(owners)]
-    return _with_changes(pd.concat(parts, ignore_index=True), exact, examples, items)
+    return [{names[o]: places[[i]] - int(starts[o])} for i, o in enumerate(owners)]
 
 
-def zero_rows(
+def some_rows(model: LanguageModel, names: Sequence[str], count: int, seed: int) -> list[dict[str, Tensor]]:
+    """A seeded sample of whole output rows: for each its matrix and the flat positions of its weights."""
+    rows = [(n, row) for n in names for row in range(len(model.network.get_parameter(n)))]
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:count]
+    widths = {n: model.network.get_parameter(n).shape[1] for n in names}
+    chosen = [rows[i] for i in order.tolist()]
+    return [{n: torch.arange(row * widths[n], (row + 1) * widths[n])} for n, row in chosen]
+
+
+def pick(tensors: Mapping[str, Tensor], items: Sequence[Mapping[str, Tensor]], start: int = 0) -> Tensor:
+    """The values at the positions of all items, side by side; the axes before `start` are kept."""
+    return torch.cat([tensors[n].flatten(start)[..., at] for item in items for n, at in item.items()], -1)
+
+
+@dataclass(frozen=True)
+class FirstOrderChange(Measure):
+    """What removing values changes log P(y_hat) by, to first order: |s_y_hat . value|. For one it is SNIP."""
+
+    name: str = "first-order change"
+    needs_value: bool = True
+
+    def of_moments(self, m: Moments, given: Tensor) -> Tensor:
+        return (m.score * given).abs()
+
+    def of_groups(
+        self, class_grads: Tensor, probs: Tensor, over: Over, predicted: Predicted, given: Tensor
+    ) -> Tensor:
+        axes = axes_of(over, class_grads.dim() - 1)
+        along = class_grads * given
+        along = along.sum([a + 1 for a in axes]) if axes else along
+        return moments(along, probs, predicted).score.abs()
+
+
+def guesses(
     model: LanguageModel,
     examples: Sequence[Example],
     names: Sequence[str],
-    count: int,
-    seed: int,
-    spectral: Spectral,
-) -> pd.DataFrame:
-    """Really zero a seeded sample of whole output rows, one at a time; columns as in `zero_weights`.
-
-    A row is one perturbation: its FI is the joint one, "FI exact, mean" the mean of its weights' FI,
-    "predicted change" (s_y_hat . theta)^2, and the rest is the norm over the row.
-    """
-    exact = in_dtype(model, torch.float64)
-    rows = [(n, r) for n in names for r in range(len(exact.network.get_parameter(n)))]
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:count]
-    chosen = [rows[i] for i in order.tolist()]
-    parts = []
-    for q in questions(exact, examples, names):
-        values = [
-            _row_measures(q, n, r, exact.network.get_parameter(n)[r].detach(), spectral) for n, r in chosen
-        ]
-        frame = pd.DataFrame(values).assign(random=RANDOM.of_value(torch.empty(len(chosen))).numpy())
-        parts.append(frame.assign(question=q.example.id, item=range(len(chosen))))
-    wide = [(n, r, exact.network.get_parameter(n).shape[1]) for n, r in chosen]
-    items = [{n: torch.arange(r * width, (r + 1) * width)} for n, r, width in wide]
-    return _with_changes(pd.concat(parts, ignore_index=True), exact, examples, items)
-
-
-def _row_measures(q: Question, name: str, row: int, theta: Tensor, spectral: Spectral) -> dict[str, float]:
-    grads = q.grads[name][:, row]
-    along = moments((grads * theta).sum(-1), q.probs)
-    return {
-        "FI exact": float(fi(grads, q.probs, over=0)),
-        "FI exact, mean": float(fi_of_moments(moments(grads, q.probs)).mean()),
-        f"FI {spectral}": float(fi(grads, q.probs, over=0, spectral=spectral)),
-        "Jacobian norm": float(JACOBIAN(grads, q.probs, over=0)),
-        "SNIP": float(SNIP(grads, q.probs, over=0, value=theta)),
-        "predicted change": float(along.score.square()),
-        "information length": float(along.metric),
-        "magnitude": float(MAGNITUDE(grads, q.probs, over=0, value=theta)),
-    }
-
-
-def _with_changes(
-    frame: pd.DataFrame,
-    model: LanguageModel,
-    examples: Sequence[Example],
     items: Sequence[Mapping[str, Tensor]],
-) -> pd.DataFrame:
-    """Add the column `change`: zero each item in turn and ask all questions again."""
-    answers = usual_answers(model.tokenizer, lettered=bool(examples[0].options))
-    batch = model.batches([e.prompt for e in examples], len(examples))[0]
-    order = batch.index.argsort()
-    changes = []
-    with torch.inference_mode():
-        before = answers.log_probs(model.last_logits(batch))
-        chosen = before.argmax(-1, keepdim=True)
-        for item in tqdm(items, desc="zeroing", delay=3, leave=False):
-            with zeroed(model.network, item):
-                after = answers.log_probs(model.last_logits(batch))
-            changes.append((after - before).gather(1, chosen)[order, 0].abs())
-    return frame.assign(change=torch.stack(changes, 1).flatten().cpu().numpy())
+    measures: Sequence[str],
+) -> dict[str, Tensor]:
+    """What measures say of items, each one perturbation, on each question: {measure: (questions, items)}.
 
-
-def rank_correlations(frame: pd.DataFrame, seed: int, resamples: int = 500) -> pd.DataFrame:
-    """Rank correlation of every measure with the true change: mean over questions, of weights within one.
-
-    The interval is a bootstrap over the zeroed items, the same draw for all questions and measures.
-    Columns: measure, correlation, low, high, n (items), questions.
+    items: positions by weight, as `changed` takes them, each of one weight matrix.
     """
-    measures = [c for c in frame.columns if c not in ("question", "item", "change")]
-    tables = {
-        c: frame.pivot(index="question", columns="item", values=c).to_numpy() for c in (*measures, "change")
-    }
-    count = tables["change"].shape[1]
+    weights = dict(model.network.named_parameters())
+    known = {**MEASURES, "first-order change": FirstOrderChange()}
+    single = all(len(at) == 1 for item in items for at in item.values())
+    parts = [items] if single else [[item] for item in items]
+    values = [pick(weights, part).detach() for part in parts]
+    found: dict[str, list[Tensor]] = {name: [] for name in measures}
+    for q in questions(model, examples, names):
+        grads = [pick(q.grads, part, 1) for part in parts]
+        for name in measures:
+            call = partial(known[name], probs=q.probs, over=() if single else 0)
+            with unwarned():
+                said = [call(s, value=v) for s, v in zip(grads, values, strict=True)]
+            found[name].append(torch.stack(said).flatten())
+    made = {name: torch.stack(each) for name, each in found.items()}
+    if RANDOM.name in made:  # the same for each question, and not for each row
+        made[RANDOM.name] = RANDOM.of_value(torch.empty(len(items))).expand(len(examples), -1)
+    return made
+
+
+def rank_correlations(
+    guesses: Mapping[str, Tensor], change: Tensor, seed: int, resamples: int = 500
+) -> pd.DataFrame:
+    """Rank correlation of every measure with the true change: mean over questions, of items within one.
+
+    guesses: {measure: (questions, items)}; change: (questions, items). The interval is a bootstrap over the
+    items, the same draw for all questions and measures. Columns: measure, correlation, low, high, n (items),
+    questions, and exact_high, the upper end of exact FI's interval.
+    """
+    rows, count = change.shape
     drawn = np.random.default_rng(seed).integers(count, size=(resamples, count))
     index = np.vstack([np.arange(count), drawn])
-    resampled = {c: values[:, index].swapaxes(0, 1) for c, values in tables.items()}  # (draws, questions, n)
-    rows = []
-    for m in measures:
-        each = np.nan_to_num(spearman(resampled[m], resampled["change"])).mean(1)  # a constant ranks nothing
+    truth = change.cpu().numpy()[:, index].swapaxes(0, 1)  # (draws, questions, items)
+    lines = []
+    for name, values in guesses.items():
+        guessed = values.cpu().numpy()[:, index].swapaxes(0, 1)
+        each = np.nan_to_num(spearman(guessed, truth)).mean(1)  # a constant ranks nothing
         low, high = np.quantile(each[1:], [0.025, 0.975])
-        rows.append((m, each[0], min(low, each[0]), max(high, each[0]), count, len(tables["change"])))
-    return pd.DataFrame(rows, columns=["measure", "correlation", "low", "high", "n", "questions"])
-
-
-# --- 5, 6: ties and unconfident samples -------------------------------------------------------------
-
-
-def constant_rows(scores: Scores, rtol: float = 1e-3) -> pd.DataFrame:
-    """Share of each matrix's rows on which a score is constant but for rounding (method 1b.5).
-
-    Columns: layer, matrix, part, rows, constant (rows whose largest and least value agree to rtol), share.
-    """
-    parts = parts_of(list(scores.values))
-    lines = []
-    for name, value in scores.values.items():
-        high, low = value.amax(1), value.amin(1)
-        constant = int((high - low <= rtol * high).sum())
-        place = (layer_of(name), matrix_of(name), parts[name])
-        lines.append((*place, len(value), constant, constant / len(value)))
-    return pd.DataFrame(lines, columns=["layer", "matrix", "part", "rows", "constant", "share"])
-
-
-def constant_by_part(table: pd.DataFrame) -> pd.DataFrame:
-    """`constant_rows` summed over the parts of the model: columns part, rows, constant, share."""
-    sums = table.groupby("part", sort=False)[["rows", "constant"]].sum().reset_index()
-    return sums.assign(share=sums["constant"] / sums["rows"])
-
-
-def rounded(scores: Scores, digits: int = 4) -> dict[str, Tensor]:
-    """Scores rounded to significant decimal digits, so that ties which only rounding broke are ties again."""
-    found = {}
-    for name, value in scores.values.items():
-        wide = value.double()
-        unit = 10.0 ** (wide.clamp_min(1e-300).log10().floor() - digits + 1)
-        found[name] = (wide / unit).round() * unit
-    return found
-
-
-def picks(scores: Scores, share: float, seeds: Sequence[int], digits: int = 4) -> pd.DataFrame:
-    """What a top share takes with different tie seeds: columns ties, agree, last_rest, whole_rows.
-
-    ties: whether values count as tied if equal bit for bit, or to `digits`. agree: mean share that two seeds
-    have in common. last_rest: share of the picks in that part of the model. whole_rows: share of
-    the picks in rows that were taken whole.
-    """
-    lines = []
-    for label, values in {
-        "bit for bit": scores.values,
-        f"to {digits} digits": rounded(scores, digits),
-    }.items():
-        sets = [top(values, share, s) for s in seeds]
-        pairs = [overlap(a, b) for i, a in enumerate(sets) for b in sets[:i]]
-        one, whole = _where(values, share, seeds[0])
-        lines.append((label, float(np.mean(pairs)) if pairs else 1.0, one, whole))
-    return pd.DataFrame(lines, columns=["ties", "agree", "last_rest", "whole_rows"]).assign(seeds=len(seeds))
-
-
-def _where(values: Mapping[str, Tensor], share: float, seed: int) -> tuple[float, float]:
-    chosen = select(values, share, seed=seed)
-    parts = parts_of(list(values))
-    total = max(1, sum(map(len, chosen.values())))
-    one = sum(len(p) for n, p in chosen.items() if parts[n] == LAST_REST)
-    whole = 0
-    for name, places in chosen.items():
-        rows, width = values[name].shape
-        taken = torch.bincount(places // width, minlength=rows)
-        whole += int((taken == width).sum()) * width
-    return one / total, whole / total
-
-
-def contributions(scores: Mapping[str, Scores]) -> pd.DataFrame:
-    """What each question adds to each measure's average (method 1b.6): columns measure, question, share."""
-    parts = []
-    for measure, s in scores.items():
-        each = np.array(json.loads(s.metadata["per_example"]))
-        frame = pd.DataFrame({"question": json.loads(s.metadata["examples"]), "share": each / each.sum()})
-        parts.append(frame.assign(measure=measure))
-    return pd.concat(parts, ignore_index=True)
-
-
-def effective_sizes(shares: pd.DataFrame) -> pd.DataFrame:
-    """Effective sample size (sum of FI)^2 / sum of FI^2: columns measure, n, effective, largest (share)."""
-    groups = shares.groupby("measure", sort=False)["share"]
-    effective = groups.agg(n="size", effective=lambda s: 1 / float((s**2).sum()), largest="max")
-    return effective.reset_index()
-
-
-# --- 7, 8: the null direction and rounding ----------------------------------------------------------
-
-
-def own_score_errors(
-    model: LanguageModel, examples: Sequence[Example], name: str, sharpness: Sequence[float]
-) -> pd.DataFrame:
-    """The predicted class's gradient by its own backward pass, and from the other classes (method 1b.7).
-
-    The logits are multiplied by a sharpness, so that P(y_hat) nears 1; truth is the same in float64. One row
-    for each question, sharpness and way ("own backward pass", "from the other classes"): doubt 1 - P(y_hat),
-    error (norm of the difference relative to the norm), excess (largest FI of a group of three weights over
-    the ceiling: by the formula grad^T pinv(G) grad as it stands, or in the form of method 1a).
-    """
-    models = [in_dtype(model, dtype) for dtype in (torch.float32, torch.float64)]
-    weights = [m.network.get_parameter(name) for m in models]
-    answers = usual_answers(model.tokenizer, lettered=bool(examples[0].options))
-    rows = []
-    for example in tqdm(examples, desc="sharpening", delay=3, leave=False):
-        batch = model.batches([example.prompt])[0]
-        both = [answers.log_probs(m.last_logits(batch))[0] for m in models]
-        for factor in sharpness:
-            found = [_sharp_grads(log_p, w, factor) for log_p, w in zip(both, weights, strict=True)]
-            rows += [{"question": example.id, "sharpness": factor, **r} for r in _two_ways(*found)]
-    return pd.DataFrame(rows)
-
-
-def _sharp_grads(log_p: Tensor, weight: Tensor, factor: float) -> tuple[Tensor, Tensor]:
-    """Class gradients (K, *shape) and log P (K,), the predicted class first."""
-    sharp = (factor * log_p).log_softmax(-1)
-    order = sharp.detach().argsort(descending=True)
-    grads = [torch.autograd.grad(sharp[k], weight, retain_graph=True)[0] for k in order]
-    return torch.stack(grads), sharp.detach()[order]
-
-
-def _two_ways(
-    single: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]
-) -> Iterator[dict[str, float | str]]:
-    others = exact[1][1:].exp()
-    truth = moments_of_others(exact[0][1:], others, exact[1][0].exp()).score
-    grads, p = single[0], single[1].exp()
-    ours = moments_of_others(grads[1:], p[1:], p[0])
-    triples = grads[..., : grads.shape[-1] // 3 * 3].unflatten(-1, (-1, 3))
-    with _unwarned():
-        bounded = fi(triples, p, over=-1, predicted=0)
-    ways = {
-        "own backward pass": (grads[0], as_it_stands(triples, p)),
-        "from the other classes": (ours.score, bounded),
-    }
-    for way, (score, values) in ways.items():
-        error = float((score.double() - truth).norm() / truth.norm())
-        yield {
-            "way": way,
-            "doubt": float(others.sum()),
-            "error": error,
-            "excess": float(values.max() / ours.ceiling.max()),
-        }
-
-
-def as_it_stands(grads: Tensor, probs: Tensor) -> Tensor:
-    """FI by the formula as it stands, grad^T pinv(G) grad with all K gradients; y_hat is the first class.
-
-    grads: (K, ..., p). This is what method 1a warns of: nothing keeps it below the ceiling.
-    """
-    metric = torch.einsum("k,k...i,k...j->...ij", probs, grads, grads)
-    inverse = torch.linalg.pinv(metric, hermitian=True)
-    return torch.einsum("...i,...ij,...j->...", grads[0], inverse, grads[0])
-
-
-def null_residual(model: LanguageModel, examples: Sequence[Example], names: Sequence[str]) -> pd.DataFrame:
-    """|sum_y P(y) s_y| over sum_y P(y) |s_y|, in norm over all weights: columns question, residual."""
-    rows = []
-    for q in questions(model, examples, names):
-        weighted = q.probs[:, None] * q.flat()
-        rows.append((q.example.id, float(weighted.sum(0).norm() / weighted.abs().sum(0).norm())))
-    return pd.DataFrame(rows, columns=["question", "residual"])
-
-
-def precisions(
-    model: LanguageModel, examples: Sequence[Example], names: Sequence[str], measures: Sequence[str]
-) -> dict[str, dict[str, Scores]]:
-    """Scores of the weights with the model held and run in three precisions: {dtype: {measure: Scores}}.
-
-    The library computes root mean square norms in float32 whatever the model's precision, so "float64" is
-    float64 but for those.
-    """
-    found = {}
-    for name in ("float64", "float32", "bfloat16"):
-        rough = in_dtype(model, getattr(torch, name))
-        scores = score_weights(rough, examples, measures, only=names)
-        found[name] = {m: scores[m] for m in measures}
-    return found
-
-
-def rounding(found: Mapping[str, Mapping[str, Scores]], share: float) -> pd.DataFrame:
-    """Compare `precisions` with float64 (method 1b.8).
-
-    Columns: questions, measure, dtype; differing, the share of weights that differ by more than 1e-5 of
-    themselves; worst, the largest ratio either way; largest, the largest difference over the largest score;
-    kept, the share of the top weights in common; n (weights).
-    """
-    rows = []
-    for measure, truth in found["float64"].items():
-        for dtype in (d for d in found if d != "float64"):
-            scores = found[dtype][measure]
-            row = {"questions": int(scores.metadata["n"]), "measure": measure, "dtype": dtype}
-            rows.append(
-                {**row, **_compared(scores, truth), "kept": overlap(top(scores, share), top(truth, share))}
-            )
-    return pd.DataFrame(rows)
-
-
-def _compared(low: Scores, high: Scores) -> dict[str, float]:
-    a, b = flatten(low.values).double(), flatten(high.values)
-    live = (a > 0) & (b > 0)
-    difference, ratio = (a - b).abs(), a[live] / b[live]
-    return {
-        "n": len(a),
-        "differing": float((difference > 1e-5 * b).double().mean()),
-        "worst": float(torch.maximum(ratio, 1 / ratio).max()),
-        "largest": float(difference.max() / b.max()),
-    }
-
-
-def changed_answers(model: LanguageModel, examples: Sequence[Example], dtype: torch.dtype) -> list[Example]:
-    """The questions whose predicted class is another one with the model in another precision."""
-    classes = usual_answers(model.tokenizer, lettered=bool(examples[0].options))
-    here, there = (answer_all(m, examples, classes).predicted for m in (model, in_dtype(model, dtype)))
-    return [e for e, changed in zip(examples, (here != there).tolist(), strict=True) if changed]
-
-
-def differences(found: Mapping[str, Mapping[str, Scores]], dtype: str, shown: int = 20_000) -> pd.DataFrame:
-    """Relative difference of exact FI from float64, for evenly spaced weights: columns size, difference.
-
-    size is the root of the weight's Fisher metric, the size of its class gradients, over the largest one.
-    """
-    a, b = (flatten(found[d]["FI exact"].values).double().cpu() for d in (dtype, "float64"))
-    size = flatten(found["float64"]["Fisher diagonal"].values).sqrt().cpu()
-    step = max(1, len(b) // shown)
-    difference = (a - b).abs() / b.clamp_min(1e-300)
-    return pd.DataFrame({"size": (size / size.max())[::step], "difference": difference[::step]})
+        lines.append((name, each[0], min(low, each[0]), max(high, each[0]), count, rows))
+    table = pd.DataFrame(lines, columns=["measure", "correlation", "low", "high", "n", "questions"])
+    return table.assign(exact_high=table.set_index("measure").high["FI exact"])

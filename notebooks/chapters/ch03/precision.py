@@ -91,7 +91,7 @@ def agreement_by_answer(
 def _answers(name: str, revision: str | None, how: str, examples: Sequence[Example]) -> Tensor:
     """The likeliest answer of every question."""
     model = _opened(name, revision, how)
-    classes = usual_answers(model.tokenizer, lettered=bool(examples[0].options))
+    classes = usual_answers(model.tokenizer, examples)
     chosen = torch.zeros(len(examples), dtype=torch.long)
     with torch.no_grad():
         for batch in model.batches([example.prompt for example in examples]):
