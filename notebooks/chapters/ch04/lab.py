@@ -41,10 +41,8 @@ PAPER = ("Jacobian norm", "saliency", RANDOM)  # the measures that the paper com
 GUIDED = (*FI, "Jacobian norm", "information length")  # set against random masks
 PATCH = 14  # pixels, the side of a patch: that of the Qwen-VL family's vision towers
 CASE_COUNTS = (10, 20, 50, 100, 200, 400, 800)  # pixels masked on the dial
-PAPER_TOLERANCE = 8  # grey levels; what differs more from the border's colour is drawn
+TOLERANCE = 8  # grey levels; what differs more from the border's colour is drawn
 HIGHEST = 0.01  # the share of the pixels or patches whose part of the total is measured
-
-
 SETTINGS: dict[str, tuple[str, Grouping]] = {  # a measure, which implies the classes, and a grouping
     "letters, pixels": ("FI exact", "pixel"),
     "letters, patches": ("FI exact", "patch"),
@@ -144,7 +142,7 @@ def describe(batches: Iterable[Pictures], score: Score) -> pd.DataFrame:
     """What the maps of every setting look like, one row for each setting and picture.
 
     Columns: setting, id; at_ceiling: share of the groups whose FI is the ceiling to one part in a thousand;
-    held: share of the total that the highest hundredth of the groups holds; drawn and paper: mean score on
+    held: share of the total that the highest hundredth of the groups holds; drawn and ground: mean score on
     drawn things, and beside them, over the mean of the map.
     """
     made = [_describe(batch, score) for batch in tqdm(batches, desc="maps", unit="batch")]
@@ -167,16 +165,16 @@ def saturation(maps: pd.DataFrame, seed: int) -> pd.DataFrame:
 
 
 def on_things(maps: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """Mean score on drawn things over that on the paper, with a bootstrap interval over pictures.
+    """Mean score on drawn things over that on the background, with a bootstrap interval over pictures.
 
-    A row a setting: ratio, low, high, n. Pictures without paper or without things are left out.
+    A row a setting: ratio, low, high, n. Pictures without background or without things are left out.
     """
     lines = {}
-    for name, part in maps.dropna(subset=["drawn", "paper"]).groupby("setting", sort=False):
+    for name, part in maps.dropna(subset=["drawn", "ground"]).groupby("setting", sort=False):
         draws = np.random.default_rng(seed).integers(len(part), size=(tables.RESAMPLES, len(part)))
-        drawn, paper = part.drawn.to_numpy(), part.paper.to_numpy()
-        ends = np.quantile(drawn[draws].mean(1) / paper[draws].mean(1), [0.025, 0.975])
-        lines[str(name)] = (drawn.mean() / paper.mean(), *ends, len(part))
+        drawn, ground = part.drawn.to_numpy(), part.ground.to_numpy()
+        ends = np.quantile(drawn[draws].mean(1) / ground[draws].mean(1), [0.025, 0.975])
+        lines[str(name)] = (drawn.mean() / ground.mean(), *ends, len(part))
     columns = ["ratio", "low", "high", "n"]
     return pd.DataFrame.from_dict(lines, orient="index", columns=columns).rename_axis("setting")
 
@@ -185,8 +183,8 @@ def drawn_things(image: Tensor) -> Tensor:
     """Where a picture (3, H, W) differs from the commonest colour of its border, a boolean mask (H, W)."""
     border = torch.cat([image[:, 0], image[:, -1], image[:, :, 0], image[:, :, -1]], 1).T
     colours, counts = border.unique(dim=0, return_counts=True)
-    paper = colours[counts.argmax()]
-    return ((image - paper[:, None, None]).abs() > PAPER_TOLERANCE).any(0)
+    ground = colours[counts.argmax()]
+    return ((image - ground[:, None, None]).abs() > TOLERANCE).any(0)
 
 
 def _classes(batch: Pictures, measure: str) -> Pictures:
@@ -208,7 +206,7 @@ def _describe(batch: Pictures, score: Score) -> pd.DataFrame:
             level = spread[i] / spread[i].mean() if spread[i].mean() > 0 else torch.ones_like(spread[i])
             on, beside = float(level[things[i]].mean()), float(level[~things[i]].mean())
             lines.append((name, example.id, float(full[i]), _held(values[i]), on, beside))
-    return pd.DataFrame(lines, columns=["setting", "id", "at_ceiling", "held", "drawn", "paper"])
+    return pd.DataFrame(lines, columns=["setting", "id", "at_ceiling", "held", "drawn", "ground"])
 
 
 def _spread_out(values: Tensor, over: Grouping, size: Sequence[int]) -> Tensor:
