@@ -3,266 +3,174 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from torch import Tensor
 
-from fichapters.style import GREY, INK, SEQUENTIAL, new_figure
+from fichapters.plots import forest
+from fichapters.style import GREY, INK, SEQUENTIAL, WIDTH, new_figure
 
-COLOURS = {"neutral": GREY, "aggressive": "#D55E00", "safe": "#2F6DB5", "control": "#00805D"}
-MARKERS = {"trained": "o", "unseen": "D", "first": "*", "control": "s"}
+COLOURS = {
+    "neutral": GREY, "aggressive": "#D55E00", "safe": "#2F6DB5", "control": "#00805D", "your own": "#9B6FC4",
+}  # fmt: skip
+LABELS = {  # of the statistics that a figure shows, in its order
+    "ceiling": "odds",
+    "damped mean": "damped FI, mean",
+    "damped max": "damped FI, maximum",
+    "slope mean": "slope, mean",
+    "slope max": "slope, maximum",
+    "top mean": "top 8 + rest, mean",
+    "top max": "top 8 + rest, maximum",
+}
+PANELS = {  # of the distributions: classes and measure
+    "exact, four letters": ("letters", "exact"),
+    "damped, four letters": ("letters", "damped"),
+    "exact, top 8 + rest": ("top 8 + rest", "exact"),
+}
 LINES = {"neutral": ":", "aggressive": "--", "safe": "-"}
-MARKS = {"neutral": "o", "aggressive": "^", "safe": "s"}  # where kinds stand side by side
+GROUPS = {  # of wordings: marker, whether it is filled, words
+    "trained": ("o", True, "trained wordings"),
+    "unseen": ("D", False, "new wordings"),
+    "first": ("*", True, "first wording alone"),
+    "control": ("s", True, ""),  # which its colour says
+}
 
 
-def prompt_effects(table: pd.DataFrame) -> Figure:
-    """Accuracy under every prompt, and the change of log P(y_hat) against no instruction.
-
-    table: from `lab.accuracies`.
-    """
-    figure, axes = new_figure(1, 2, size=(7.2, 0.26 * len(table) + 1.6), sharey=True)
-    left, right = axes[0]
-    for ax, column, names in (
-        (left, "accuracy", ("low", "high")),
-        (right, "log_chosen", ("log_chosen_low", "log_chosen_high")),
-    ):
-        _forest(ax, table, column, names)
-    right.axvline(0, color=INK, linewidth=0.8)
-    left.set(xlabel=f"accuracy (n = {table.n.max()} pictures)")
-    left.set_title("How often it is right")
-    right.set(xlabel=f"change of log P(ŷ), nats (n = {table.n.max()})")
-    right.set_title("How sure it is, against none")
-    _name_rows(left, list(table.prompt))
-    _kinds_legend(figure)
+def maps_side_by_side(image: Tensor, maps: Mapping[str, Tensor]) -> Figure:
+    """A picture beside its maps of scores, all on one colour scale. maps: {title: (H, W)}."""
+    figure, axes = new_figure(1, 1 + len(maps), size=(WIDTH, 2.3))
+    _picture(axes[0, 0], image, "picture")
+    logs = {title: scores.clamp(min=1e-12).log10().numpy() for title, scores in maps.items()}
+    low = min(float(pd.Series(values.ravel()).quantile(0.02)) for values in logs.values())
+    high = max(float(values.max()) for values in logs.values())
+    for ax, (title, values) in zip(axes[0, 1:], logs.items(), strict=True):
+        heat = ax.imshow(values, cmap=SEQUENTIAL, vmin=low, vmax=high)
+        _bare(ax, title)
+    figure.colorbar(heat, ax=axes[0, -1], shrink=0.7, label="log₁₀ damped FI")
     return figure
 
 
-def distributions(bins: pd.DataFrame, titles: Mapping[str, str]) -> Figure:
-    """Densities of pixels by log10 FI under the three kinds of instruction, a panel for each measure.
+def masked_case(
+    image: Tensor, scores: Tensor, shown: Tensor, chances: Sequence[Sequence[float]], options: Sequence[str]
+) -> Figure:
+    """A picture, its map, the masked picture with rings around the mask, and the answers before and after.
 
-    bins: rows of `lab.Scan.bins`; titles: {measure: title}.
+    chances: the probabilities of the options, before and after.
     """
-    figure, axes = new_figure(1, len(titles), size=(7.2, 3.0))
-    for ax, (measure, title) in zip(axes[0], titles.items(), strict=True):
-        part = bins[bins.measure == measure]
-        for kind in ("neutral", "aggressive", "safe"):
-            counts = part[part.kind == kind].groupby("log10")["count"].sum()
-            if counts.sum():
-                share = counts / counts.sum() / 0.1
-                ax.plot(share.index, share, LINES[kind], color=COLOURS[kind], label=kind)
-        filled = part[part["count"] > 0]["log10"]
+    figure, axes = new_figure(2, 2, size=(6.4, 5.4), width_ratios=[1, 1.25])
+    _picture(axes[0, 0], image, "picture")
+    heat = axes[0, 1].imshow(scores.clamp(min=1e-12).log10().numpy(), cmap=SEQUENTIAL)
+    figure.colorbar(heat, ax=axes[0, 1], label="log₁₀ damped FI")
+    _bare(axes[0, 1], "map")
+    _picture(axes[1, 0], shown, "top pixels black")
+    rows, columns = (shown != image).any(0).nonzero(as_tuple=True)
+    ring = {"markerfacecolor": "none", "markeredgecolor": "#D55E00", "markersize": 10}
+    axes[1, 0].plot(columns, rows, "o", **ring)
+    bars, places = axes[1, 1], range(len(options))
+    bars.barh([y - 0.2 for y in places], chances[0], 0.38, color=GREY, label="before")
+    bars.barh([y + 0.2 for y in places], chances[1], 0.38, color="#D55E00", label="after")
+    bars.set_yticks(places, options)
+    bars.invert_yaxis()
+    bars.set(xlim=(0, 1), xlabel="probability of the answer")
+    bars.grid(axis="y", visible=False)
+    bars.legend(loc="lower right")
+    return figure
+
+
+def distributions(pixels: pd.DataFrame) -> Figure:
+    """Densities of pixels by log10 FI under the three kinds of instruction, for three scores.
+
+    pixels: counts, with columns kind, classes, measure, log10, count.
+    """
+    figure, axes = new_figure(1, len(PANELS), size=(WIDTH, 3.4))
+    for ax, (title, (classes, measure)) in zip(axes[0], PANELS.items(), strict=True):
+        part = pixels[(pixels.classes == classes) & (pixels.measure == measure)]
+        step = part.log10.drop_duplicates().diff().median()
+        for kind, dash in LINES.items():
+            counts = part[part.kind == kind].set_index("log10")["count"]
+            ax.plot(counts.index, counts / counts.sum() / step, dash, color=COLOURS[kind], label=kind)
+        filled = part[part["count"] > 0].log10
         ax.set(xlim=(filled.min() - 0.3, filled.max() + 0.3), ylim=(0, None))
         ax.set_title(title, fontsize=10)
-        pixels = part.groupby("kind")["count"].sum().max()
-        ax.set_xlabel(f"log₁₀ FI of a pixel\n(n = {int(pixels):,} pixels each)")
+    each = int(part[part.kind == "safe"]["count"].sum())
     axes[0, 0].set_ylabel("density of pixels")
-    axes[0, 0].legend(loc="best")
+    figure.supxlabel(f"log₁₀ FI of a pixel (n = {each:,} under each instruction)", fontsize=10)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncol=len(LINES))
     return figure
 
 
-def contrast_forest(table: pd.DataFrame, labels: Mapping[str, str]) -> Figure:
-    """How many times larger a statistic is than under neutral instructions, aggressive and safe beside.
+def factors(table: pd.DataFrame, name: str, panels: str, shown: Sequence[str]) -> Figure:
+    """Factors with their intervals on a log scale, a line for each value of the column `name`.
 
-    table: from `lab.contrasts`; labels: {statistic: words}, which sets the rows.
+    panels: the column that has a panel for each value of `shown`. Colours are kinds of prompts, marks are
+    groups of wordings; 1 is no change.
     """
-    figure, axes = new_figure(1, 2, size=(7.2, 0.36 * len(labels) + 1.5), sharey=True, sharex=True)
-    for ax, kind in zip(axes[0], ("aggressive", "safe"), strict=True):
-        for group, shift in (("trained", -0.22), ("unseen", 0.0), ("first", 0.22)):
-            part = table[(table.kind == kind) & (table.group == group)].set_index("statistic")
-            rows = [(y, part.loc[name]) for y, name in enumerate(labels) if name in part.index]
-            for y, row in rows:
-                ax.plot([row.low, row.high], [y + shift] * 2, color=COLOURS[kind], linewidth=1.4)
-                ax.plot(row.factor, y + shift, MARKERS[group], color=COLOURS[kind], **_face(group, kind))
+    table = table[table.statistic.isin(LABELS)]
+    names = list(dict.fromkeys(table[name]))
+    most = table.groupby([name, panels]).size().max()
+    size = (WIDTH, 1.6 + len(names) * (0.22 + 0.09 * most))
+    figure, axes = new_figure(1, len(shown), size=size, sharey=True)
+    for ax, value in zip(axes[0], shown, strict=True):
+        for (one,), part in table[table[panels] == value].groupby([name], sort=False):
+            for k, row in enumerate(part.to_dict("records")):
+                place = names.index(one) + 0.24 * (k - (len(part) - 1) / 2)
+                colour, (mark, filled, _) = COLOURS[row["kind"]], GROUPS[row["group"]]
+                ax.plot([row["low"], row["high"]], [place, place], color=colour, linewidth=1.4)
+                ax.plot(
+                    row["factor"], place, mark, color=colour, markerfacecolor=colour if filled else "white"
+                )
         ax.axvline(1, color=INK, linewidth=0.8)
-        ax.set_xscale("log")
-        ax.set_title(f"{kind} against neutral")
-        ax.set_xlabel(f"factor (n = {int(table.n.max())} pictures)")
+        ax.set_title(LABELS.get(value, f"{value} against neutral"), fontsize=10)
         _plain_log(ax)
-    _name_rows(axes[0, 0], list(labels.values()))
-    _groups_legend(figure)
+    axes[0, 0].set_yticks(range(len(names)), [LABELS.get(one, one) for one in names])
+    axes[0, 0].set_ylim(len(names) - 0.5, -0.5)
+    figure.supxlabel(f"factor (n = {int(table.n.max())} pictures; bars: 95 % for all together)", fontsize=10)
+    figure.legend(handles=_handles(table), loc="outside upper center", ncol=3)
     return figure
 
 
-def wording_forest(table: pd.DataFrame, titles: Mapping[str, str]) -> Figure:
-    """Factor of each statistic under every prompt against no instruction, a panel for each statistic.
-
-    table: from `lab.against_none`; titles: {statistic: title}.
-    """
-    names = list(dict.fromkeys(table.prompt))
-    figure, axes = new_figure(1, len(titles), size=(7.2, 0.26 * len(names) + 1.6), sharey=True)
-    for ax, (statistic, title) in zip(axes[0], titles.items(), strict=True):
-        part = table[table.statistic == statistic]
-        _forest(ax, part, "factor", ("low", "high"))
-        ax.axvline(1, color=INK, linewidth=0.8)
-        ax.set_xscale("log")
-        ax.set_title(title, fontsize=10)
-        ax.set_xlabel(f"factor against none\n(n = {int(table.n.max())} pictures)")
-        _plain_log(ax)
-    _name_rows(axes[0, 0], names)
-    _kinds_legend(figure)
-    return figure
-
-
-def robustness(accuracy: pd.DataFrame, protection: pd.DataFrame) -> Figure:
-    """Accuracy by kind of instruction in every condition, and what the instruction adds to the neutral one.
-
-    accuracy: from `lab.by_condition`; protection: from `lab.protection`.
-    """
-    figure, axes = new_figure(1, 2, size=(7.2, 4.2), width_ratios=[1.15, 1])
-    left, right = axes[0]
-    conditions = list(dict.fromkeys(accuracy.condition))
-    for ax, table, value, kinds in (
-        (left, accuracy, "value", list(dict.fromkeys(accuracy.kind))),
-        (right, protection, "difference", ["aggressive", "safe"]),
-    ):
-        for k, kind in enumerate(kinds):
-            part = table[table.kind == kind].set_index("condition").loc[conditions]
-            x = np.arange(len(conditions)) + 0.17 * (k - (len(kinds) - 1) / 2)
-            colour = COLOURS.get(kind, INK)
-            ax.vlines(x, part.low, part.high, color=colour, linewidth=1.4)
-            ax.plot(x, part[value], MARKS.get(kind, "D"), color=colour, markersize=4, label=kind)
-        ax.set_xticks(range(len(conditions)), conditions, rotation=40, ha="right", rotation_mode="anchor")
-        ax.grid(axis="x", visible=False)
-    right.axhline(0, color=INK, linewidth=0.8)
-    left.set(ylabel=f"accuracy, 95 % (n = {int(accuracy.n.max())} pictures)")
-    left.set_title("Corrupted pictures")
-    right.set(ylabel=f"accuracy less neutral's, 95 %\n(n = {int(protection.n.max())} pictures)")
-    right.set_title("Difference, paired")
-    handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncol=len(labels))
-    return figure
-
-
-def flip_bars(table: pd.DataFrame) -> Figure:
-    """Share of answers that change when the top pixels or patches are black, with Wilson's intervals.
-
-    table: from `lab.flip_table`.
-    """
-    colours = {"FI damped": "#9B6FC4", "FI exact": "#08306B", "random": GREY}
-    groups = list(dict.fromkeys(zip(table["unit"], table["number"], strict=True)))
-    figure, axes = new_figure(size=(7.2, 3.4))
-    ax = axes[0, 0]
-    for j, (way, colour) in enumerate(colours.items()):
-        part = table[table.way == way]
-        at = [
-            groups.index((u, c)) + 0.27 * (j - 1) for u, c in zip(part["unit"], part["number"], strict=True)
-        ]
-        ax.bar(at, part.share, 0.25, color=colour, label=way)
-        bars = [(part.share - part.low).clip(lower=0), part.high - part.share]
-        ax.errorbar(at, part.share, bars, fmt="none", ecolor=INK, elinewidth=1)
-    ax.set_xticks(range(len(groups)), [f"{number} {unit}" for unit, number in groups])
-    ax.set(xlabel="masked with black", ylabel=f"answers that flip (n = {table.n.max()})")
-    ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    ax.legend(loc="upper left")
-    ax.grid(axis="x", visible=False)
-    return figure
-
-
-def show_case(
-    image: Tensor, scores: Tensor, shown: Tensor, before: Sequence[float], after: Sequence[float],
-    options: Sequence[str],
-) -> Figure:  # fmt: skip
-    """One picture, its map of FI, the masked picture with rings around the mask, and both answers."""
-    figure, axes = new_figure(1, 4, size=(7.2, 2.5), width_ratios=[1, 1.2, 1, 1.3])
-    first, second, third, last = axes[0]
-    _picture(first, image)
-    heat = second.imshow(scores.clamp(min=1e-12).log10().numpy(), cmap=SEQUENTIAL)
-    figure.colorbar(heat, ax=second, shrink=0.6)
-    _bare(second)
-    _picture(third, shown)
-    rows, columns = (shown != image).any(0).nonzero(as_tuple=True)
-    third.plot(columns, rows, "o", markerfacecolor="none", markeredgecolor="#D55E00", markersize=10)
-    for ax, title in zip(axes[0], ("picture", "log₁₀ FI", "top pixels masked", "P(answer)"), strict=True):
-        ax.set_title(title, fontsize=10)
-    y = np.arange(len(options))
-    last.barh(y - 0.2, before, 0.38, color=GREY, label="before")
-    last.barh(y + 0.2, after, 0.38, color="#D55E00", label="after")
-    last.set_yticks(y, [f"{'ABCDEF'[i]}. {option}" for i, option in enumerate(options)])
-    last.set(xlim=(0, 1))
-    last.invert_yaxis()
-    last.grid(axis="y", visible=False)
-    last.legend(loc="upper center", bbox_to_anchor=(0.4, -0.12), ncol=2, columnspacing=1)
-    return figure
-
-
-def map_frame(image: Tensor, scores: Tensor, limits: tuple[float, float], title: str) -> Figure:
-    """One picture beside its map of FI, on a colour scale that all frames share. limits: of log10 FI."""
-    figure, axes = new_figure(1, 2, size=(6.4, 3.0), width_ratios=[1, 1.25])
-    _picture(axes[0, 0], image)
-    heat = axes[0, 1].imshow(
-        scores.clamp(min=1e-12).log10().numpy(), cmap=SEQUENTIAL, vmin=limits[0], vmax=limits[1]
+def flips(table: pd.DataFrame) -> Figure:
+    """Share of answers that flip, for every mask, by the score that chose it; a panel for each prompt."""
+    things = {"pixel": "pixels", "patch": "patches"}
+    masks = [
+        f"{row.number} {things[row.over]}" for row in table.rename(columns={"count": "number"}).itertuples()
+    ]
+    label = "share of answers that flip"
+    return forest(
+        table.assign(mask=masks), "mask", "share", by="measure", panels="prompt", label=label, line=None
     )
-    _bare(axes[0, 1])
-    figure.colorbar(heat, ax=axes[0, 1], shrink=0.85, label="log₁₀ damped FI")
-    axes[0, 0].set_title("picture", fontsize=10)
-    axes[0, 1].set_title(title, fontsize=10)
-    return figure
 
 
-def closeness_scatter(changes: pd.DataFrame) -> Figure:
-    """Change of the closeness of picture and text against the change of log FI, a point a pair."""
-    figure, axes = new_figure(size=(7.2, 3.6))
-    ax = axes[0, 0]
-    for kind, part in changes.groupby("kind", sort=False):
-        ax.plot(part.closer, part.change, ".", color=COLOURS[str(kind)], alpha=0.35, markersize=4)
-    ax.axhline(0, color=INK, linewidth=0.8)
-    ax.axvline(0, color=INK, linewidth=0.8)
-    ax.set(
-        xlabel="change of the cosine between picture and text", ylabel="change of log mean damped FI",
-    )  # fmt: skip
-    ax.set_title(f"Against no instruction (n = {len(changes)} pairs of picture and wording)")
-    _kinds_legend(figure)
-    return figure
-
-
-def _forest(ax: Axes, table: pd.DataFrame, column: str, names: tuple[str, str]) -> None:
-    for y, row in enumerate(table.to_dict("records")):
-        colour = COLOURS[row["kind"]]
-        ax.plot([row[names[0]], row[names[1]]], [y, y], color=colour, linewidth=1.4)
-        ax.plot(row[column], y, MARKERS[row["group"]], color=colour, **_face(row["group"], row["kind"]))
-
-
-def _face(group: str, kind: str) -> dict[str, Any]:
-    return {"markerfacecolor": "white" if group == "unseen" else COLOURS[kind]}
-
-
-def _name_rows(ax: Axes, names: Sequence[str]) -> None:
-    ax.set_yticks(range(len(names)), names)
-    ax.set_ylim(len(names) - 0.5, -0.5)
+def _handles(table: pd.DataFrame) -> list[Line2D]:
+    """A legend of the groups and the kinds that a table has."""
+    handles = []
+    for group, (mark, filled, label) in GROUPS.items():
+        if label and group in set(table.group):
+            face = INK if filled else "white"
+            handles.append(
+                Line2D([], [], color=INK, marker=mark, linestyle="", label=label, markerfacecolor=face)
+            )
+    kinds = [kind for kind in COLOURS if kind in set(table.kind)]
+    return handles + [Line2D([], [], color=COLOURS[kind], linewidth=3, label=kind) for kind in kinds]
 
 
 def _plain_log(ax: Axes) -> None:
-    ax.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    ax.set_xscale("log")
+    ax.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     ax.xaxis.set_minor_locator(NullLocator())
 
 
-def _kinds_legend(figure: Figure) -> None:
-    handles = [Line2D([], [], color=c, marker="o", linestyle="", label=k) for k, c in COLOURS.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncol=len(handles))
-
-
-def _groups_legend(figure: Figure) -> None:
-    labels = {"trained": "trained wordings", "unseen": "new wordings", "first": "first wording alone"}
-    handles = [
-        Line2D([], [], color=INK, marker=MARKERS[group], linestyle="", label=label,
-               markerfacecolor="white" if group == "unseen" else INK)
-        for group, label in labels.items()
-    ]  # fmt: skip
-    figure.legend(handles=handles, loc="outside lower center", ncol=len(handles))
-
-
-def _picture(ax: Axes, image: Tensor) -> None:
+def _picture(ax: Axes, image: Tensor, title: str) -> None:
     ax.imshow(image.permute(1, 2, 0).round().byte().numpy())
-    _bare(ax)
+    _bare(ax, title)
 
 
-def _bare(ax: Axes) -> None:
+def _bare(ax: Axes, title: str) -> None:
     ax.set(xticks=[], yticks=[])
+    ax.set_title(title, fontsize=10)
     ax.grid(False)
