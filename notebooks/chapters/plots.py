@@ -80,15 +80,17 @@ def forest(
     line: float | None = 0.0,
     marks: Mapping[str, float] | None = None,
     panels: str = "",
+    first: Sequence[str] = (),
 ) -> Figure:
     """A dot with its interval for each row of a table, named by the column `name`, one below the other.
 
-    by: a column whose values have colours, with a legend; without it measures have theirs. line: a vertical
-    line at "no difference". marks: published values by row name, hollow. panels: a column that has a panel
-    for each of its values.
+    by: a column whose values have colours, with a legend, and those named `first` stand first; without it
+    measures have theirs. line: a vertical line at "no difference". marks: published values by row name,
+    hollow. panels: a column that has a panel for each of its values.
     """
     parts = dict(list(table.groupby(panels, sort=False))) if panels else {"": table}
-    names, kinds = list(dict.fromkeys(table[name])), list(dict.fromkeys(table[by])) if by else []
+    names = list(dict.fromkeys(table[name]))
+    kinds = list(dict.fromkeys([*first, *table[by]])) if by else []
     size = (WIDTH, 1.2 + 0.34 * len(names) * max(1, 0.6 * len(kinds)))
     figure, axes = new_figure(1, len(parts), size=size, sharey=True, sharex=True)
     for ax, (title, part) in zip(axes[0], parts.items(), strict=True):
@@ -106,7 +108,7 @@ def forest(
         ax.set_title(str(title))
         ax.grid(axis="y", visible=False)
     axes[0, 0].set_yticks(range(len(names)), names)
-    axes[0, 0].invert_yaxis()
+    axes[0, 0].set_ylim(len(names) - 0.5, -0.5)
     figure.supxlabel(f"{label or value} ({_count(table)}, bars: 95 %)", fontsize=10)
     handles = {text: h for ax in axes.flat for h, text in zip(*ax.get_legend_handles_labels(), strict=True)}
     if not by:  # the rows say the names already
