@@ -130,7 +130,7 @@ def test_solved_statements_stand_before_one(model: LanguageModel) -> None:
     solved = load_task("cloze", "geography", "dev").examples[:2]
     *before, last = example.prompt.split("\n\n")
     assert last == example.question
-    assert before == [f"{e.question} {e.options[e.answer or 0]}." for e in solved]
+    assert before == [f"{e.question} {e.options[e.answer or 0]}" for e in solved]
 
 
 def test_any_questions_can_be_asked_without_their_options() -> None:

@@ -74,6 +74,25 @@ def test_our_choices_equal_the_harnesss_on_bundled_questions(mini: LanguageModel
     assert not result.settings["cut"]
 
 
+@pytest.mark.parametrize("name", ["cloze", "cloze:bundled"])
+@pytest.mark.parametrize("shots", [0, 1])
+def test_options_in_their_own_words_are_asked_in_our_prompt(mini: LanguageModel, name: str, shots: int) -> None:
+    result = evaluate_with_harness(mini, "geography", task_folder=name, n=12, shots=shots)
+    examples = load_task(name, "geography", n=12, shots=shots).examples
+    ours = answer_all(mini, examples)
+    theirs = result.answers
+    assert theirs["prompt"].tolist() == [example.prompt for example in examples]
+    assert theirs["target"].tolist() == ours.answer.tolist()
+    of_one_token = 0
+    for row, example in enumerate(examples):  # the harness compares whole options, we their first tokens
+        lengths = [len(mini.tokenizer(f" {option}")["input_ids"]) for option in example.options]
+        if max(lengths) == 1:
+            of_one_token += 1
+            whole = torch.tensor(theirs["log_probs"][row]).log_softmax(-1)
+            torch.testing.assert_close(whole, ours.log_probs[row].float(), atol=1e-4, rtol=1e-4)
+    assert of_one_token or name != "cloze"
+
+
 @pytest.mark.parametrize(("shots", "n"), [(0, 10), (1, 3)])
 def test_our_choices_equal_the_harnesss_on_real_mmlu(real_data: Path, shots: int, n: int) -> None:
     tokenizer = AutoTokenizer.from_pretrained(real_data / "tokenizers" / "qwen2")

@@ -34,7 +34,7 @@ import yaml
 from fihelpers.evaluate.stats import wilson
 from fihelpers.extras import optional
 from fihelpers.models.language import LanguageModel, brief, context_of
-from fihelpers.tasks import BUNDLED, mcq, question_reader
+from fihelpers.tasks import BUNDLED, CLOZE, mcq, question_reader
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +52,11 @@ EXPECTED = (  # what the harness says each time it is given a model in memory an
     "Custom kwargs can be passed",
 )
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?")
+HEADERS: dict[Any, Callable[[str], str]] = {
+    mcq.format_prompt: mcq.header,
+    mcq.open_prompt: mcq.open_header,
+    mcq.statement: lambda subject: "",
+}
 CLOSE = 0.01  # relative; how CMATH's authors compare numbers that are not both whole
 
 
@@ -87,8 +92,8 @@ def evaluate_with_harness(
     tasks: names of the harness's tasks and groups ("mmlu", "gsm8k", "mgsm_direct", "hendrycks_math") or
         "cmath". With a task_folder only its tasks are known, and nothing is asked of the hub for questions.
     task_folder: "bundled", "bundled-experts" or a folder in the MMLU CSV layout, whose subjects are the
-        tasks and "all" is the group of them, asked in the harness's own MMLU prompt; or a folder of the
-        harness's .yaml task files.
+        tasks and "all" is the group of them, asked in the harness's own MMLU prompt; "cloze" or "cloze:" and
+        one of these, whose options it compares whole; or a folder of the harness's .yaml task files.
     n: a seeded draw of that many questions of each task, the same that `load_task` draws of one subject; all
         by default and of a task that has fewer. shots: solved questions before each; by default what
         the task says. A task that says 0 keeps it.
@@ -142,8 +147,8 @@ def _load(names: Sequence[str], task_folder: str | PathLike[str] | None, shots: 
     from lm_eval.tasks import TaskManager
 
     if task_folder is not None and _holds_questions(str(task_folder)):
-        read = question_reader(str(task_folder))
-        made = [_of_questions(name, read, shots or 0) for name in names]
+        read, prompt = question_reader(str(task_folder))
+        made = [_of_questions(name, read, shots or 0, prompt) for name in names]
         return dict(TaskManager(include_defaults=False).load(made))
     places = [OUR_TASKS] if task_folder is None else [Path(task_folder).expanduser()]
     manager = TaskManager(include_defaults=False, include_path=places)
@@ -193,10 +198,12 @@ def _unknown(name: str, known: set[str]) -> ValueError:
 
 def _holds_questions(name: str) -> bool:
     """Whether these are questions in the MMLU CSV layout, and not task files of the harness."""
-    return name in BUNDLED or any((Path(name).expanduser() / "test").glob("*_test.csv"))
+    if name in BUNDLED or name.startswith(f"{CLOZE}:"):
+        return True
+    return any((Path(name).expanduser() / "test").glob("*_test.csv"))
 
 
-def _of_questions(name: str, read: Callable[..., mcq.Rows], shots: int) -> Any:
+def _of_questions(name: str, read: Callable[..., mcq.Rows], shots: int, prompt: Callable[..., str]) -> Any:
     """The harness's task of one subject, or the group "all" of all subjects."""
     from lm_eval.api.group import Group
     from lm_eval.config.group import AggMetricConfig
@@ -205,7 +212,7 @@ def _of_questions(name: str, read: Callable[..., mcq.Rows], shots: int) -> Any:
     asked = read(subject=subject, split="test")
     solved = read(subject=subject, split="dev") if shots else {}
     mcq.make_examples(asked, "test", solved, shots)  # raises for too few solved questions
-    tasks = [_subject_task(each, rows, solved.get(each, [])) for each, rows in asked.items()]
+    tasks = [_subject_task(each, rows, solved.get(each, []), prompt) for each, rows in asked.items()]
     if subject is not None:
         return tasks[0]
     group = Group(ALL, aggregate_metric_list=[AggMetricConfig("acc")], metadata={"version": 1.0})
@@ -214,8 +221,13 @@ def _of_questions(name: str, read: Callable[..., mcq.Rows], shots: int) -> Any:
     return group
 
 
-def _subject_task(subject: str, asked: Sequence[mcq.Row], solved: Sequence[mcq.Row]) -> Any:
-    """One subject in the prompt that the harness gives MMLU, with its data in memory."""
+def _subject_task(
+    subject: str, asked: Sequence[mcq.Row], solved: Sequence[mcq.Row], prompt: Callable[..., str]
+) -> Any:
+    """One subject with its data in memory, in the harness's own MMLU prompt, with letters or without.
+
+    Statements to finish are the latter without the words around a question.
+    """
     import lm_eval
     from datasets import Dataset
     from lm_eval.api.task import ConfigurableTask
@@ -225,12 +237,15 @@ def _subject_task(subject: str, asked: Sequence[mcq.Row], solved: Sequence[mcq.R
         split: Dataset.from_list([vars(row) | {"choices": row.options} for row in rows])
         for split, rows in parts.items()
     }
-    template = Path(lm_eval.__file__).parent / "tasks" / "mmlu" / "default" / "_default_template_yaml"
+    form = "default" if prompt is mcq.format_prompt else "continuation"
+    template = Path(lm_eval.__file__).parent / "tasks" / "mmlu" / form / f"_{form}_template_yaml"
     config = yaml.safe_load(template.read_text(encoding="utf-8"))
     del config["dataset_path"]
     if not solved:
-        del config["fewshot_split"]
-    own = {"task": subject, "description": mcq.header(subject), "custom_dataset": lambda **_: tables}
+        config.pop("fewshot_split")
+    own = {"task": subject, "description": HEADERS[prompt](subject), "custom_dataset": lambda **_: tables}
+    if prompt is mcq.statement:
+        own["doc_to_text"] = "{{question}}"
     return ConfigurableTask(config=config | own)
 
 

@@ -102,20 +102,24 @@ def _label(name: str) -> str:
 
 def _questions(name: str, subject: str | None, split: str, shots: int) -> Found:
     """Questions as text, each after solved ones."""
-    inner = name.removeprefix(f"{CLOZE}:")
-    read = question_reader(inner)
+    read, prompt = question_reader(name)
     rows = read(subject=subject, split=split)
     solved = read(subject=subject, split="dev") if shots else {}
-    prompt = mcq.format_prompt
-    if inner.startswith(CLOZE):
-        prompt = mcq.statement
-    elif inner != name:
-        prompt = mcq.open_prompt
     return mcq.make_examples(rows, split, solved, shots, prompt), split, ()
 
 
-def question_reader(name: str) -> partial[mcq.Rows]:
-    """What reads questions as text, by subject and split; raises FileNotFoundError for an unknown name."""
+def question_reader(name: str) -> tuple[partial[mcq.Rows], Callable[..., str]]:
+    """What reads questions as text, by subject and split, and what makes a prompt of one.
+
+    Raises FileNotFoundError for an unknown name.
+    """
+    inner = name.removeprefix(f"{CLOZE}:")
+    if inner.startswith(CLOZE):
+        return _row_reader(inner), mcq.statement
+    return _row_reader(inner), mcq.format_prompt if inner == name else mcq.open_prompt
+
+
+def _row_reader(name: str) -> partial[mcq.Rows]:
     if name == mcq.HUB:
         return partial(mcq.read_hub)
     if name in BUNDLED:

@@ -48,16 +48,19 @@ def header(subject: str) -> str:
 
 def statement(subject: str, question: str, options: Sequence[str], shots: Sequence[Row] = ()) -> str:
     """A statement to finish, after finished ones."""
-    solved = [f"{shot.question} {shot.options[shot.answer]}.\n\n" for shot in shots]
+    solved = [f"{shot.question} {shot.options[shot.answer]}\n\n" for shot in shots]
     return "".join(solved) + question
 
 
 def open_prompt(subject: str, question: str, options: Sequence[str], shots: Sequence[Row] = ()) -> str:
     """The MMLU question without its options, as lm-evaluation-harness asks it in its form "continuation"."""
-    title = subject.replace("_", " ")
     solved = [f"Question: {shot.question}\nAnswer: {shot.options[shot.answer]}\n\n" for shot in shots]
-    begin = f"The following are questions (with answers) about {title}.\n\n"
-    return begin + "".join(solved) + f"Question: {question}\nAnswer:"
+    return open_header(subject) + "".join(solved) + f"Question: {question}\nAnswer:"
+
+
+def open_header(subject: str) -> str:
+    """What that prompt begins with."""
+    return f"The following are questions (with answers) about {subject.replace('_', ' ')}.\n\n"
 
 
 def make_examples(
