@@ -21,6 +21,7 @@ from playwright.sync_api import Browser, sync_playwright
 from fibook import browser
 from fibook import build as book
 from fibook import site as publish
+from fichapters.claims import finder
 
 CELLS = [
     new_markdown_cell(
@@ -475,3 +476,26 @@ def test_links_to_references_become_citations() -> None:
     text = f"A ({lin}), b ({lin}, {sun}) and {sun}, see [chapter 3](03_x.ipynb)."
     cited = "A {cite:p}`lin`, b {cite:p}`lin,sun` and {cite:t}`sun`, see [chapter 3](03_x.ipynb)."
     assert book.with_citations(text) == cited
+
+
+def test_claims_are_found_by_words_and_by_verdict(tmp_path: Path, chromium: Browser) -> None:
+    entries = {"1": ("holds", "the closed form"), "6": ("does not hold", "a small share of the weights")}
+    sections = "".join(
+        f'<section id="claim-{name}" data-verdict="{verdict}">{words}</section>'
+        for name, (verdict, words) in entries.items()
+    )
+    (tmp_path / "claims.html").write_text(f"<body>{finder()}{sections}</body>", encoding="utf-8")
+    page = chromium.new_page()
+    page.goto((tmp_path / "claims.html").as_uri())
+
+    def shown() -> list[str]:
+        return [name for name in entries if page.locator(f"#claim-{name}").is_visible()]
+
+    assert shown() == ["1", "6"]
+    page.get_by_label("Words").fill("weights SMALL")
+    assert shown() == ["6"] and page.locator("output").inner_text() == "1 of 2 shown"
+    page.get_by_label("Verdict").select_option("holds")
+    assert shown() == []
+    page.get_by_label("Words").fill("")
+    assert shown() == ["1"]
+    page.close()

@@ -24,6 +24,7 @@ from fichapters.results import KEPT, Chapter
 from fihelpers.data import check_file, data_folder
 
 FILE = "claims.yaml"
+WEB = Path(__file__).parent / "web"
 RECORDS = "records"  # stands for a chapter's records where a part names no table
 HOLDS, FAILS, OPEN = "holds", "does not hold", "undecided"
 NOT_MEASURED, ANSWERED = "not measured", "answered"
@@ -297,6 +298,17 @@ def as_html(claims: Sequence[Claim], rows: pd.DataFrame, condensed: pd.DataFrame
     return "\n".join(_entry(claim, rows[rows.id == claim.id], found.loc[claim.id]) for claim in claims)
 
 
+def finder() -> str:
+    """Fields that narrow the lists of claims on the page down, by words and verdict; they need no kernel."""
+    options = "".join(f"<option>{verdict}</option>" for verdict in (*HEADLINES, ANSWERED))
+    script = (WEB / "claims.js").read_text(encoding="utf-8")
+    return (
+        '<div role="search"><label>Words <input type="search"></label> '
+        f'<label>Verdict <select><option value="">any</option>{options}</select></label> '
+        f"<output></output><script>{script}</script></div>"
+    )
+
+
 def _entry(claim: Claim, rows: pd.DataFrame, line: pd.Series) -> str:
     tested = ", ".join(f'<a href="{name}.html">{name[:2]}</a>' for name in line.tested.split())
     where = f" Tested in chapter {tested}." if tested else ""
@@ -310,7 +322,8 @@ def _entry(claim: Claim, rows: pd.DataFrame, line: pd.Series) -> str:
         _published(claim),
         _settings(claim, rows) if claim.parts else "",
     ]
-    return f'<section id="claim-{claim.id.lower()}">{"".join(pieces)}</section>'
+    place = f'id="claim-{claim.id.lower()}" data-verdict="{escape(line.verdict)}"'
+    return f"<section {place}>{''.join(pieces)}</section>"
 
 
 def _parts(rows: pd.DataFrame) -> str:
