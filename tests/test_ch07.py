@@ -154,10 +154,11 @@ def test_the_judge_is_the_stand_in_unless_an_address_is_given(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FIHELPERS_JUDGE_KEY", "secret")
-    model, kept = tiny_model("qwen2"), Kept(tmp_path, "judge", "")
-    assert isinstance(lab.judge_of(model, NO_JUDGE, kept), LikelihoodJudge)
+    run: Any = SimpleNamespace(kept=lambda name: Kept(tmp_path, name, ""))
+    model = tiny_model("qwen2")
+    assert isinstance(lab.judge_of(model, NO_JUDGE, run), LikelihoodJudge)
     asked = {"judge_url": "https://judge.example/v1", "judge_model": "j"}
-    assert lab.judge_of(model, asked, kept).label == "j (API)"
+    assert lab.judge_of(model, asked, run).label == "j (API)"
 
 
 def test_an_intact_model_that_says_nothing_is_refused_by_prompt() -> None:

@@ -20,6 +20,7 @@ from fichapters.ch07.judges import (
     published_difficulties,
     rouge1,
 )
+from fichapters.results import Chapter
 from fihelpers.data import data_folder
 from fihelpers.evaluate.stats import crossed_difference
 from fihelpers.models.generate import Response, greedy
@@ -27,7 +28,7 @@ from fihelpers.models.language import LanguageModel, in_chat
 from fihelpers.scores.store import Scores
 from fihelpers.tasks import Example, load_task
 from fihelpers.tasks.instructions import ALPACA, SUBJECT, instruction_prompt, load_instructions
-from fihelpers.trials import Kept, Trials
+from fihelpers.trials import Trials
 
 log = logging.getLogger(__name__)
 
@@ -144,14 +145,14 @@ def concentration(scores: Mapping[str, Scores], points: int = 200) -> pd.DataFra
 # --- text
 
 
-def judge_of(model: LanguageModel, text: Mapping[str, Any], kept: Kept) -> Judge:
+def judge_of(model: LanguageModel, text: Mapping[str, Any], run: Chapter) -> Judge:
     """The judge behind an API where TEXT has its address, else the likelihood under the intact model.
 
     An API's verdicts are kept, whatever becomes of the run.
     """
     if not text["judge_url"]:
         return LikelihoodJudge(model)
-    return ApiJudge(text["judge_url"], text["judge_model"], cache=kept.folder / "verdicts.jsonl")
+    return ApiJudge(text["judge_url"], text["judge_model"], cache=run.kept("judge").folder / "verdicts.jsonl")
 
 
 def framed(model: LanguageModel, example: Example) -> Example:
