@@ -274,8 +274,8 @@ SLIPS = [  # a check, what it is given, and a word of its hint
     (ch09.same_as_average, (1.0, 0.0, 2.0, 5.0), "the sum, not the mean"),
     (ch09.put_back, (0.2, 0.1, 0.25), "stay merged"),
     (ch09.put_back, (0.175, 0.1, 0.25), "by neither"),
-    (ch09.ties, ([0.5, -0.2], SIX[:2], -SIX[:2].flip(0), 1), "entries are off"),
-    (ch09.ties, (SIX[[0, 3]] + SIX[[0, 1]], SIX[[0, 3]], SIX[[0, 1]], 2), "That is the sum"),
+    (ch09.stage_two, (SIX[:2], SIX[:2], -SIX[:2], SIX[2:4], SIX[:2] > 0, SIX[:2] < 0), "without protection"),
+    (ch09.stage_two, ([1, 2], SIX[:2], torch.ones(2), SIX[2:4], SIX[:2] < 1, SIX[:2] > 0), "entries are off"),
     (ch09.which_control, ("the base model",), "what merging brings"),
     (
         ch09.fair_to_both,

@@ -1,13 +1,12 @@
-"""The dials of chapters 03, 04 and 09: what their explorers show, made of what the chapters computed."""
+"""The dials of chapters 03 and 04: what their explorers show, made of what the chapters computed."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import matplotlib
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -15,7 +14,6 @@ from tqdm import tqdm
 from fichapters.ch03 import lab as limits
 from fichapters.ch04 import lab as pixels
 from fichapters.ch04.draw import covered
-from fichapters.ch09 import lab as merging
 from fichapters.explorers import Axes, Bar, Dial, Line, Live, Position, dial
 from fichapters.style import SEQUENTIAL
 from fihelpers.evaluate.questions import Evaluator
@@ -235,99 +233,6 @@ def _masked_position(case: pixels.Case, count: int, lines: list[Line], marker: f
             for i, (option, p) in enumerate(zip(example.options, probs.tolist(), strict=True))
         ],
         marker=marker,
-    )
-
-
-# --- chapter 09: how much to protect, and by which merge
-
-
-@dataclass(frozen=True)
-class _Merges:
-    """What the dial of the merges shows; plain: each merge's accuracies without protection."""
-
-    search: merging.Search
-    curve: pd.DataFrame
-    settings: Mapping[str, merging.Setting]
-    plain: Mapping[str, Mapping[str, float]]
-
-    @property
-    def domains(self) -> list[str]:
-        return [*self.search.exam.counts, "mean"]
-
-    @property
-    def shares(self) -> tuple[float, ...]:
-        return (0.0, *sorted(self.curve.share.unique()))
-
-    def stored(self, name: str) -> list[Position]:
-        """A merge along the slider, from what the chapter computed."""
-        curves = dict(zip(self.domains, (line.y for line in self._lines(name)), strict=True))
-        return [
-            self._position(name, 100 * share, {d: y[i] for d, y in curves.items()}, float(i))
-            for i, share in enumerate(self.shares)
-        ]
-
-    def computed(self, name: str, percent: float) -> Position:
-        """Any share in percent, merged and asked now."""
-        exam, setting = self.search.exam, replace(self.settings[name], share=percent / 100)
-        return self._position(name, percent, exam.accuracies(exam.ask(setting, 0)), None)
-
-    def _lines(self, name: str) -> list[Line]:
-        own = self.curve[self.curve.curve == name].groupby("share")
-        x = list(map(float, range(len(self.shares))))
-        lines = []
-        for domain in self.domains:
-            ends = [[self.plain[name][domain], *own[domain].agg(how)] for how in ("mean", "min", "max")]
-            lines.append(Line("mean of both" if domain == "mean" else domain, x, *map(_rounded, ends)))
-        return lines
-
-    def _position(
-        self, name: str, percent: float, levels: Mapping[str, float], marker: float | None
-    ) -> Position:
-        told = ", ".join(f"{domain} {levels[domain]:.2f}" for domain in self.domains)
-        before = ", ".join(f"{domain} {self.plain[name][domain]:.2f}" for domain in self.domains)
-        return Position(
-            label=f"{percent:.3g} %",
-            note=f"{name}, {percent:.3g} % protected: {told}. Without protection: {before}.",
-            lines=self._lines(name),
-            bars=[
-                Bar(f"{domain} (n = {n})", round(levels[domain], 4), f"{levels[domain]:.2f}")
-                for domain, n in self.search.exam.counts.items()
-            ],
-            marker=marker,
-        )
-
-
-def protection_dial(
-    search: merging.Search, curve: pd.DataFrame, settings: Mapping[str, merging.Setting]
-) -> Dial:
-    """Turn the protected share k of each merge and see the accuracy in both domains.
-
-    curve: from `Search.curve` for these settings. The questions are those of the search.
-    """
-    exam, counts = search.exam, search.exam.counts
-    plain = {name: exam.accuracies(exam.ask(merging.Setting(s.method), 0)) for name, s in settings.items()}
-    shown = _Merges(search, curve, settings, plain)
-    sets = int(curve["set"].max()) + 1
-    return dial(
-        {(name,): shown.stored(name) for name in settings},
-        title="How much to protect, and in which merge",
-        caption=(
-            "Choose a merge and move k, with the mouse or the arrow keys. Bars and chart: accuracy on the "
-            f"validation questions of the search, mean of {sets} calibration sets; bands from the lowest to "
-            f"the highest set. One question is worth {1 / max(counts.values()):.3f}. Try: does any k lift "
-            "both domains at once, and does protection by chance look different?"
-        ),
-        names=("merge, kept by", "protected, k"),
-        axes=Axes("protected share k of the linear weights", "accuracy", ticks=_percent_ticks(shown.shares)),
-        bars="accuracy in each domain",
-        start=1,
-        live=Live(
-            "k in percent (first calibration set)",
-            5,
-            0.01,
-            99,
-            lambda options, percent: shown.computed(options[0], percent),
-        ),
     )
 
 

@@ -1,4 +1,4 @@
-"""Checks of chapter 09: where methods meet, TIES by hand, what is put back, a fair gain, the price for B."""
+"""Checks of chapter 09: where methods meet, what is put back, stage II by hand, a fair gain, B's price."""
 
 from __future__ import annotations
 
@@ -28,26 +28,22 @@ def same_as_average(answer: object, base: float, a: float, b: float) -> str:
 
 
 @exercise
-def ties(answer: object, delta_a: Tensor, delta_b: Tensor, keep: int) -> str:
-    """TIES of two displacements: keep the largest entries of each, elect signs, average what agrees."""
+def stage_two(
+    answer: object, merged: Tensor, delta_a: Tensor, delta_b: Tensor, theta_a: Tensor, theta_b: Tensor
+) -> str:
+    """TIES protected in its second stage: where one expert alone protects, its whole entry wins.
+
+    merged: TIES without protection. theta_a, theta_b: masks of what each expert protects.
+    """
     found = tensor(answer, delta_a.shape)
-    kept = [_trimmed(delta, keep) for delta in (delta_a, delta_b)]
-    truth = _elected(*kept)
+    truth = torch.where(theta_a & ~theta_b, delta_a, torch.where(theta_b & ~theta_a, delta_b, merged))
     if _like(found, truth):
-        return (
-            "Where one expert was trimmed the other decides alone; where they conflict, the larger sum wins."
-        )
-    if _like(found, _elected(delta_a, delta_b)):
-        raise Wrong("That is without the trim: first only the largest entries of each displacement stay.")
-    if _like(found, (kept[0] + kept[1]) / 2):
-        raise Wrong(
-            "That is the mean of both. Only entries with the elected sign are averaged, zeros left out."
-        )
-    if _like(found, kept[0] + kept[1]):
-        raise Wrong("That is the sum; TIES averages the entries that have the elected sign.")
-    raise Wrong(
-        f"{int((~_near(found, truth)).sum())} entries are off. Trim, elect, then average what agrees."
-    )
+        return "What one expert alone protects is its own again, however small; the rest is as elected."
+    if _like(found, merged):
+        raise Wrong("That is the merge without protection.")
+    if _like(found, torch.where(theta_a, delta_a, torch.where(theta_b, delta_b, merged))):
+        raise Wrong("Where both protect a weight, neither wins: there the election stands.")
+    raise Wrong(f"{int((~_near(found, truth)).sum())} entries are off. Look first at who protects alone.")
 
 
 @exercise
@@ -112,20 +108,6 @@ def fair_to_both(answer: object, delta: Tensor, needs_a: Tensor, needs_b: Tensor
         "the middle to A takes it twice as far from B, and the loss goes with the square: A must need it "
         "three times as much."
     )
-
-
-def _trimmed(delta: Tensor, keep: int) -> Tensor:
-    kept = torch.zeros_like(delta)
-    top = delta.abs().topk(keep).indices
-    kept[top] = delta[top]
-    return kept
-
-
-def _elected(a: Tensor, b: Tensor) -> Tensor:
-    """The mean of the entries that have the sign of the sum."""
-    both = torch.stack([a, b])
-    agrees = (both.sign() == both.sum(0).sign()) & (both != 0)
-    return (both * agrees).sum(0) / agrees.sum(0).clamp(min=1)
 
 
 def _near(a: Tensor, b: Tensor) -> Tensor:

@@ -1,112 +1,132 @@
-"""Figures of chapter 09: what merging costs, and what protection gives back."""
+"""Figures of chapter 09: TIES step by step, what merging costs, and what protection gives back."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
 
-import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
+import seaborn as sns
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from torch import Tensor
 
-from fichapters.style import INK, PALETTE, WIDTH, look, new_figure
+from fichapters import plots
+from fichapters.ch09 import lab
+from fichapters.papers import published
+from fichapters.style import DIVERGING, WIDTH, new_figure
 
-PLAIN = {  # colour, marker and dash of the merges without protection
-    "task arithmetic": ("#08306B", "o", "-"),
-    "TIES": ("#D55E00", "s", "--"),
+PUBLISHED = {  # with and without protection, by the merge
+    "average": ("merge_average_with", "merge_average"),
+    "task arithmetic": ("merge_task_with", "merge_task"),
+    "TIES I": ("merge_ties_one", "merge_ties"),
+    "TIES II": ("merge_ties_two", "merge_ties"),
 }
-SHADES = ("#F4A582", "#D55E00", "#7F2704", "#411400")  # of TIES by density
+NONE = "no protection"
 
 
-def gamma_curves(tried: pd.DataFrame, domains: Sequence[str], alone: Mapping[str, float], n: int) -> Figure:
+def steps(delta_a: Tensor, delta_b: Tensor, trim: Callable[[Tensor], Tensor], merged: Tensor) -> Figure:
+    """The worked example of TIES: both displacements, what the trim leaves of them, elected signs, the merge.
+
+    delta_a, delta_b, merged: (rows, columns). trim: of one displacement.
+    """
+    kept_a, kept_b = trim(delta_a), trim(delta_b)
+    shown = {
+        "1. A moved by": delta_a, "2. trimmed": kept_a, "3. elected signs": (kept_a + kept_b).sign(),
+        "1. B moved by": delta_b, "2. trimmed ": kept_b, "4. merged": merged,
+    }  # fmt: skip
+    most = float(max(values.abs().max() for values in shown.values()))
+    figure, axes = new_figure(2, 3, size=(WIDTH, 3.6))
+    for ax, (title, values) in zip(axes.flat, shown.items(), strict=True):
+        form = "+.0f" if "signs" in title else ".2g"
+        top = 1.5 if "signs" in title else 1.3 * most
+        sns.heatmap(
+            values.numpy(), ax=ax, annot=True, fmt=form, cmap=DIVERGING, vmin=-top, vmax=top, cbar=False
+        )
+        ax.set(title=title.strip(), xticks=[], yticks=[])
+    return figure
+
+
+def gammas(tried: pd.DataFrame, alone: pd.DataFrame) -> Figure:
     """Validation accuracy over gamma in each domain, without protection.
 
-    tried: the rows of the search without protection. alone: accuracy of each domain's expert there, a line.
-    n: questions of both domains.
+    tried: of `Results.by_domain`. alone: of `lab.by_domain`, with the model; each domain's expert is a line.
     """
-    figure, axes = new_figure(1, len(domains), size=(WIDTH, 3.7), sharey=True)
-    for ax, domain in zip(axes[0], domains, strict=True):
-        ax.axhline(alone[domain], color=INK, linewidth=1, label="the expert alone")
-        ax.axhline(0.25, color=INK, linewidth=0.8, linestyle=(0, (2, 2)), label="guessing")
-        for i, ((method, density), part) in enumerate(
-            tried.groupby(["name", "density"], dropna=False, sort=False)
-        ):
-            colour, marker, dash = PLAIN[str(method)]
-            if not np.isnan(density):
-                colour = SHADES[(i - 1) % len(SHADES)]
-            kept = "" if np.isnan(density) else f", {density:.0%} kept"
-            part = part.sort_values("task_weight")
-            ax.plot(
-                part.task_weight, part[domain], dash, color=colour, marker=marker, label=f"{method}{kept}"
-            )
-        ax.set(title=domain, xlabel="task weight γ", ylim=(0, 1.03))
-    axes[0, 0].set_ylabel(f"accuracy\n({n} validation questions in all)")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncol=3)
-    return figure
-
-
-def share_curves(curve: pd.DataFrame, plain: Mapping[str, float], n: int) -> Figure:
-    """Mean validation accuracy over the protected share k, one panel a method (Fig. 5 of the paper).
-
-    curve: from `Search.curve`. plain: of each method, the accuracy without protection. Bands reach from the
-    lowest to the highest calibration set.
-    """
-    figure, axes = new_figure(1, len(plain), size=(WIDTH, 3.7), sharey=True)
-    for ax, (method, without) in zip(axes[0], plain.items(), strict=True):
-        ax.axhline(without, color=INK, linewidth=1, linestyle=(0, (2, 2)), label="without protection")
-        for name, part in curve[curve.curve.str.startswith(f"{method}, ")].groupby("by", sort=False):
-            by_share = part.groupby("share")["mean"].agg(["mean", "min", "max"])
-            style = look(str(name))
-            ax.plot(by_share.index, by_share["mean"], **style)
-            ax.fill_between(
-                by_share.index, by_share["min"], by_share["max"], color=style["color"], alpha=0.15
-            )
-        ax.set(title=method, xscale="log", xlabel="protected share k")
-        ax.set_xticks([0.01, 0.1, 1.0])
-        ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        ax.minorticks_off()
-    sets = int(curve["set"].max()) + 1
-    axes[0, 0].set_ylabel(
-        f"mean accuracy of both domains\n({n} validation questions, {sets} calibration sets)"
+    domains = list(dict.fromkeys(alone.domain))
+    kept = ["" if pd.isna(x) else f", {x:.0%} kept" for x in tried.density]
+    ends = pd.DataFrame({"task_weight": [tried.task_weight.min(), tried.task_weight.max()]})
+    own = pd.concat(
+        [alone[(alone.model == a) & (alone.domain == d)] for a, d in zip("ab", domains, strict=True)]
     )
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncol=4)
-    return figure
+    lines = [
+        tried.assign(merge=tried.name + kept),
+        own.assign(merge="the expert alone").merge(ends, how="cross"),
+    ]
+    n = int(own.n.sum())
+    return plots.curves(
+        pd.concat(lines), "task_weight", "accuracy", "merge", "domain", levels={"guessing": 0.25},
+        scale="linear", labels=("task weight γ", f"accuracy ({n} validation questions)"),
+    )  # fmt: skip
 
 
-def gains(table: pd.DataFrame, what: str) -> Figure:
-    """Differences with their 95 % intervals, a line each, coloured by what protects.
-
-    table: columns label, by, difference, low, high. what: the title of the horizontal axis, with n.
-    """
-    labels = list(dict.fromkeys(table.label))
-    kinds = list(dict.fromkeys(table.by))
-    most = int(table.label.value_counts().max())
-    figure, axes = new_figure(size=(WIDTH, 1.3 + max(0.36, 0.19 * most) * len(labels)))
-    ax = axes[0, 0]
-    ax.axvline(0, color=INK, linewidth=1)
-    for y, label in enumerate(labels):
-        part = table[table.label == label]
-        for i, row in enumerate(part.itertuples()):
-            _dot(ax, y + 0.7 / most * (i - (len(part) - 1) / 2), row, _colour(str(row.by)))
-    ax.set_yticks(range(len(labels)), labels)
-    ax.set_ylim(len(labels) - 0.5, -0.5)
-    ax.set_xlabel(what)
-    ax.grid(axis="y", visible=False)
-    if len(kinds) > 1:
-        for kind in kinds:
-            ax.plot([], [], "o", color=_colour(kind), label=kind)
-        figure.legend(loc="outside upper center", ncol=4 if len(kinds) <= 4 else 3)
-    return figure
+def chosen(tried: pd.DataFrame) -> pd.DataFrame:
+    """The settings that the search chose, to read; tried: all of its tries, rows of `Results.means`."""
+    best = tried.loc[tried.groupby("name", sort=False)["mean"].idxmax()]
+    domains = list(tried.columns[tried.columns.get_loc("set") + 1 : tried.columns.get_loc("mean")])
+    text = best[["name", "share", "task_weight", "density", *domains, "mean", "n"]].round(3).astype(object)
+    titles = {"share": "protected share", "task_weight": "γ"}
+    return text.where(text.notna(), "").rename(columns=titles).set_index("name")
 
 
-def _colour(name: str) -> str:
-    return PALETTE.get(name, "#6E7500")
+def added(curve: pd.DataFrame) -> Figure:
+    """What protection adds over the protected share k, one panel a merge (Fig. 5 of the paper)."""
+    label = f"accuracy with minus without\n({curve.n.max()} validation questions)"
+    return plots.curves(
+        curve[curve.share > 0], "share", "difference", "by", "method",
+        levels={NONE: 0.0}, scale="log", labels=("protected share k", label),
+    )  # fmt: skip
 
 
-def _dot(ax: Axes, y: float, row: object, colour: str) -> None:
-    low, high, value = (float(getattr(row, key)) for key in ("low", "high", "difference"))
-    ax.plot([low, high], [y, y], color=colour, linewidth=1.6)
-    ax.plot(value, y, "o", color=colour, markersize=5)
+def accuracies(table: pd.DataFrame) -> Figure:
+    """Table 3: the accuracy of every merge in each domain and in the mean of both."""
+    merges = _rows(table.name)
+    kept = [name.removeprefix(row).removeprefix(", ") for name, row in zip(table.name, merges, strict=True)]
+    shown = table.assign(merge=merges, by=[by or NONE for by in kept])
+    return plots.forest(
+        shown, "merge", "accuracy", "by", line=None, panels="domain", label="accuracy", first=lab.FILTERS
+    )
+
+
+def gains(paired: pd.DataFrame, pooled: pd.DataFrame) -> Figure:
+    """What protection adds in each method and in all, beside what it adds in the paper (hollow)."""
+    own = paired[paired.topic == lab.HELPS]
+    shown = pd.concat([own.assign(merge=_rows(own["first"])), pooled.assign(merge="all together")])
+    marks = {row: published(a).value - published(b).value for row, (a, b) in PUBLISHED.items()}
+    return plots.forest(shown, "merge", by="measure", label="accuracy with minus without", marks=marks)
+
+
+def turns(paired: pd.DataFrame) -> Figure:
+    """A curve's peak minus no protection, and minus protection of everything."""
+    own = paired[paired.topic.isin([lab.RISES, lab.FALLS])]
+    titles = {lab.RISES: "peak minus none protected", lab.FALLS: "peak minus all protected"}
+    shown = own.assign(merge=_rows(own["first"]), topic=own.topic.map(titles))
+    shown = shown.sort_values("topic", ascending=False, kind="stable")
+    return plots.forest(shown, "merge", by="measure", label="accuracy", panels="topic")
+
+
+def choices(table: pd.DataFrame) -> Figure:
+    """The average protected by each score, minus no protection and minus random protection."""
+    titles = {"average": "minus no protection", f"average by {lab.RANDOM}": "minus random protection"}
+    shown = table.assign(kept=table["first"].str.removeprefix("average by "), minus=table.minus.map(titles))
+    return plots.forest(shown, "kept", label="accuracy", panels="minus")
+
+
+def whose(table: pd.DataFrame) -> Figure:
+    """A kept from the average by scores from different questions: the difference in each domain."""
+    parts = table["first"].str.removeprefix("A kept by ").str.split(", ", n=1, expand=True)
+    shown = table.assign(by=parts[0], place=parts[1].fillna("no questions"))
+    return plots.forest(shown, "place", by="by", label="accuracy with minus without", panels="domain")
+
+
+def _rows(names: pd.Series) -> list[str]:
+    """The merges, without what protects them, of the names of rows."""
+    ending = "|".join(lab.FILTERS)
+    return list(names.str.replace(rf", ({ending})(, at the peak)?$", "", regex=True))
