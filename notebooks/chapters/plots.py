@@ -61,6 +61,7 @@ def curves(
             if where in ("", title):
                 _marks(ax, points, x, value)
         ax.set_title(title if panels else "")
+    for ax, part in zip(axes.flat, parts.values(), strict=False):  # when all panels are as wide as they get
         _scaled(ax, scale, [*part[x].unique()])
     for line_of_axes in axes:
         line_of_axes[0].set_ylabel(labels[1] or f"{value} ({_count(table)})")
