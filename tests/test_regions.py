@@ -41,6 +41,8 @@ def test_the_region_of_plain_text_is_all_of_it() -> None:
     example = tiny_examples(1)[0]
     text = replace(example, options=(), answer=None)
     assert question_region(tiny_model("llama"), text).all()
+    statement = replace(example, options=("w3", "w4"), answer=0, in_words=True)
+    assert question_region(tiny_model("llama"), statement).all()
 
 
 def test_the_region_of_bundled_questions_spells_them() -> None:

@@ -56,7 +56,7 @@ _NAMES = {
     Rule(count=2, repeats=True): "MATRICES",
     Rule(least=0): "DAMPING",
     Rule(above=0): "BUDGET COMPONENTS.radius CLOSER.step",
-    Rule(above=0, rising=True): "BUDGETS LINF_BUDGETS PICTURES.levels",
+    Rule(above=0, rising=True): "BUDGETS PICTURES.levels",
     Rule(above=0, most=1): """SHARE HEADLINE_RATE MASK_SHARE NOISE KEPT.rows KEPT.columns OPTIONS.compared
         OPTIONS.densities OPTIONS.wide COAR.ablated NONSENSE.shares NONSENSE.kept TOP.share
         LARGE.share_of_peak""",

@@ -15,14 +15,14 @@ def question_region(model: LanguageModel, example: Example) -> Tensor:
     """Mark the tokens (T,) of an example's own question and of its options' texts, boolean.
 
     Instruction, solved examples, option letters and the closing "Answer:" are left out; a token that reaches
-    into the question or an option belongs to it. Of plain text, all of the prompt is the question. Raises
-    ValueError for a tokenizer that does not say where its tokens stand, or a prompt that does not hold the
-    question with its options as the MMLU prompt writes them.
+    into the question or an option belongs to it. Of plain text, and of a statement to finish, all of the
+    prompt is the question. Raises ValueError for a tokenizer that does not say where its tokens stand, or a
+    prompt that does not hold the question with its options as the MMLU prompt writes them.
     """
     if not model.tokenizer.is_fast:
         raise ValueError(f"the tokenizer of model {model.name!r} gives no offsets; use its fast version.")
     encoded = model.tokenizer(example.prompt, return_offsets_mapping=True, verbose=False)
-    spans = _question_spans(example)
+    spans = [(0, len(example.prompt))] if example.in_words else _question_spans(example)
     inside = [
         any(start < end_of and begin_of < end for begin_of, end_of in spans)
         for start, end in encoded["offset_mapping"]
