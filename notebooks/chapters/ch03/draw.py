@@ -14,7 +14,9 @@ from fichapters.style import GREY, INK, PALETTE, WIDTH, look, new_figure
 from fihelpers.filters import Cut, Damped, spectral_of
 
 SQUARED = "squared score"
-LOOKS = {  # kind of filter: label, marker, line, colour; shift, so that bars stand side by side
+LOOKS: dict[
+    type[object], tuple[str, str, str, str, float]
+] = {  # kind of filter: label, marker, line, colour; shift, so that bars stand side by side
     Damped: ("FI damped by λ", "o", "-", "#9B6FC4", 1.0),
     Cut: ("FI cut at a", "^", ":", "#2F6DB5", 1.3),
 }
@@ -72,17 +74,17 @@ def filter_sweep(damage: pd.DataFrame, alike: pd.DataFrame, intact: float, metri
     return figure
 
 
-def _line_of_kind(ax: Axes, table: pd.DataFrame, value: str, kind: type) -> None:
+def _line_of_kind(ax: Axes, table: pd.DataFrame, value: str, kind: type[object]) -> None:
     """One kind of filter along its scale, with bars where there are several calibration sets."""
     label, marker, line, colour, shift = LOOKS[kind]
     scales = table.measure.map(_scales(table.measure, kind))
     part = table.assign(scale=scales).dropna(subset=["scale"]).sort_values("scale")
     bars = np.nan_to_num([part[value] - part.low, part.high - part[value]])
-    look_of_line = {"marker": marker, "linestyle": line, "color": colour, "capsize": 3}
-    ax.errorbar(shift * part.scale, part[value], bars, label=label, **look_of_line)
+    xs, ys = shift * part.scale, part[value]
+    ax.errorbar(xs, ys, bars, label=label, marker=marker, linestyle=line, color=colour, capsize=3)
 
 
-def _scales(measures: Sequence[str], kind: type) -> Mapping[str, float]:
+def _scales(measures: Sequence[str], kind: type[object]) -> Mapping[str, float]:
     """Where on the axis of G each filter of a kind begins to let pass: a cut acts on the root of G."""
     named = [name for name in measures if name.startswith("FI ")]
     filters = {name: spectral_of(name.removeprefix("FI ")) for name in named}

@@ -25,8 +25,8 @@ from fihelpers.answers import Answers, Top, usual_answers
 from fihelpers.evaluate.questions import Outcome, answer_all
 from fihelpers.evaluate.stats import mean_interval, spearman
 from fihelpers.filters import Spectral
-from fihelpers.influence import Moments, SaturationWarning, axes_of, fi, moments, saturated
-from fihelpers.measures import JACOBIAN, MEASURES, RANDOM, Measure, Over, Predicted
+from fihelpers.influence import SaturationWarning, fi, moments, saturated
+from fihelpers.measures import JACOBIAN, MEASURES, RANDOM, Over
 from fihelpers.models.language import LanguageModel
 from fihelpers.perturb.sparsify import linear_names, select
 from fihelpers.scores.store import Scores
@@ -400,23 +400,10 @@ def pick(tensors: Mapping[str, Tensor], items: Sequence[Mapping[str, Tensor]], s
     return torch.cat([tensors[n].flatten(start)[..., at] for item in items for n, at in item.items()], -1)
 
 
-@dataclass(frozen=True)
-class FirstOrderChange(Measure):
-    """What removing values changes log P(y_hat) by, to first order: |s_y_hat . value|. For one it is SNIP."""
-
-    name: str = "first-order change"
-    needs_value: bool = True
-
-    def of_moments(self, m: Moments, given: Tensor) -> Tensor:
-        return (m.score * given).abs()
-
-    def of_groups(
-        self, class_grads: Tensor, probs: Tensor, over: Over, predicted: Predicted, given: Tensor
-    ) -> Tensor:
-        axes = axes_of(over, class_grads.dim() - 1)
-        along = class_grads * given
-        along = along.sum([a + 1 for a in axes]) if axes else along
-        return moments(along, probs, predicted).score.abs()
+def first_order_change(grads: Tensor, probs: Tensor, over: Over = (), *, value: Tensor) -> Tensor:
+    """What removing values changes log P(y_hat) by, |s_y_hat . value|; called as a measure, over () or 0."""
+    along = grads * value
+    return moments(along.sum(1) if over == 0 else along, probs).score.abs()
 
 
 def guesses(
@@ -431,7 +418,7 @@ def guesses(
     items: positions by weight, as `changed` takes them, each of one weight matrix.
     """
     weights = dict(model.network.named_parameters())
-    known = {**MEASURES, "first-order change": FirstOrderChange()}
+    known: dict[str, Callable[..., Tensor]] = {**MEASURES, "first-order change": first_order_change}
     single = all(len(at) == 1 for item in items for at in item.values())
     parts = [items] if single else [[item] for item in items]
     values = [pick(weights, part).detach() for part in parts]
