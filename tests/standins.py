@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import yaml
 from PIL import Image
+from tiny_gguf import tiny_qwen2, write_gguf
 from tiny_vision import save_vision_model
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
@@ -20,6 +21,7 @@ from fihelpers.data import data_folder
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ("path/to/model", "path/to/base", "Qwen/Qwen2.5-0.5B")
 EXPERTS = ("path/to/a", "path/to/b")  # made from the base
+FILES = ("path/to/model.gguf", "owner/name/file.gguf")
 SEEING = ("Qwen/Qwen2.5-VL-3B-Instruct",)
 # questions in MMLU's own files of the subjects that documents name, and that a chapter is run on
 MMLU = {
@@ -28,6 +30,7 @@ MMLU = {
     "marketing": {"dev": 5, "val": 25, "test": 234},
 }
 SIZES: dict[str, dict[str, Any]] = {  # in place of every profile's own
+    "01_first_look": {"N_CALIBRATION": 2, "N_TEST": 4, "SHARES": [0.02]},
     "04_fragile_pixels": {
         "N_IMAGES": 2, "N_SWEPT": 1, "MASK_SHARES": [0.05], "MASK_PATCHES": [8], "DRAWS": 1, "BATCH": 4,
     },
@@ -55,6 +58,8 @@ def make_standins(folder: Path) -> Path:
         save_model(folder / place)
     for seed, place in enumerate(EXPERTS, 1):
         save_model(folder / place, seed)
+    for place in FILES:
+        save_gguf(folder / place)
     for place in SEEING:
         save_vision_model("qwen2_5_vl", folder / place)
     (folder / "grid.yaml").write_text("HEADLINE_RATE: [0.02]\nSEED: [3]\n")
@@ -90,6 +95,13 @@ def save_model(folder: Path, seed: int | None = None) -> None:
             p.data += 0.02 * torch.randn(p.shape, generator=generator)
     network.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def save_gguf(path: Path) -> None:
+    """A tiny model with the bundled one's tokenizer, as a GGUF file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer = AutoTokenizer.from_pretrained(data_folder() / "models" / "mini-lm")
+    write_gguf(path, tiny_qwen2(True, len(tokenizer)), tokenizer)
 
 
 def write_mmlu(folder: Path) -> None:

@@ -53,6 +53,8 @@ NOT_RUN = {  # and why
     "python -m fihelpers bench": "takes minutes; test_bench runs each of its rows in small",
     "python -m fihelpers pdf 3": "needs the built book; test_book prints a page",
     "conda env create -f environment.yml": "downloads an environment; test_project checks its versions",
+    "python -m fihelpers fetch smollm2": "gets 92 MB; test_gguf fetches it where there is an index",
+    "python -m fihelpers run 1 -p MODEL smollm2 -p TASK cloze": "needs that model, and minutes",
     "pip freeze": "a program of others",
     "python tools/ruler.py": "test_tools and test_notebooks read with it",
     "python tools/golden.py OLD NEW": "runs all chapters of two commits; test_tools compares with it",
@@ -283,6 +285,7 @@ def run_in(folder: Path, standins: Path, command: Command) -> "subprocess.Comple
     environment = {name: value for name, value in os.environ.items() if not name.startswith("FIHELPERS_")}
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     environment |= {"HF_HUB_OFFLINE": "1", "JUPYTER_PREFER_ENV_PATH": "1"}
+    environment |= {"FIHELPERS_HOME": str(folder / ".home")}
     if "manifest" in command.words:
         environment["FIHELPERS_DATA"] = str(standins / "data")
     return subprocess.run(
@@ -309,6 +312,8 @@ def test_a_command_does_what_it_says(
         out = folder / words[words.index("--out") + 1]
         table = pd.read_csv(out / "07_sparsification.curves.csv")
         assert len(table) and set(table.HEADLINE_RATE) == {0.02} and len(list(out.glob("*/*.json"))) == 1
+    elif "cache" in words:
+        assert done.stdout.splitlines() == [str(folder / ".home")]  # nothing is kept yet
     elif "manifest" in words:
         assert list(json.loads((standins / "data" / "manifest.json").read_text())) == ["facts.yaml"]
     else:

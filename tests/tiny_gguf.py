@@ -100,7 +100,8 @@ def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerFast) 
     writer.add_token_merges([" ".join(merge) for merge in state["model"]["merges"]])
     writer.add_eos_token_id(tokenizer.eos_token_id)
     writer.add_bos_token_id(tokenizer.eos_token_id)
-    writer.add_chat_template(str(tokenizer.chat_template))
+    if tokenizer.chat_template:
+        writer.add_chat_template(str(tokenizer.chat_template))
 
 
 def _stored_name(name: str) -> str:
