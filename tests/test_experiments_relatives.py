@@ -1,6 +1,6 @@
-"""Chapter 11: components and their gates, relatives of FI on them, directions, leverage, and two classes."""
+"""Chapter 11: components and their gates, relatives of FI on them, ranks, and calibration without sense."""
 
-from pathlib import Path
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,17 +10,17 @@ import torch
 from tiny import tiny_examples, tiny_model
 
 from fichapters.ch04.digits import train
-from fichapters.ch11 import components as parts_lab
-from fichapters.ch11 import draw, lab
-from fichapters.ch11.components import COAR, GATE_FI, GATE_LENGTH, JOINT, Coordinates, Settings
-from fihelpers.answers import Groups, letters
+from fichapters.ch11 import components, draw, lab
+from fichapters.ch11.components import GATE_FI, JOINT, JOINT_DAMPED, Component
+from fihelpers.evaluate.questions import Evaluator
 from fihelpers.influence import ceiling
-from fihelpers.models.language import LanguageModel
-from fihelpers.scores.weights import score_weights
-from fihelpers.trials import Kept
+from fihelpers.models.language import LanguageModel, open_model
+from fihelpers.perturb.sparsify import zeroed
+from fihelpers.tasks import load_task
+from fihelpers.trials import Trials, collect
 
-SETTINGS = Settings(ablations=30, held=8, curved=2, attributed=2)
 EXAMPLES = tiny_examples(4)
+ASKED = [lab.replace(e, prompt=e.prompt + lab.CUE) for e in EXAMPLES]
 
 
 @pytest.fixture(scope="module")
@@ -29,191 +29,187 @@ def model() -> LanguageModel:
 
 
 @pytest.fixture(scope="module")
-def parts(model: LanguageModel) -> list[parts_lab.Component]:
-    return parts_lab.find_components(model, 8)
+def parts(model: LanguageModel) -> list[Component]:
+    return components.find_components(model, 8)
+
+
+def opened(model: LanguageModel, parts: list[Component]) -> torch.Tensor:
+    """log P of the intact model, (N, K)."""
+    ones = torch.ones(1, len(parts), dtype=torch.float64)
+    return torch.cat([components.answers_under(model, e, parts, ones) for e in EXAMPLES])
 
 
 def test_components_are_all_columns_of_the_reading_matrices(
-    model: LanguageModel, parts: list[parts_lab.Component]
+    model: LanguageModel, parts: list[Component]
 ) -> None:
     assert [str(c) for c in parts[:2]] == ["layer 0, head 0-5", "layer 0, head 6-11"]
+    assert len({str(c) for c in parts}) == len(parts)
     for name in {c.weight for c in parts}:
         columns = [i for c in parts if c.weight == name for i in range(c.start, c.stop)]
         assert columns == list(range(model.network.get_parameter(name).shape[1]))
     with pytest.raises(ValueError, match="at least 1 neuron"):
-        parts_lab.find_components(model, 0)
+        components.find_components(model, 0)
     with pytest.raises(ValueError, match="Llama or Qwen"):
-        parts_lab.find_components(tiny_model("gpt2"), 8)
+        components.find_components(tiny_model("gpt2"), 8)
 
 
-def test_a_closed_gate_is_zeroed_weights(model: LanguageModel, parts: list[parts_lab.Component]) -> None:
-    gates = torch.cat([torch.ones(1, len(parts)), 1 - torch.eye(len(parts))]).double()
-    for i, example in enumerate(EXAMPLES):
-        right = parts_lab.answers_under(model, example, parts, gates)[:, example.answer]
-        falls = parts_lab.damage(model, EXAMPLES, parts)[:, i]
-        np.testing.assert_allclose(falls, (right[0] - right[1:]).numpy(), atol=1e-10)
+def test_a_closed_gate_is_zeroed_weights(model: LanguageModel, parts: list[Component]) -> None:
+    ask, last = Evaluator(model, EXAMPLES), parts[-1]
+    weight = model.network.get_parameter(last.weight)
+    places = torch.arange(weight.numel()).view(weight.shape)[:, last.columns].flatten()
+    with zeroed(model, {last.weight: places}):
+        broken = ask().log_probs.double()
+    gates = torch.ones(1, len(parts), dtype=torch.float64)
+    gates[0, -1] = 0
+    closed = torch.cat([components.answers_under(model, e, parts, gates) for e in EXAMPLES])
+    torch.testing.assert_close(closed, broken, atol=1e-6, rtol=0)
+    assert (closed - opened(model, parts)).abs().max() > 1e-5
 
 
-def test_gradients_of_gates_are_slopes_and_sums_are_those_of_the_suite(
-    model: LanguageModel, parts: list[parts_lab.Component]
-) -> None:
-    table = parts_lab.gradient_scores(model, EXAMPLES, parts, Coordinates(), seed=0)
-    whole = score_weights(model, EXAMPLES, ["FI exact", "SNIP"], only={c.weight for c in parts})
-    for name, scores in whole.items():
-        if name in table:
-            sums = [float(scores[c.weight][:, c.columns].sum()) for c in parts]
-            np.testing.assert_allclose(table[name], sums, rtol=1e-6)
-    step, slopes = 1e-2, []  # norms work in float32, whatever the model
-    for sign in (1, -1):
-        gates = 1 + sign * step * torch.eye(len(parts), dtype=torch.float64)
-        slopes.append([parts_lab.answers_under(model, e, parts, gates) for e in EXAMPLES])
-    change = []
-    for up, down in zip(*slopes, strict=True):
+def test_an_open_gate_answers_statements_in_their_own_words() -> None:
+    small = open_model("mini-lm")
+    first = load_task("cloze", n=1, tokenizer=small.tokenizer).examples
+    some = components.find_components(small, 112)
+    ones = torch.ones(3, len(some), dtype=torch.float64)
+    found = components.answers_under(small, first[0], some, ones)
+    intact = Evaluator(small, first)().log_probs.double()
+    torch.testing.assert_close(found, intact.expand(3, -1), atol=1e-5, rtol=0)
+
+
+def test_joint_fi_is_the_odds_and_the_gates_are_slopes(model: LanguageModel, parts: list[Component]) -> None:
+    found = components.whole_scores(model, EXAMPLES, parts)
+    probs = opened(model, parts).exp().T
+    top = float(ceiling(probs).mean())
+    np.testing.assert_allclose(found[JOINT], top, rtol=1e-6)
+    assert (found[JOINT_DAMPED] < found[JOINT]).all() and (found[GATE_FI] <= top * (1 + 1e-9)).all()
+    step, by_hand = 1e-2, torch.zeros(len(parts)).double()  # norms work in float32, whatever the model
+    eye = torch.eye(len(parts), dtype=torch.float64)
+    for example, p in zip(EXAMPLES, probs.T, strict=True):
+        up, down = (components.answers_under(model, example, parts, 1 + s * step * eye) for s in (1, -1))
         s = (up - down) / (2 * step)
-        change.append(s[:, int(up[0].argmax())] ** 2)
-    np.testing.assert_allclose(
-        table[parts_lab.GATE_CHANGE], torch.stack(change).mean(0), rtol=5e-3, atol=1e-5
-    )
+        by_hand += s[:, int(p.argmax())] ** 2 / (s**2 @ p) / len(EXAMPLES)
+    torch.testing.assert_close(found[GATE_FI], by_hand, rtol=0.02, atol=1e-3)
 
 
-def test_no_unit_moves_exact_fi_and_joint_fi_is_the_odds(
-    model: LanguageModel, parts: list[parts_lab.Component]
+def test_a_step_uphill_raises_the_loss_and_leaves_the_model(
+    model: LanguageModel, parts: list[Component]
 ) -> None:
-    moves = lab.moved(model, EXAMPLES[:2], parts, SETTINGS)
-    kept = [lab.EXACT, GATE_FI, COAR, JOINT]
-    assert (moves.loc[kept, ["rescaled: moved", "rewritten: moved"]] < 1e-6).all(axis=None)
-    free = [lab.LENGTH, "SNIP", "Taylor", GATE_LENGTH]
-    assert (moves.loc[free, "rescaled: moved"] < 1e-6).all()
-    assert (moves.loc[["Jacobian norm", "magnitude", "SAM sharpness"], "rescaled: moved"] > 0.1).all()
-    assert moves.loc[GATE_LENGTH, ["rewritten: moved"]].isna().all()
-    table = parts_lab.gradient_scores(model, EXAMPLES, parts, Coordinates(), seed=0)
-    ones = torch.ones(1, len(parts), dtype=torch.float64)
-    probs = torch.cat([parts_lab.answers_under(model, e, parts, ones) for e in EXAMPLES]).exp().T
-    np.testing.assert_allclose(table[JOINT], float(ceiling(probs).mean()), rtol=1e-6)
-    assert (table[GATE_FI] <= float(ceiling(probs).mean()) * (1 + 1e-9)).all()
+    before = opened(model, parts)
+    small, smaller = (components.sharpness(model, EXAMPLES, parts, radius) for radius in (1e-2, 5e-3))
+    assert (small > 0).all()
+    torch.testing.assert_close(small, 2 * smaller, rtol=0.1, atol=1e-4)
+    assert torch.equal(opened(model, parts), before)
 
 
-def test_a_rescaled_model_answers_the_same(model: LanguageModel) -> None:
-    other = parts_lab.rescaled(model, seed=0)
-    (batch, *_) = model.batches([e.prompt for e in EXAMPLES])
-    with torch.no_grad():
-        assert torch.equal(model.last_logits(batch), other.last_logits(batch))
-    both = zip(model.network.parameters(), other.network.parameters(), strict=True)
-    changed = [not torch.equal(a, b) for a, b in both]
-    assert any(changed)
-
-
-def test_every_relative_has_its_words_and_its_name(
-    model: LanguageModel, parts: list[parts_lab.Component]
-) -> None:
-    scores, fit = lab.scored(model, EXAMPLES[:2], parts, SETTINGS)
-    assert set(scores) == set(lab.ROWS) == set(lab.SHORT)
-    assert len(fit) == 2 and fit.r2.max() <= 1
-    found = lab.agreement(scores, parts_lab.damage(model, EXAMPLES, parts), seed=0)
-    table = lab.readable(lab.overview(lab.moved(model, EXAMPLES[:2], parts, SETTINGS), found.table()))
-    assert table.loc[lab.RANDOM, "rescaled"] == "no units"
-    assert table.loc[GATE_LENGTH, "rewritten"] == "not defined"
-    low_high = found.table()
-    assert ((low_high.low <= low_high.agreement) & (low_high.agreement <= low_high.high)).all()
-    assert {name for members in lab.FAMILIES.values() for name in members} == set(lab.ROWS)
-    draw.agreement_dots({"tiny": low_high}, lab.FAMILIES)
-    heads = np.array([c.kind == "head" for c in parts])
-    draw.score_and_damage(scores, parts_lab.damage(model, EXAMPLES, parts), heads, [lab.EXACT, COAR])
-
-
-def test_a_linear_model_is_found_and_its_fit_is_whole() -> None:
+def test_attribution_fits_what_removals_do(model: LanguageModel, parts: list[Component]) -> None:
+    sizes = {"ablated": 0.1, "ablations": 30, "held": 8, "attributed": 2}
+    found, fit = components.attribution(model, EXAMPLES, parts, 0, **sizes)
+    assert found.shape == (len(parts),) and len(fit) == 2 and fit.r2.max() <= 1
     rng = np.random.default_rng(0)
     gone = rng.random((60, 5)) < 0.3
     slopes = np.array([-1.0, 0.0, 0.5, -0.2, 0.1])
-    found, fit = parts_lab.linear_fit(gone, -0.3 + gone @ slopes, held=20)
-    np.testing.assert_allclose(found, slopes, atol=1e-12)
-    assert fit["r2"] == pytest.approx(1) and fit["correlation"] == pytest.approx(1)
+    told, whole = components.linear_fit(gone, -0.3 + gone @ slopes, held=20)
+    np.testing.assert_allclose(told, slopes, atol=1e-12)
+    assert whole["r2"] == pytest.approx(1) and whole["correlation"] == pytest.approx(1)
 
 
-def test_rank_agreement_is_spearmans_and_a_constant_has_none() -> None:
+def test_random_scores_are_the_same_for_a_seed_and_differ_by_matrix(model: LanguageModel) -> None:
+    names = [f"model.layers.{i}.self_attn.o_proj.weight" for i in (0, 1)]
+    one, same, other = (components.random_scores(model, names, seed) for seed in (0, 0, 1))
+    assert torch.equal(one[names[0]], same[names[0]])
+    assert not torch.equal(one[names[0]], one[names[1]])
+    assert not torch.equal(one[names[0]], other[names[0]])
+
+
+def test_rank_agreement_is_spearmans_and_a_constant_has_none(parts: list[Component]) -> None:
     rng = np.random.default_rng(0)
     scores = pd.DataFrame({"a": rng.random(30), "flat": np.full(30, 0.17) + 1e-12 * rng.random(30)})
     falls = scores.a.to_numpy()[:, None] ** 3 + np.zeros((30, 4))
     found = lab.agreement(scores, falls, seed=0)
     assert found.value.tolist() == pytest.approx([1, 0])
-    assert found.minus("a", "flat") == pytest.approx((1, 1, 1))
+    assert found.table().agreement.between(found.table().low, found.table().high).all()
+    (duel,) = found.duels([("a", "flat")]).itertuples()
+    assert (duel.difference, duel.low, duel.high, duel.n) == (pytest.approx(1), 1, 1, 30)
     b = rng.random(30)
     truth = scores.a.corr(pd.Series(b), method="spearman")
     assert lab.rank_agreement(scores[["a"]].to_numpy(), b)[0] == pytest.approx(truth)
+    draw.score_and_damage(scores, falls, torch.arange(30) < 9, ["a", "flat"])
 
 
-def test_leverages_fi_and_the_best_direction_of_each_length(model: LanguageModel) -> None:
-    rows, checks = lab.directions(model, EXAMPLES, 1e-3, seed=0)
-    assert checks.leverage_error.max() < 1e-8
-    np.testing.assert_allclose(checks.fi, checks.ceiling, rtol=1e-8)
-    shares = lab.shares_table(rows)
-    best = ["natural gradient", "gradient", "its signs"]
-    for name, length in zip(best, lab.LENGTHS, strict=True):
-        assert shares.loc[name, length] == pytest.approx(1, rel=1e-6)
-    assert (shares[list(lab.LENGTHS)] <= 1 + 1e-9).all(axis=None)
-    np.testing.assert_allclose(shares.measured, shares["Fisher length"], atol=0.02)
-    draw.direction_map(shares, len(EXAMPLES))
-
-
-def test_with_two_classes_every_weight_is_at_the_ceiling(model: LanguageModel) -> None:
-    two = lab.merged_letters(model)
-    assert two.size == 2 and set(sum(two.tokens, ())) == set(sum(letters(model.tokenizer).tokens, ()))
-    found = lab.saturation(model, EXAMPLES, two)
-    assert (found.at_ceiling == 1).all() and (found.spread < 1.001).all()
-    text = lab.readable_saturation({"two": found})
-    assert text.loc[0, "at the ceiling"] == "100.00%" and text.loc[0, "questions"] == len(EXAMPLES)
-    assert (lab.saturation(model, EXAMPLES, letters(model.tokenizer)).at_ceiling < 0.5).all()
-    assert lab.warned(model, EXAMPLES, two) and not lab.warned(model, EXAMPLES, letters(model.tokenizer))
-    words = lab.saturation(model, lab.as_text(EXAMPLES), Groups(("x", "y"), ((5, 6), (7,))))
-    assert (words.at_ceiling == 1).all()
+def test_examples_in_turn_are_of_all_subjects() -> None:
+    assert lab.in_turn(EXAMPLES, 2) == [EXAMPLES[i] for i in (0, 2, 1, 3)]
 
 
 def test_nonsense_keeps_the_words_or_the_length_and_the_cue(model: LanguageModel) -> None:
-    asked = [lab.replace(e, prompt=e.prompt + lab.CUE) for e in EXAMPLES]
-    for old, new in zip(asked, lab.nonsense(asked, lab.SHUFFLED, model, 0), strict=True):
+    for old, new in zip(ASKED, lab.nonsense(ASKED, lab.SHUFFLED, model, 0), strict=True):
         assert sorted(new.prompt.split()) == sorted(old.prompt.split())
         assert new.prompt.endswith(lab.CUE) and new.answer == old.answer
-    first, again = (lab.nonsense(asked, lab.TOKENS, model, seed) for seed in (0, 0))
-    assert [e.prompt for e in first] == [e.prompt for e in again] != [e.prompt for e in asked]
+    assert not lab.nonsense(EXAMPLES, lab.SHUFFLED, model, 0)[0].prompt.endswith(lab.CUE)
+    first, again = (lab.nonsense(ASKED, lab.TOKENS, model, seed) for seed in (0, 0))
+    assert [e.prompt for e in first] == [e.prompt for e in again] != [e.prompt for e in ASKED]
 
 
-def test_sense_and_nonsense_are_compared_with_random_weights(
-    model: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = [lab.replace(e, prompt=e.prompt + lab.CUE) for e in EXAMPLES]
-    monkeypatch.setattr(lab, "load_task", lambda *drawn: SimpleNamespace(examples=asked[: drawn[3]]))
-    settings = {"n": 2, "n_test": 2, "seeds": 3, "tried": 2, "shares": [0.1], "kept": 0.2, "bits": 4}
-    p = SimpleNamespace(TASK="any", SUBJECTS=["one"], SEED=0, NONSENSE={**settings, "measures": ["SNIP"]})
-    kept = Kept(tmp_path, "nonsense", None)
-    trials = lab.calibrate_on_nonsense(model, p, kept)
-    table = lab.against_real(trials, p, "log_prob")
-    assert len(table) == 2 * 4 * 7 and (table.n == 2).all()
-    rows = lab.overlaps(trials)
-    assert set(rows[rows.source == lab.REAL].overlap) == {1.0} and rows.seed.nunique() == 3
-    assert set(rows.measure) == {lab.EXACT, lab.DAMPED, lab.LENGTH, "SNIP"}
-    gaps = lab.overlap_gaps(trials, p)
-    assert len(gaps) == 2 * 4 and (gaps.n == 3).all() and gaps.difference.between(gaps.low, gaps.high).all()
-    again = lab.calibrate_on_nonsense(model, p, kept)
-    assert len(list(tmp_path.iterdir())) == 3  # a file for each set, read again
-    pd.testing.assert_frame_equal(lab.against_real(again, p, "log_prob"), table)
+def test_other_real_questions_are_others(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lab, "load_task", lambda *drawn, **_: SimpleNamespace(examples=ASKED[: drawn[3]]))
+    p = SimpleNamespace(TASK="any", SUBJECTS=["one", "two"], SEED=0, NONSENSE={"n": 4})
+    made = lab.calibration_sets(model, p, 0)
+    assert tuple(made) == lab.SOURCES and all(len(drawn) == 4 for drawn in made.values())
+    assert made[lab.REAL] == [*ASKED[:2], *ASKED[:2]] and made[lab.OTHER] == [*ASKED[2:], *ASKED[2:]]
+
+
+def test_common_positions() -> None:
+    real = {"a": torch.tensor([1, 2, 3]), "b": torch.tensor([4])}
+    assert lab.common(real, real)["overlap"] == 1
+    chosen = {"a": torch.tensor([3, 4]), "b": torch.tensor([0, 4])}
+    assert lab.common(chosen, real)["overlap"] == 0.5
+
+
+def calibrated(sets: int) -> Trials:
+    """Trials in which random tokens hurt a nat less than the others, and find fewer of the weights."""
+    rng = np.random.default_rng(0)
+
+    def tries(k: int) -> Iterator[tuple[dict[str, object], dict[str, np.ndarray]]]:
+        for measure in ("SNIP", lab.EXACT):
+            for source in (*lab.SOURCES, lab.RANDOM):
+                labels = {"measure": measure, "source": source}
+                found = 0.1 if source == lab.TOKENS else 0.6
+                yield {**labels, "test": "overlap", "share": 0.1}, {"overlap": np.array([found])}
+                for test in ({"test": "zero", "share": 0.1}, {"test": "protect", "share": 0.2}):
+                    log_p = -2 + (source == lab.TOKENS) + 0.1 * rng.random(6)
+                    yield {**labels, **test}, {"log_prob": log_p}
+
+    return collect(None, tries, sets=sets)
+
+
+def test_sense_and_nonsense_are_compared_with_random_weights_and_real_questions() -> None:
+    p = SimpleNamespace(SEED=0, NONSENSE={"shares": [0.1], "kept": 0.2, "seeds": 3})
+    trials, measures = calibrated(3), ["SNIP", lab.EXACT]
+    table = lab.against(trials, p, measures)
+    assert len(table) == 2 * 2 * 7 and (table.n == 6).all()
+    tokens = table[(table.source == lab.TOKENS) & (table.minus == lab.REAL)]
+    assert len(tokens) == 4 and tokens.low.between(0.9, tokens.difference).all()
+    gaps = lab.overlap_gaps(trials, p, measures)
+    assert gaps.difference.tolist() == pytest.approx([0, 0.5, 0, 0.5]) and (gaps.n == 3).all()
+    for minus in (lab.RANDOM, lab.REAL):
+        (axes,) = [draw.calibrations(table, minus).axes]
+        assert [ax.get_title() for ax in axes] == ["10% zeroed", "20% protected"]
 
 
 def test_digits_have_constant_exact_fi_and_units_that_matter() -> None:
-    digits = train(200, 0)
-    scores, falls, r2 = lab.digit_scores(digits, 60, Settings(ablations=120, held=30))
-    assert falls.shape == (64, 140) and r2 < 1
+    scores, falls = lab.digit_scores(train(200, 0), 60, seed=0)
+    assert falls.shape == (64, 140)
     exact = scores[lab.EXACT].to_numpy()
     np.testing.assert_allclose(exact, exact[0], rtol=1e-4)
     found = lab.agreement(scores, falls, seed=0)
-    assert found.of(lab.EXACT)[0] == 0
-    assert found.minus(GATE_LENGTH, lab.RANDOM)[0] > 0
+    assert found.value[found.names.index(lab.EXACT)] == 0
+    assert found.duels([(lab.LENGTH, lab.RANDOM)]).difference.item() > 0
+    assert len(found.duels(lab.DIGIT_PAIRS)) == 5
 
 
-def test_what_is_quoted_of_other_chapters() -> None:
-    for place in lab.QUOTED.values():
-        assert lab.from_book(**place).n
-    with pytest.raises(KeyError, match="run that chapter"):
-        lab.from_book("07_sparsification", "records", name="nothing")
-    gaps = lab.against_grad_cam({key: lab.from_book(**place) for key, place in lab.QUOTED.items()})
+def test_grad_cam_is_read_from_chapter_04(monkeypatch: pytest.MonkeyPatch) -> None:
+    gaps = lab.against_grad_cam()
     assert gaps.measure.tolist() == [lab.EXACT, lab.DAMPED]
     assert gaps.difference.between(gaps.low, gaps.high).all()
+    monkeypatch.setattr(lab, "of_run", lambda: lambda *_: pd.DataFrame())
+    with pytest.raises(KeyError, match="run that chapter"):
+        lab.against_grad_cam()

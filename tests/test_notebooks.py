@@ -30,6 +30,7 @@ SHOWN = {  # what scores, chooses and perturbs in a lesson's functions, where no
     "06_embedding_attacks": ("batch.scores(", "top_dimensions", "attack"),
     "08_quantization": ("score_weights(", "select(", "with quantized("),
     "09_merging": ("score_weights(", "merge(", "with experts.holding("),
+    "11_relatives": ("score_weights(", "with zeroed(", "select("),
 }
 
 each_chapter = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

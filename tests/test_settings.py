@@ -14,7 +14,6 @@ from fichapters import runs
 from fichapters.ch02 import lab as manifold
 from fichapters.ch03 import lab as limits
 from fichapters.ch09 import lab as merging
-from fichapters.ch11 import lab as relatives
 from fichapters.parameters import declared
 from fichapters.runs import find_chapter
 from fichapters.settings import JOINS, RULES, Rule, agreed
@@ -217,10 +216,10 @@ def refused() -> Iterator[tuple[str, str, Any, str]]:
             ("OPTIONS.choices", ["FI exakt"], "Nothing is protected by 'FI exakt'; did you mean FI exact"),
             ("OPTIONS.choices", ["FI damped x"], "Nothing is protected by 'FI damped x'"),
             ("OPTIONS.elected", "mean", "did you mean elect"),
-            ("NONSENSE.measures", ["Fi exact"], "Unknown measure 'Fi exact'; known: FI, FI exact"),
             ("NONSENSE.n", 100_000, "lower n"),
             ("NONSENSE.bits", 5, "bits"),
-            ("NONSENSE.measure", ["SNIP"], "did you mean measures"),
+            ("NONSENSE.bit", 2, "did you mean bits"),
+            ("N_DIGITS", 400, "lower it"),
             ("SWEPT.heads", 5, "SWEPT needs"),
             ("GROWTH.tokens", [16], "GROWTH.tokens needs at least two values"),
             ("SIZES", [[64, 1], [64]], "SIZES holds pairs"),
@@ -241,23 +240,6 @@ def test_what_a_task_does_not_have_is_said_before_a_model_is_opened(
     with pytest.raises((ValueError, FileNotFoundError), match=said) as error:
         run_until_opened(chapter, settled(chapter, given, "smoke"), tmp_path, monkeypatch)
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("chapter", "name", "kept"),
-    [
-        ("11_relatives", "NONSENSE.measures", ("FI exact", "FI damped 0.0001", "information length")),
-    ],
-)
-def test_fi_with_any_filter_is_a_measure_beside_those_of_the_text(
-    chapter: str, name: str, kept: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = ["FI damped 0.01", "FI cut 0.1", "FI damped 1e-4"]
-    given = with_value(settled(chapter, {}, "smoke"), name, asked)
-    with pytest.raises(Opened):
-        run_until_opened(chapter, settled(chapter, given, "smoke"), tmp_path, monkeypatch)
-    p = SimpleNamespace(**settled(chapter, given, "smoke"))
-    assert relatives.nonsense_measures(p) == (*kept, "FI damped 0.01", "FI cut 0.1")
 
 
 def test_protection_goes_by_fi_with_any_filter() -> None:
@@ -282,5 +264,3 @@ def test_what_a_model_does_not_have_is_said_before_anything_is_run() -> None:
     assert limits.look_at(model.network, [0, -1])
     with pytest.raises(KeyError, match=r"has no weight 'model\.layer'"):
         manifold.weight_of(model, "model.layer")
-    with pytest.raises(ValueError, match="no matrix whose name ends in any of"):
-        relatives.directions(model, [], 0.1, 0, ["x_proj"])

@@ -55,7 +55,7 @@ _NAMES = {
     Rule(): "SUBJECTS TASK_WEIGHTS",
     Rule(count=2, repeats=True): "MATRICES",
     Rule(least=0): "DAMPING",
-    Rule(above=0): "BUDGET COMPONENTS.radius CLOSER.step",
+    Rule(above=0): "BUDGET COMPONENTS.radius",
     Rule(above=0, rising=True): "BUDGETS PICTURES.levels",
     Rule(above=0, most=1): """SHARE HEADLINE_RATE MASK_SHARE NOISE KEPT.rows KEPT.columns OPTIONS.compared
         OPTIONS.densities OPTIONS.wide COAR.ablated NONSENSE.shares NONSENSE.kept TOP.share
@@ -68,9 +68,8 @@ _NAMES = {
         TEXT.n_calibration TEXT.n_test TEXT.seeds TEXT.length TEXT.horizon TEXT.samples OPTIONS.validation
         LONG.tokens LONG.prompts SHORT.tokens SHORT.prompts GROWTH.tokens GROWTH.prompts PICTURES.pixels
         PRECISION.n TOP.count COMPONENTS.neurons COAR.ablations COAR.held NONSENSE.n NONSENSE.n_test
-        NONSENSE.tried""",
-    Rule(least=2): """GROWTH.classes GROWTH.rounds COAR.attributed NONSENSE.seeds CLOSER.directions
-        CLOSER.words""",
+        NONSENSE.tried N_DIGITS""",
+    Rule(least=2): "GROWTH.classes GROWTH.rounds COAR.attributed NONSENSE.seeds",
     Rule(least=1, count=2): "PICTURES.batches",
     Rule(least=1, count=2, repeats=True): "N_ZEROED BITS.full PICTURES.rounds",
 }
