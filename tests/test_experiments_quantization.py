@@ -1,26 +1,33 @@
-"""The protection sweep on a tiny model: what it keeps, counts and refuses."""
+"""Chapter 08: its own cells on tiny models, and what its lab keeps, counts, compares and refuses."""
 
 import copy
-from functools import partial
-from itertools import product
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from opening import NOTEBOOKS
 from tiny import tiny_model
 
-from fichapters.ch08 import draw, lab
+from fichapters import results
+from fichapters.ch08 import lab
 from fichapters.stored import size_report
-from fihelpers.evaluate.questions import Evaluator
+from fihelpers.influence import SaturationWarning, fi, saturated
 from fihelpers.models.language import LanguageModel
-from fihelpers.models.linear import as_rows, linear_names, turned_names
-from fihelpers.perturb.quantize import Scheme, pack, pack_model, select_channels
+from fihelpers.models.linear import linear_names
+from fihelpers.perturb.quantize import Scheme, pack, pack_model
+from fihelpers.scores.channels import score_activations
+from fihelpers.scores.weights import score_weights
 from fihelpers.trials import Kept, Trials, collect
 
 SHARES = [0.1, 0.5]
+KINDS = {"qwen2": "o_proj", "gpt2": "c_proj", "mixtral": "experts"}  # plain, stored turned, fused
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +39,8 @@ def p(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
             lines = [f"w{i} w{i + 1} of {subject},w1,w2,w3,w{i + 4},{'ABCD'[i % 4]}\n" for i in range(8)]
             (folder / split / f"{subject}_{split}.csv").write_text("".join(lines))
     return SimpleNamespace(
+        MODEL="mini-lm",
+        REVISION=None,
         TASK=str(folder),
         SUBJECTS=["one", "two"],
         SEEDS=2,
@@ -39,14 +48,16 @@ def p(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         N_CALIBRATION=3,
         N_TEST=4,
         MATRICES=["o_proj", "all"],
-        BITS={"tried": [1, 2], "full": [1, 2]},
+        BITS={"swept": [1, 2, 3], "tried": [1, 2], "full": [1, 2]},
+        GROUPS=[4],
         KEPT={"rows": SHARES, "columns": 0.5},
-        ROUNDING={"mapping": "symmetric", "group": None, "bits": [1, 2], "groups": [None, 4]},
+        DEVICE="cpu",
+        DTYPE="float32",
     )
 
 
 def changed(p: SimpleNamespace, **settings: Any) -> SimpleNamespace:
-    """The settings with others; those of a group by the group's name and theirs, as in ROUNDING__group."""
+    """The settings with others; those of a group by the group's name and theirs, as in BITS__full."""
     found = copy.deepcopy(vars(p))
     for name, value in settings.items():
         group, _, key = name.partition("__")
@@ -62,81 +73,171 @@ def with_long_context(kind: str, dtype: torch.dtype = torch.float32) -> Language
     return model
 
 
-@pytest.fixture(scope="module")
-def model() -> LanguageModel:
-    return with_long_context("qwen2")
+@dataclass
+class Lesson:
+    """A run of the notebook's cells: its settings and place, what it named, and the tables that it kept."""
+
+    p: SimpleNamespace
+    folder: Path
+    names: dict[str, Any]
+    tables: dict[str, pd.DataFrame] = field(default_factory=dict)
 
 
-@pytest.fixture(scope="module")
-def ask(model: LanguageModel, p: SimpleNamespace) -> Evaluator:
-    return Evaluator(model, lab.tested_set(p))
-
-
-@pytest.fixture(scope="module")
-def trials(
-    model: LanguageModel, p: SimpleNamespace, ask: Evaluator, tmp_path_factory: pytest.TempPathFactory
-) -> Trials:
-    kept = Kept(tmp_path_factory.mktemp("kept"), "protection", p)
-    before = {n: w.clone() for n, w in model.network.named_parameters()}
-    trials = lab.protect(model, p, ask, kept)
-    assert all(w.equal(before[n]) for n, w in model.network.named_parameters())
-    assert len(list(kept.folder.iterdir())) == p.SEEDS
+def run_lesson(p: SimpleNamespace, model: LanguageModel, folder: Path) -> Lesson:
+    """Run the cells before the exercises with a tiny model in the place of the bundled one."""
+    found = Lesson(p, folder, {"__name__": "__main__"})
+    run = SimpleNamespace(p=p, kept=lambda name: Kept(folder, name, "about"), keep=found.tables.__setitem__)
+    cells = nbformat.read(NOTEBOOKS["08_quantization"], as_version=4).cells
+    end = next(i for i, cell in enumerate(cells) if cell.source.startswith("## Exercises"))
+    code = [cell.source for cell in cells[:end] if cell.cell_type == "code"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lab.Ranking, "of", lambda *a: pytest.fail("finished work was done again"))
-        again = lab.protect(model, p, ask, kept)
-    pd.testing.assert_frame_equal(lab.answer_table(again), lab.answer_table(trials))
-    return trials
+        patch.setattr(results, "begin", lambda name: run)
+        patch.setattr("fihelpers.open_model", lambda *_: model)
+        patch.setattr(lab, "check", lambda *_: None)  # of the model by its name
+        for source in code[1:]:
+            exec(compile(source, "08_quantization", "exec"), found.names)
+    return found
 
 
-@pytest.fixture(scope="module")
-def swept(model: LanguageModel, p: SimpleNamespace, ask: Evaluator) -> Trials:
-    return collect(ask, partial(lab.unprotected, model, p, ask))
+@pytest.fixture(scope="module", params=KINDS)
+def lesson(
+    request: pytest.FixtureRequest, p: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Lesson]:
+    kind, model = request.param, with_long_context(request.param)
+    before = {n: w.clone() for n, w in model.network.named_parameters()}
+    settings = changed(p, MATRICES=[KINDS[kind], "all"], GROUPS=[2])
+    if kind != "qwen2":
+        settings = changed(settings, SEEDS=1, KEPT__rows=[0.5])
+    found = run_lesson(settings, model, tmp_path_factory.mktemp("kept"))
+    assert all(w.equal(before[n]) for n, w in model.network.named_parameters())
+    assert len(list(found.folder.iterdir())) == 1 + settings.SEEDS
+    yield found
 
 
-def test_everything_is_run_once_for_each_calibration_set(p: SimpleNamespace, trials: Trials) -> None:
-    rows, cases, main = lab.answer_table(trials), lab.cases(p), lab.main_cases(p)
-    full = len(lab.KEEP_BY["rows"]) * len(SHARES) + len(lab.KEEP_BY["columns"])
-    others = len(cases) - len(main)
-    assert len(rows) == 1 + len(cases) + p.SEEDS * (2 * full + others * len(lab.EARLIER) * 2)
-    assert set(rows.n) == {8}  # four questions of each of the two subjects
-    assert np.allclose(rows.accuracy, [c.count("1") / 8 for c in rows.correct])
-    for keep in lab.DATA_FREE:  # look at no question
-        found = rows[rows.keep == keep]
-        assert found[found.seed == 0].correct.tolist() == found[found.seed == 1].correct.tolist()
-    first, second = trials.where(keep="random", matrices="all", axis="rows", bits=2, share=0.5).answers(
-        "log_prob"
-    )
-    assert not np.array_equal(first, second)
+def test_everything_is_tried_in_every_set(lesson: Lesson) -> None:
+    n, shares = lesson.names, len(lesson.p.KEPT["rows"])
+    trials, main = n["trials"], list(n["MAIN"])
+    others = len(n["CASES"]) - len(main)
+    rows, columns, earlier = 14, 15, len(lab.EARLIER)
+    assert len(trials) == lesson.p.SEEDS * (2 * (rows * shares + columns) + others * earlier * shares)
+    tried = {(t.set, *t.labels.values()) for t in trials.tried}
+    assert len(tried) == len(trials) and len(n["swept"]) == 2 * 3 * 2
+    for name in ("magnitude", "error alone"):  # look at no question
+        found = trials.answers("log_prob", case=main[1], axis="rows", keep=name, share=0.5)
+        assert np.array_equal(found[0], found[-1])
+    found = trials.answers("log_prob", case=main[1], axis="rows", keep="random", share=0.5)
+    assert len(found) == 1 or not np.array_equal(*found)
 
 
-def test_what_is_kept_is_what_scores_highest(model: LanguageModel, p: SimpleNamespace) -> None:
-    ranking = lab.Ranking(model, p, 0)
-    case = lab.main_cases(p)[1]
-    for axis in ("rows", "columns"):
-        width = {n: model.network.get_parameter(n).shape[axis == "columns"] for n in ranking.names["all"]}
-        for keep in lab.KEEP_BY[axis]:
-            scores, which = ranking.of(keep, case, axis)
-            assert scores.metadata["axis"] == axis and scores.metadata["sha256"] == model.sha256
-            assert {n: len(v) for n, v in scores.values.items()} == width
-            assert (which != "top") == (keep == "random" or "low half" in keep)
-    name = ranking.names["o_proj"][0]
-    error = pack(model.network.get_parameter(name), Scheme(2)).unpack() - model.network.get_parameter(name)
-    assert torch.allclose(ranking.of(lab.ERROR, case, "rows")[0][name], error.square().sum(1))
-    metric = ranking.weights["Fisher diagonal"][name]
-    assert torch.allclose(ranking.of(lab.LENGTH, case, "rows")[0][name], (metric * error.square()).sum(1))
+def test_a_channels_score_is_what_its_name_says(lesson: Lesson) -> None:
+    n = lesson.names
+    model = n["model"]
+    matrices, bits = list(n["MAIN"].values())[1]
+    linear = linear_names(model.network)
+    scores = score_weights(model, n["questions"], n["SCORED"], only=linear)
+    scores |= score_activations(model, n["questions"], only=linear)
+    for axis, along in (("rows", 1), ("columns", 0)):
+        ranked = n["of_channels"](scores, matrices, bits, axis)
+        plan = list(lab.plan(lesson.p, list(n["MAIN"])[1], axis, ranked))
+        assert {score for _, score, _, _ in plan} <= set(ranked)
+        assert {which for keep, _, which, _ in plan if "low" not in keep and keep != "random"} == {"top"}
+        for name in linear:
+            W = lab.matrix(model, name)
+            error = (pack(W, Scheme(bits)).unpack() - W).square()
+            metric = scores["Fisher diagonal"].rows(name)
+            assert torch.allclose(ranked["information length"][name], (metric * error).sum(along))
+            assert torch.allclose(ranked["error alone"][name], error.sum(along))
+            assert {len(values[name]) for values in ranked.values()} == {W.shape[1 - along]}
 
 
-def test_answers_pair_and_recover(p: SimpleNamespace, trials: Trials) -> None:
-    for case, value in product(lab.main_cases(p), lab.VALUES.values()):
-        whole = lab.kept_by(trials, case, "SNIP", value)
-        assert whole.shape == (2, 8) and lab.kept_by(trials, case, lab.NOTHING, value).shape == (1, 8)
-        assert lab.minus(trials, case, ("SNIP", "SNIP"), value, 0) == (0, 0, 0)
-        parts = [lab.kept_by(trials, case, "SNIP", value, share) for share in SHARES]
-        assert np.allclose(whole, np.mean(parts, 0))
-        won, lost = lab.recovered(trials, case, "SNIP", value, 0)[0], lab.is_lost(trials, case, value, 0)
-        assert np.isnan(won) != lost
-    with pytest.raises(ValueError, match=r"no trial has matrices = 'o_proj', bits = 1.*'mean input'"):
-        lab.kept_by(trials, lab.main_cases(p)[0], "mean input", "accuracy")
+def test_tables_of_the_lesson(lesson: Lesson) -> None:
+    n, tables = lesson.names, lesson.tables
+    cases, main = n["CASES"], list(n["MAIN"])
+    won, high_low = tables["recovered_as_claimed"], tables["high_against_low"]
+    assert len(won) == 2 * len(cases) and (won.recovered.notna() == won.lost).all()
+    assert len(high_low) == 2 * 2 * len(cases) and (high_low.low <= high_low.high).all()
+    assert set(high_low["filter"]) == {"exact", "damped 0.0001"}
+    duels = tables["duels"]
+    assert len(duels) == 2 * len(n["PAIRS"]) * len(main)
+    more = tables["one_step_more"].set_index(["case", "share"])
+    for case in main:
+        matrices, bits = cases[case]
+        finer = n["swept"].answers(matrices=matrices, bits=bits + 1, group=0).mean()
+        kept = n["trials"].answers(case=case, axis="rows", keep="information length", share=0.5).mean()
+        assert more.difference[case, 0.5] == pytest.approx(finer - kept)
+    packed = pack_model(n["model"], n["NAMES"]["all"], Scheme(2))
+    sweep = tables["without_protection"].set_index(["matrices", "bits", "group"])
+    assert sweep.stored["all", 2, 0] == size_report(packed).bits_per_weight
+    assert n["file"] > n["report"].packed and n["same"]
+
+
+def test_finished_sets_are_not_run_again(lesson: Lesson) -> None:
+    written = {path: path.stat().st_mtime_ns for path in lesson.folder.iterdir()}
+    again = run_lesson(lesson.p, lesson.names["model"], lesson.folder)
+    assert {path: path.stat().st_mtime_ns for path in lesson.folder.iterdir()} == written
+    for name, table in lesson.tables.items():
+        pd.testing.assert_frame_equal(again.tables[name], table)
+
+
+# --- the lab
+
+
+def outcome(right: str, level: float = -1.0) -> Mapping[str, Any]:
+    correct = [letter == "1" for letter in right]
+    return {"correct": correct, "log_prob": [level - 0.1 * i for i in range(len(right))]}
+
+
+@pytest.fixture
+def swept() -> Trials:
+    def tries(_: int) -> Any:
+        for bits, right in {1: "100000", 2: "110000", 4: "111110"}.items():
+            yield {"matrices": "m", "bits": bits, "group": 0, "stored": bits + 0.5}, outcome(right, -9)
+
+    return collect(lambda: outcome("111110"), tries)
+
+
+@pytest.fixture
+def trials() -> Trials:
+    def tries(k: int) -> Any:
+        for case in ("m, 1 bit", "m, 4 bit"):
+            for keep in (*lab.FILTERS, *lab.LOW, lab.LENGTH):
+                for share in SHARES:
+                    about = {"case": case, "axis": "rows", "keep": keep, "share": share, "stored": 16 * share}
+                    yield about, outcome(f"11{int(keep not in lab.LOW)}{k}{int(share > 0.2)}0", -k - share)
+
+    return collect(lambda: outcome("111110"), tries, sets=2)
+
+
+CASES = {"m, 1 bit": ("m", 1), "m, 4 bit": ("m", 4)}
+
+
+def test_shares_are_averaged_before_channels_are_compared(swept: Trials, trials: Trials) -> None:
+    mean = lab.over_shares(trials)
+    assert len(mean) == 2 * 2 * 5  # sets, cases, scores
+    one = mean.answers(case="m, 1 bit", keep="FI exact")
+    assert one.tolist() == [[1, 1, 1, k, 0.5, 0] for k in (0, 1)]
+    found = lab.compare(mean, [("FI exact", "FI exact, low half")], CASES, 0)
+    accuracy = found[found.score == "accuracy"]
+    assert accuracy.difference.tolist() == pytest.approx([1 / 6] * 2) and (accuracy.n == 6).all()
+    assert (found[found.score == "log P"].difference == 0).all()
+    same = lab.compare(mean, [("FI exact", "FI exact")], CASES, 0)
+    assert (same[["difference", "low", "high"]] == 0).all(axis=None)
+    assert len(lab.compare(mean, [("FI exact", "FI exact")], ["m, 1 bit"], 0)) == 2
+    table = lab.high_against_low(mean, swept, CASES, 0)
+    assert table.loss.tolist()[:2] == pytest.approx([4 / 6, 0]) and table.lost.tolist()[:2] == [True, False]
+    with pytest.raises(ValueError, match="no trial has axis = 'columns'"):
+        lab.compare(mean, [("FI exact", "random")], CASES, 0, "columns")
+
+
+def test_what_is_won_back_is_a_share_of_what_was_lost(swept: Trials, trials: Trials) -> None:
+    settings = SimpleNamespace(KEPT={"rows": SHARES}, SEED=0)
+    won = lab.won_back(trials, swept, CASES, settings)
+    assert (won.share == 0.1).all()  # the one nearest to the claimed one
+    assert won.recovered[:2].tolist() == pytest.approx([(3.5 - 1) / (5 - 1)] * 2)
+    assert won.recovered[2:].isna().all() and not won.lost[2:].any()
+    more = lab.one_step_more(trials, swept, {"m, 1 bit": ("m", 1)}, settings)
+    assert more.difference.tolist() == pytest.approx([(2 - 3.5) / 6, (2 - 4.5) / 6])
+    assert (more.unprotected == 2.5).all() and more.protected.tolist() == [1.6, 8.0]
 
 
 def test_the_recovered_share() -> None:
@@ -148,66 +249,6 @@ def test_the_recovered_share() -> None:
     assert low < value < high
 
 
-def test_tables_of_the_chapter(p: SimpleNamespace, trials: Trials, ask: Evaluator) -> None:
-    table, rows, main = lab.summary(trials), lab.answer_table(trials), lab.main_cases(p)
-    start = table[table.share == 0]
-    for case in main:
-        plain = rows[(rows.keep == "nothing") & (rows.matrices == case.matrices) & (rows.bits == case.bits)]
-        same = (start.matrices == case.matrices) & (start.bits == case.bits)
-        assert (start[same].accuracy == plain.accuracy.iloc[0]).all()
-        assert lab.wide(table, case).shape == (14, 2) and lab.wide(table, case, "columns").shape == (15, 1)
-    subjects = lab.by_subject(trials, ask.examples)
-    whole = subjects.groupby(["matrices", "bits", "keep", "share"]).accuracy.mean()
-    exact = rows[(rows.keep == "FI exact") & (rows.axis == "rows")]
-    for (matrices, bits, share), value in (
-        exact.groupby(["matrices", "bits", "share"]).accuracy.mean().items()
-    ):
-        assert whole[matrices, bits, "FI exact", share] == pytest.approx(value)
-    one = lab.of_subject(subjects, main[0], "one")
-    assert set(one) == {"exact", "low_exact", "damped", "low_damped", "random", "nothing"}
-    draw.protection_curves(table, main, 0.5, 0.25)
-    draw.subject_curves(subjects, main, None)
-
-
-def test_comparisons_of_the_chapter(p: SimpleNamespace, trials: Trials) -> None:
-    cases, main = lab.cases(p), lab.main_cases(p)
-    won = lab.recovered_as_claimed(trials, p)
-    assert len(won) == 2 * len(cases) and (won.recovered.notna() == won.lost).all()
-    high_low = lab.high_against_low(trials, p, "log_prob")
-    assert len(high_low) == 2 * len(cases) and (high_low.low <= high_low.high).all()
-    duels = lab.duels(trials, p, "accuracy")
-    assert len(duels) == 2 * len(lab.DUELS)
-    assert lab.grid({"accuracy": duels}, ["axis", "first", "second"], "matrices").shape == (len(lab.DUELS), 2)
-    both = lab.grid({"accuracy": high_low, "log P": high_low}, ["matrices", "bits", "filter"])
-    assert both.shape == (len(high_low), 2) and (lab.NOTHING_LOST not in both.iloc[0, 0]) == high_low.lost[0]
-    won = {
-        str(c): {v: lab.recovery(trials, c, "columns", v, 0) for v in ("accuracy", "log_prob")} for c in main
-    }
-    draw.recovered_dots(won, "columns")
-
-
-def test_sizes_are_those_of_packed_matrices(
-    model: LanguageModel, p: SimpleNamespace, trials: Trials, swept: Trials
-) -> None:
-    sized = lab.sizes(model, p)
-    assert (sized[sized.share == 0].extra == 0).all() and (sized[sized.share > 0].extra > 0).all()
-    sweep = lab.where_loss_begins(swept, 0)
-    assert set(sweep.group) == {0, 4} and {3, 2} <= set(sweep.bits)  # one bit more than 2 is there, too
-    assert 0 <= lab.loss_begins(sweep, "all") <= 2
-    for case in lab.main_cases(p):
-        cost = lab.per_megabyte(trials, sized, case, lab.LENGTH, 0)
-        assert cost.share.tolist() == SHARES and cost.extra.is_monotonic_increasing
-        more = lab.one_step_more(trials, swept, sized, p, case, lab.LENGTH)
-        kept = lab.kept_by(trials, case, lab.LENGTH, "accuracy", 0.5).mean()
-        finer = sweep[(sweep.matrices == case.matrices) & (sweep.bits == case.bits + 1) & (sweep.group == 0)]
-        finer = finer[finer.mapping == "symmetric"].iloc[0]
-        assert more.difference.iloc[-1] == pytest.approx(finer.accuracy - kept)
-        assert (more.unprotected == finer.bits_per_weight).all()
-    assert lab.sweep_grid(sweep).shape == (8, 3) and (lab.sweep_grid(sweep) == "").any().any()
-    draw.loss_sweep(sweep, 0.5, 0.25)
-    draw.size_curves(lab.summary(trials), sized, sweep, lab.main_cases(p), 0.5, None)
-
-
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 def test_the_arithmetic_of_published_sizes_is_that_of_packed_matrices(bits: int) -> None:
     shape, share = (40, 24), 0.25
@@ -216,8 +257,7 @@ def test_the_arithmetic_of_published_sizes_is_that_of_packed_matrices(bits: int)
 
 
 def test_published_sizes() -> None:
-    assert [lab.claimed(key) for key in ("share", "recovery", "memory")] == [0.05, 0.9, 0.1]
-    assert 0 < lab.claimed("bar_low") < lab.claimed("bar_high") < 1
+    assert [lab.claimed(key) for key in ("share", "recovery", "memory", "gain")] == [0.05, 0.9, 0.1, 0.5]
     sizes = lab.published_sizes().set_index("matrices")
     weights = 0.05 * 28 * 3584 * 3584
     assert sizes.megabytes_4["o_proj"] == pytest.approx(1.5 * weights / 1e6, rel=0.01)
@@ -225,98 +265,49 @@ def test_published_sizes() -> None:
     assert sizes.share["o_proj"] * sizes.megabytes_4["o_proj"] / 0.05 == pytest.approx(100)
 
 
-def test_joint_influence_saturates_and_sums_do_not(p: SimpleNamespace) -> None:
-    exact = with_long_context("qwen2", torch.float64)  # where rounding does not blur the ceiling
-    ranking = lab.Ranking(exact, p, 0)
-    joint, said = lab.joint_influence(ranking)
-    assert lab.saturated_matrices(joint, "joint, exact") == (1, 2)  # not the last block's
-    assert lab.saturated_matrices(joint, "sum, exact")[0] == 0
-    assert len(said) == 1 and "equals its ceiling in the channels of 1 of 2" in said[0]
-    assert len(joint) == 3 * 2 * 12 and joint.value.max() <= 1 + 1e-4
-    draw.joint_strips(joint)
+@pytest.mark.parametrize(("kind", "layer"), list(KINDS.items()))
+def test_one_matrix_is_seen_as_rows_and_put_back(kind: str, layer: str, p: SimpleNamespace) -> None:
+    model = with_long_context(kind, torch.float64)
+    name, question = lab.names_of(model, layer)[0], lab.drawn(p, "val", 1, 0)[0]
+    W, before = lab.matrix(model, name), model.network.get_parameter(name).detach().clone()
+    with lab.replaced(model, name, 2 * W):
+        assert torch.equal(model.network.get_parameter(name), 2 * before)
+    assert torch.equal(model.network.get_parameter(name), before)
+    grads, probs = lab.gradients(model, question, name)
+    assert grads.shape == (4, *W.shape) and float(probs.sum()) == pytest.approx(1)
+    scores = score_weights(model, [question], ["Fisher diagonal"], only=[name])["Fisher diagonal"]
+    metric = (probs[:, None, None] * grads.square()).sum(0)
+    torch.testing.assert_close(metric.float(), scores.rows(name).float(), rtol=1e-4, atol=1e-7)
 
 
-def test_what_sums_means_and_channels_have_in_common(model: LanguageModel, p: SimpleNamespace) -> None:
-    ranking = lab.Ranking(model, p, 0)
-    common = lab.sum_against_mean(ranking, lab.main_cases(p)[1], 0.25)
-    assert common["layer"] == 1 and 0 <= common["global"] <= 1
-    unequal = lab.spreads(ranking, lab.main_cases(p)[1])
-    assert unequal.shape == (3, 2) and (unequal >= 1).all().all()
+def test_joint_influence_of_a_row_is_its_ceiling_and_sums_differ(p: SimpleNamespace) -> None:
+    model = with_long_context("qwen2", torch.float64)
+    name = lab.names_of(model, "o_proj")[0]
+    grads, probs = lab.gradients(model, lab.drawn(p, "val", 1, 0)[0], name)
+    with pytest.warns(SaturationWarning):
+        joint = fi(grads, probs, over=1)
+    assert saturated(joint, probs).all()
+    sums = fi(grads, probs).sum(1)
+    assert sums.max() > 1.01 * sums.min()
 
 
-def test_a_protected_model_is_saved_and_opened_again(model: LanguageModel, p: SimpleNamespace) -> None:
-    before = {n: w.clone() for n, w in model.network.named_parameters()}
-    found = lab.save_and_reopen(lab.Ranking(model, p, 0))
-    assert found["difference"] == 0
-    assert found["packed"] < found["sixteen_bit"] and found["memory"] < found["memory_before"]
-    assert found["packed"] < found["file"] < found["folder"]
-    assert all(w.equal(before[n]) for n, w in model.network.named_parameters())
-
-
-@pytest.mark.parametrize(("kind", "layer"), [("gpt2", "c_proj"), ("mixtral", "experts")])
-def test_the_chapter_runs_on_weights_of_other_kinds(kind: str, layer: str, p: SimpleNamespace) -> None:
-    """Stored turned, or fused: GPT-2's layers and a mixture's experts."""
-    model = with_long_context(kind)
-    p = changed(p, SEEDS=1, MATRICES=[layer, "all"], KEPT__rows=[0.25], ROUNDING__groups=[None, 2])
-    lab.check_model(model, p)
-    before = {n: w.clone() for n, w in model.network.named_parameters()}
-    ask = Evaluator(model, lab.tested_set(p))
-    swept = collect(ask, partial(lab.unprotected, model, p, ask))
-    trials = lab.protect(model, p, ask)
-    assert all(w.equal(before[n]) for n, w in model.network.named_parameters())
-    ranking = lab.Ranking(model, p, 0)
-    names, turned = ranking.names["all"], turned_names(model.network)
-    assert set(names) == set(linear_names(model.network)) > set(ranking.names[layer])
-    packed = pack_model(model, names, lab.scheme_of(p, lab.main_cases(p)[1]))
-    for axis in ("rows", "columns"):
-        for keep in lab.KEEP_BY[axis]:
-            values = ranking.of(keep, lab.main_cases(p)[1], axis)[0].values
-            assert {n: len(v) for n, v in values.items()} == {
-                n: w.shape[axis == "columns"] for n, w in packed.items()
-            }
-    matrix = as_rows(model.network.get_parameter(names[-1]).detach(), names[-1] in turned)
-    error = pack(matrix, Scheme(2)).unpack() - matrix
-    found = ranking.of(lab.ERROR, lab.main_cases(p)[1], "rows")[0][names[-1]]
-    assert torch.allclose(found, error.square().sum(1))
-    sized = lab.sizes(model, p)
-    plain = sized[(sized.share == 0) & (sized.bits == 2) & (sized.matrices == "all")].iloc[0]
-    assert plain.kilobytes * 1000 == size_report(packed).packed
-    kept = select_channels(ranking.of(lab.ERROR, lab.main_cases(p)[1], "rows")[0], 0.25)
-    kept = size_report(pack_model(model, names, lab.scheme_of(p, lab.main_cases(p)[1]), kept))
-    more = sized[(sized.share > 0) & (sized.bits == 2) & (sized.matrices == "all")].iloc[0]
-    assert more.kilobytes * 1000 == kept.packed
-    lab.one_step_more(trials, swept, sized, p, lab.main_cases(p)[1], lab.LENGTH)
-    lab.joint_influence(ranking)
-    lab.sum_against_mean(ranking, lab.main_cases(p)[1], 0.25)
-    assert (lab.spreads(ranking, lab.main_cases(p)[1]) >= 1).all().all()
-    assert lab.save_and_reopen(ranking)["difference"] == 0
-    with pytest.raises(ValueError, match=f"no matrices 'q_lin'; known: all, .*{layer}"):
-        lab.check_model(model, changed(p, MATRICES=["q_lin", "all"]))
-    with pytest.raises(ValueError, match="no group of 9 divides"):
-        lab.check_model(model, changed(p, ROUNDING__group=9))
-
-
-def test_bad_settings_are_named_before_anything_runs(model: LanguageModel, p: SimpleNamespace) -> None:
-    lab.check(p)
-    lab.check_model(model, p)
+def test_bad_settings_are_named_before_anything_runs(p: SimpleNamespace) -> None:
+    measures = ["FI exact"]
+    lab.check(p, measures)
     for change, text in [
-        ({"BITS__tried": [1, 2, 5]}, "bits must be one of .* not 5"),
-        ({"ROUNDING__bits": [16]}, "bits must be one of .* not 16"),
-        ({"BITS__full": [1, 4]}, r"compared at 4 bits; add them to \[1, 2\]"),
-        ({"BITS__full": [1]}, "two sets of matrices"),
-        ({"MATRICES": ["o_proj"]}, "two sets of matrices"),
+        ({"BITS__swept": [1, 2, 5]}, "bits must be one of .* not 5"),
+        ({"BITS__full": [1, 4]}, "compared at 4 bits; add them to BITS.tried"),
+        ({"BITS__swept": [1, 3]}, "Without protection 2 bits"),
+        ({"BITS__swept": [1, 2]}, "Without protection more than 2 bits"),
         ({"KEPT__rows": [0.1, 0.6]}, r"\(0, 0.5\].*not 0.6"),
         ({"KEPT__rows": []}, "not nothing"),
         ({"KEPT__columns": 0.0}, r"\(0, 0.5\].*not 0.0"),
-        ({"SEEDS": 0}, "at least 1"),
-        ({"ROUNDING__mapping": "odd"}, "not 'odd'"),
+        ({"N_TEST": 99}, "lower n"),
     ]:
         with pytest.raises(ValueError, match=text):
-            lab.check(changed(p, **change))
-    for change, text in [
-        ({"MATRICES": ["o_proj", "p_proj"]}, "no matrices 'p_proj'; known: all, q_proj"),
-        ({"ROUNDING__group": 5}, "no group of 5 divides"),
-        ({"ROUNDING__groups": [None, 8]}, "no group of 8 divides"),
-    ]:
-        with pytest.raises(ValueError, match=text):
-            lab.check_model(model, changed(p, **change))
+            lab.check(changed(p, **change), measures)
+    model = with_long_context("qwen2")
+    with pytest.raises(ValueError, match="no matrices 'p_proj'; known: all, q_proj"):
+        lab.names_of(model, "p_proj")
+    with pytest.raises(ValueError, match="no group of 5 divides"):
+        lab.names_of(model, "o_proj", [5])

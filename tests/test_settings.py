@@ -224,7 +224,7 @@ def refused() -> Iterator[tuple[str, str, Any, str]]:
             ("GROWTH.tokens", [16], "GROWTH.tokens needs at least two values"),
             ("SIZES", [[64, 1], [64]], "SIZES holds pairs"),
             ("LARGE.hardware", {"A": [1, 2]}, "LARGE.hardware needs of 'A' three numbers"),
-            ("ROUNDING.bits", [5], "bits must be one of"),
+            ("BITS.swept", [5], "bits must be one of"),
             ("KEPT.rows", [0.6], "not 0.6"),
         ]:
             takes_all = chapter == "09_merging" and name == "N_TEST"  # as many as there are
