@@ -26,7 +26,7 @@ from fihelpers.evaluate.questions import Outcome, answer_all
 from fihelpers.evaluate.stats import mean_interval, spearman
 from fihelpers.filters import Spectral
 from fihelpers.influence import SaturationWarning, fi, moments, saturated
-from fihelpers.measures import JACOBIAN, MEASURES, RANDOM, Over
+from fihelpers.measures import JACOBIAN, MEASURES, RANDOM, Over, find_measure
 from fihelpers.models.language import LanguageModel
 from fihelpers.perturb.sparsify import linear_names, select
 from fihelpers.scores.store import Scores
@@ -39,6 +39,7 @@ LAST_KV = "last block, k and v"
 LAST_REST = "last block, the others"
 PLACE = ["classes", "k", "part", "size"]
 ROWS = 8  # of each matrix, where groups are counted
+FIRST_ORDER = "first-order change"
 
 
 # --- questions and weights to look at
@@ -415,10 +416,10 @@ def guesses(
 ) -> dict[str, Tensor]:
     """What measures say of items, each one perturbation, on each question: {measure: (questions, items)}.
 
-    items: positions by weight, as `changed` takes them, each of one weight matrix.
+    items: positions by weight, as `changed` takes them, each of one weight matrix. measures: names that
+    `find_measure` knows, or `FIRST_ORDER`.
     """
     weights = dict(model.network.named_parameters())
-    known: dict[str, Callable[..., Tensor]] = {**MEASURES, "first-order change": first_order_change}
     single = all(len(at) == 1 for item in items for at in item.values())
     parts = [items] if single else [[item] for item in items]
     values = [pick(weights, part).detach() for part in parts]
@@ -426,7 +427,8 @@ def guesses(
     for q in questions(model, examples, names):
         grads = [pick(q.grads, part, 1) for part in parts]
         for name in measures:
-            call = partial(known[name], probs=q.probs, over=() if single else 0)
+            measure = first_order_change if name == FIRST_ORDER else find_measure(name)
+            call = partial(measure, probs=q.probs, over=() if single else 0)
             with unwarned():
                 said = [call(s, value=v) for s, v in zip(grads, values, strict=True)]
             found[name].append(torch.stack(said).flatten())
@@ -456,4 +458,4 @@ def rank_correlations(
         low, high = np.quantile(each[1:], [0.025, 0.975])
         lines.append((name, each[0], min(low, each[0]), max(high, each[0]), count, rows))
     table = pd.DataFrame(lines, columns=["measure", "correlation", "low", "high", "n", "questions"])
-    return table.assign(exact_high=table.set_index("measure").high["FI exact"])
+    return table.assign(exact_high=table.set_index("measure").high.get("FI exact", np.nan))
