@@ -108,6 +108,8 @@ def forest(
             ax.axvline(line, color=INK, linewidth=0.8)
         ax.set_title(str(title))
         ax.grid(axis="y", visible=False)
+        if len(parts) > 1:
+            ax.xaxis.set_major_locator(MaxNLocator(4))
     axes[0, 0].set_yticks(range(len(names)), names)
     axes[0, 0].set_ylim(len(names) - 0.5, -0.5)
     figure.supxlabel(f"{label or value} ({_count(table)}, bars: 95 %)", fontsize=10)
