@@ -211,7 +211,8 @@ def _unread(label: str, error: Exception) -> ValueError:
 
 def _plain(network: PreTrainedModel) -> PreTrainedModel:
     """A network with the same weights that can be saved, its head tied where it equals the embeddings."""
-    head, embeddings = network.get_output_embeddings(), network.get_input_embeddings()
+    head: Any = network.get_output_embeddings()
+    embeddings: Any = network.get_input_embeddings()
     config = network.config
     config.tie_word_embeddings = head is not None and torch.equal(head.weight, embeddings.weight)
     if hasattr(config, "quantization_config"):
