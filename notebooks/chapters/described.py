@@ -44,7 +44,7 @@ def small_png(png: bytes) -> bytes:
 
 def describe(figure: Figure) -> str:
     """What the figure shows, panel by panel: title, what is drawn against what, and the legend's entries."""
-    parts = [_plain(figure.get_suptitle())]
+    parts = [_plain(figure.get_suptitle()), _plain(figure.get_supxlabel())]
     parts += [_describe_panel(axes) for axes in figure.axes if axes.get_visible() and not _is_colorbar(axes)]
     parts += [f"Colours: {_plain(axes.get_ylabel())}" for axes in figure.axes if _is_colorbar(axes)]
     parts += ["Shown: " + _entries(legend.get_texts()) for legend in figure.legends]
