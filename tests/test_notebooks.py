@@ -22,10 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = chapters(ROOT / "notebooks")
 PROFILES = ROOT / "notebooks" / "profiles"
 RERUN = "01_first_look"  # the chapter whose numbers are computed again here
-WRITTEN_OUT = "02_the_measure"  # the lesson without a loop: one question, line by line
+NO_LOOP = ("02_the_measure", "12_claims")  # one question, line by line; and what the others found
 TIMED = "10_cost"  # the lesson whose loop stops the time of works in turn
-LONGEST = 15  # lines of a code cell
-RECORDS = ("run.record(", "run.table(")
 SHOWN = {  # what scores, chooses and perturbs in a lesson's functions, where no weights are zeroed
     "04_fragile_pixels": ("batch.scores(", "top_pixels(", "masked("),
     "05_prompts_and_pixels": ("score(asked", "top_pixels(", "hide("),
@@ -36,9 +34,6 @@ SHOWN = {  # what scores, chooses and perturbs in a lesson's functions, where no
 }
 
 each_chapter = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-each_other_chapter = pytest.mark.parametrize(  # the rules that hold until a chapter is a lesson
-    "path", [path for path in NOTEBOOKS if path.stem not in LESSONS], ids=lambda path: path.stem
-)
 
 
 def _cells(path: Path) -> list[NotebookNode]:
@@ -92,7 +87,7 @@ def test_a_lesson_keeps_the_rulers_bounds(name: str) -> None:
     assert beyond(read(ROOT / "notebooks" / f"{name}.ipynb"), LESSONS[name]) == []
 
 
-@pytest.mark.parametrize("name", [name for name in LESSONS if name != WRITTEN_OUT])
+@pytest.mark.parametrize("name", [name for name in LESSONS if name not in NO_LOOP])
 def test_a_lesson_shows_its_loop(name: str) -> None:
     """Calibrate, score, perturb and evaluate stand in the notebook's own functions."""
     source = "\n".join(cell.source for cell in _code(ROOT / "notebooks" / f"{name}.ipynb"))
@@ -112,37 +107,6 @@ def test_a_lesson_shows_its_loop(name: str) -> None:
         assert "with zeroed(" in called or "with changed(" in called, called
         assert "select(" in called, called
     assert "score_weights(" in source
-
-
-@each_other_chapter
-def test_code_cells_are_short_and_define_nothing(path: Path) -> None:
-    for cell in _code(path):
-        lines = [line for line in cell.source.splitlines() if not line.startswith(("from ", "import "))]
-        assert len(lines) <= LONGEST, cell.source
-        tree = ast.parse(cell.source)  # fails on "!pip" and other magic, too
-        helpers = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda
-        defined = [node for node in ast.walk(tree) if isinstance(node, helpers)]
-        assert not defined, f"move this to the package:\n{cell.source}"
-        last = cell.source.splitlines()[-1]
-        assert not last.startswith("run.record(") or last.endswith(";"), f"the record is shown:\n{last}"
-
-
-@each_other_chapter
-def test_a_claim_stands_before_each_result_and_a_reading_after_it(path: Path) -> None:
-    cells = _cells(path)
-    kinds = [cell.cell_type for cell in cells]
-    assert kinds[0] == kinds[-1] == "markdown"
-    assert cells[0].source.startswith("# ")
-    recording = [
-        place
-        for place, cell in enumerate(cells)
-        if cell.cell_type == "code" and any(call in cell.source for call in RECORDS)
-    ]
-    assert recording, "a chapter records its numbers"
-    for place in recording:  # a figure, or the cell that computes, may stand between
-        assert "markdown" in kinds[place - 2 : place] and "markdown" in kinds[place + 1 : place + 3], (
-            f"say what is claimed before, and what came out after:\n{cells[place].source}"
-        )
 
 
 @pytest.mark.alone
