@@ -76,7 +76,9 @@ def test_our_choices_equal_the_harnesss_on_bundled_questions(mini: LanguageModel
 
 @pytest.mark.parametrize("name", ["cloze", "cloze:bundled"])
 @pytest.mark.parametrize("shots", [0, 1])
-def test_options_in_their_own_words_are_asked_in_our_prompt(mini: LanguageModel, name: str, shots: int) -> None:
+def test_options_in_their_own_words_are_asked_in_our_prompt(
+    mini: LanguageModel, name: str, shots: int
+) -> None:
     result = evaluate_with_harness(mini, "geography", task_folder=name, n=12, shots=shots)
     examples = load_task(name, "geography", n=12, shots=shots).examples
     ours = answer_all(mini, examples)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fihelpers.answers import Answers, Groups, usual_answers
+from fihelpers.answers import Answers, usual_answers
 from fihelpers.models.language import Batch, LanguageModel
 from fihelpers.models.linear import from_rows
 from fihelpers.scores.hooks import Directions, class_grad_blocks, frozen, missed_by_hooks
@@ -64,7 +64,7 @@ def score_pruning(
     values = _by_inputs(model, batches, layers, [m for m in methods if m != "Taylor"])
     extra = {"Wanda": {}, "SparseGPT": {"damping": str(DAMPING)}}
     if "Taylor" in methods:
-        classes = answers or usual_answers(model.tokenizer, lettered=bool(examples[0].options))
+        classes = answers or usual_answers(model.tokenizer, examples)
         values["Taylor"] = _taylor(model, examples, batches, layers, classes)
         extra["Taylor"] = {"classes": str(classes)}
     about = provenance(model, examples)
@@ -147,10 +147,6 @@ def _taylor(
 def _right(model: LanguageModel, examples: Sequence[Example], batch: Batch, classes: Answers) -> Tensor:
     """The right classes (B, 1) of a batch, the model's own choice where these classes hold none."""
     with torch.no_grad():
-        right = classes.choice(model.last_logits(batch))
-    for row, place in enumerate(batch.index.tolist()):
-        example = examples[place]
-        lettered = isinstance(classes, Groups) and len(example.options) == classes.size
-        if lettered and example.answer is not None:
-            right[row] = example.answer
-    return right[:, None]
+        chosen = classes.rows(batch.index).choice(model.last_logits(batch))
+    right = classes.right([examples[place] for place in batch.index.tolist()]).to(chosen)
+    return torch.where(right < 0, chosen, right)[:, None]
