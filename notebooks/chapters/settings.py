@@ -56,22 +56,21 @@ _NAMES = {
     Rule(count=2, repeats=True): "MATRICES",
     Rule(least=0): "DAMPING",
     Rule(above=0): "BUDGET COMPONENTS.radius",
-    Rule(above=0, rising=True): "BUDGETS PICTURES.levels",
+    Rule(above=0, rising=True): "BUDGETS BLIND.levels",
     Rule(above=0, most=1): """SHARE HEADLINE_RATE MASK_SHARE NOISE KEPT.rows KEPT.columns OPTIONS.compared
-        OPTIONS.densities OPTIONS.wide COAR.ablated NONSENSE.shares NONSENSE.kept TOP.share
-        LARGE.share_of_peak""",
+        OPTIONS.densities OPTIONS.wide COAR.ablated NONSENSE.shares NONSENSE.kept""",
     Rule(above=0, most=1, rising=True): """SHARES RATES MASK_SHARES PRUNING.top PRUNING.bottom
         TEXT.rates""",
     Rule(above=0, most=1, count=2, repeats=True): "PRUNING.compared",
     Rule(least=1): """N_CALIBRATION N_TEST N_LOOK N_DIRECTIONS N_CASES N_IMAGES N_SWEPT N_MAPS N_ASKED
-        N_QUESTIONS SEEDS DRAWS STEPS BATCH ROUNDS MASK_PATCHES PATCHES MASKED PRUNING.test BITS.tried
+        N_QUESTIONS SEEDS DRAWS STEPS BATCH ROUNDS MASK_PATCHES PATCHES MASKED BATCHES PRUNING.test BITS.tried
         TEXT.n_calibration TEXT.n_test TEXT.seeds TEXT.length TEXT.horizon TEXT.samples OPTIONS.validation
-        LONG.tokens LONG.prompts SHORT.tokens SHORT.prompts GROWTH.tokens GROWTH.prompts PICTURES.pixels
-        PRECISION.n TOP.count COMPONENTS.neurons COAR.ablations COAR.held NONSENSE.n NONSENSE.n_test
+        LONG.tokens LONG.prompts SHORT.tokens SHORT.prompts GROWTH.tokens GROWTH.prompts BLIND.pixels
+        COMPONENTS.neurons COAR.ablations COAR.held NONSENSE.n NONSENSE.n_test
         NONSENSE.tried N_DIGITS""",
     Rule(least=2): "GROWTH.classes GROWTH.rounds COAR.attributed NONSENSE.seeds",
-    Rule(least=1, count=2): "PICTURES.batches",
-    Rule(least=1, count=2, repeats=True): "N_ZEROED BITS.full PICTURES.rounds",
+    Rule(least=1, count=2, repeats=True): "N_ZEROED BITS.full",
+    Rule(least=1, repeats=True): "BATCH_ROUNDS",
 }
 RULES = {name: rule for rule, names in _NAMES.items() for name in names.split()}
 
