@@ -267,8 +267,10 @@ def claimed_ratios(
     over the steps, with their range. floor: from `middles`, in times of the matrix products of a forward
     pass. foreseen: from `foreseen`.
     """
-    worst, n = differences.worst, int(differences.pixels.iloc[0])
+    worst = differences.worst
+    blind = (int(differences.pixels.iloc[0]), worst.median(), worst.min(), worst.max())
     full, ends = counted["in full"], ["ratio", "low", "high"]
+    over = (int(floor.n[FI]), *floor.loc[FI, ends] / full[FI])
     peak = foreseen.over_least["FI, block by block", "memory, MB"]
     of_pixels = [(s, t[t.index.str.startswith(FI)]) for s, t in pixels.items()]
     lines: list[tuple[Any, ...]] = [
@@ -276,23 +278,9 @@ def claimed_ratios(
         *(("weights", "", s, int(t.n[FI]), *t.loc[FI, ends]) for s, t in weights.items()),
         ("operations", "", "operations, pixels", 1, *[pixel_count[GRADIENTS]] * 3),
         ("operations", "", "operations, weights", 1, *[full[FI] / full[JACOBIAN]] * 3),
-        (
-            "differences",
-            "",
-            "FI of pixels by central differences",
-            n,
-            worst.median(),
-            worst.min(),
-            worst.max(),
-        ),
+        ("differences", "", "FI of pixels by central differences", *blind),
         ("cost", "", "FI of weights, operations over a forward pass", 1, *[full[FI]] * 3),
-        (
-            "cost",
-            "",
-            "FI of weights, time over its matrix products",
-            int(floor.n[FI]),
-            *floor.loc[FI, ends] / full[FI],
-        ),
+        ("cost", "", "FI of weights, time over its matrix products", *over),
         ("cost", "", "FI of weights, peak over weights and result", 1, *[peak] * 3),
     ]
     return pd.DataFrame(lines, columns=["of", "measure", "setting", "n", "value", "low", "high"])
