@@ -44,7 +44,7 @@ def typed(text: str) -> list[str]:
 
 @pytest.mark.parametrize("path", [*NOTEBOOKS, *PAGES], ids=lambda path: path.stem)
 def test_no_result_is_typed_in_prose(path: Path) -> None:
-    assert typed(prose_of(path)) == [], "show the number in a figure or a table, or list it above with its reason"
+    assert typed(prose_of(path)) == [], "show it in a figure or table, or list it above with its reason"
 
 
 @pytest.mark.parametrize("pattern", ALLOWED)
