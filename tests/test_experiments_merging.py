@@ -97,7 +97,7 @@ def ids(examples: Sequence[Example]) -> set[str]:
 def scores(experts: lab.Experts, p: SimpleNamespace, which: str, k: int = 0, place: str = lab.OWN) -> Any:
     """As the notebook's `rank`."""
     questions = lab.calibration(p, which, k, place, experts.model)
-    return experts.score_weights(which, questions, lab.wanted(p, place), 2 * k + "ab".index(which))
+    return experts.scores_of(which, questions, lab.wanted(p, place), 2 * k + "ab".index(which))
 
 
 def merger(experts: lab.Experts, s: lab.Setting, p: SimpleNamespace) -> Merger:

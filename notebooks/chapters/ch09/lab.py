@@ -268,10 +268,10 @@ class Experts:
             for name in filter(own.__contains__, weights.layouts):  # not what the network does without
                 own[name].copy_(read(name))
 
-    def score_weights(
+    def scores_of(
         self, which: str, examples: Sequence[Example], by: Sequence[str], seed: int
     ) -> dict[str, AnyScores]:
-        """Scores of an expert's linear weights by some choices, as the function of this name returns them.
+        """Scores of an expert's linear weights by some choices, as `score_weights` returns them.
 
         seed: of random scores. What was asked before is remembered; the scores of a large model are computed
         one after the other, and are files.
