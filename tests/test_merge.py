@@ -580,7 +580,9 @@ def synthetic(folder: Path, layers: int, experts: bool) -> None:
         def make(name: str, values: Tensor = values) -> Tensor:
             return values[: layouts[name].numel()].view(layouts[name].shape)
 
-        write_weights(folder / which, layouts, make, 10**8)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(files, "SHARD_BYTES", 10**8)
+            write_weights(folder / which, layouts, make)
     save_file({name: torch.rand(scored.shape)}, folder / "scores")
 
 

@@ -68,11 +68,12 @@ def test_the_shipped_questions_come_from_the_facts(tmp_path: Path) -> None:
         (tmp_path / experts.FOLDER).mkdir(exist_ok=True)
         (tmp_path / experts.FOLDER / source.name).write_bytes(source.read_bytes())
     experts.write_questions(tmp_path)
-    shipped = data_folder() / experts.FOLDER
-    made = sorted(p.relative_to(tmp_path / experts.FOLDER) for p in tmp_path.rglob("*.csv"))
-    assert made == sorted(p.relative_to(shipped) for p in shipped.rglob("*.csv"))
-    assert len(made) == 6
-    assert all((tmp_path / experts.FOLDER / p).read_bytes() == (shipped / p).read_bytes() for p in made)
+    for name in (experts.FOLDER, f"cloze-{experts.FOLDER}"):
+        shipped = data_folder() / name
+        made = sorted(p.relative_to(tmp_path / name) for p in (tmp_path / name).rglob("*.csv"))
+        assert made == sorted(p.relative_to(shipped) for p in shipped.rglob("*.csv"))
+        assert len(made) == 6
+        assert all((tmp_path / name / p).read_bytes() == (shipped / p).read_bytes() for p in made)
 
 
 @pytest.mark.parametrize("domain", experts.DOMAINS)

@@ -178,7 +178,9 @@ def test_a_damaged_bundled_file_is_named(bundled: Path, file: str) -> None:
 
 
 def test_an_unknown_name_lists_the_bundled_ones(bundled: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no model 'maxi-lm': give a bundled name \(mini-lm\)"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no model 'maxi-lm': give a bundled name \(mini-lm, smollm2\)"
+    ):
         open_model("maxi-lm")
     with pytest.raises(FileNotFoundError, match=r"no model '\./no/such/folder'"):
         open_model("./no/such/folder")

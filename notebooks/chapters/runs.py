@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -35,6 +36,7 @@ from fihelpers.threads import VARIABLE, patient
 
 CHAPTERS = Path(__file__).resolve().parent
 RECORDS = ("*.json", "*.csv")
+READING = threading.Lock()  # Python 3.11 cannot parse sources in several threads at once
 READS = "READS"  # the parameter of a chapter that names, by a pattern, the results of others that it reads
 
 
@@ -84,7 +86,9 @@ def run_chapter(
     chapter = notebook.stem
     given = {"PROFILE": profile, **parameters}
     profiles = notebook.parent / "profiles"
-    key = _key(notebook, settle(chapter, declared(notebook), read_profile(profiles, profile), given), out)
+    with READING:
+        settled = settle(chapter, declared(notebook), read_profile(profiles, profile), given)
+        key = _key(notebook, settled, out)
     done = out / f"{chapter}.ipynb"
     if _is_current(done, key):
         if say:
