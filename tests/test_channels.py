@@ -6,7 +6,6 @@ from test_pruning import fed
 from tiny import tiny_examples, tiny_model
 from torch import Tensor
 
-from fichapters.pruning import score_pruning
 from fihelpers.answers import letters
 from fihelpers.models.language import LanguageModel
 from fihelpers.perturb.sparsify import linear_names
@@ -16,6 +15,7 @@ from fihelpers.scores.channels import (
     score_activations,
 )
 from fihelpers.scores.class_gradients import class_gradients
+from fihelpers.scores.pruning import score_pruning
 from fihelpers.scores.store import Scores
 from fihelpers.scores.weights import score_weights
 

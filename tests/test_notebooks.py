@@ -29,7 +29,7 @@ SHOWN = {  # what scores, chooses and perturbs in a lesson's functions, where no
     "05_prompts_and_pixels": ("score(asked", "top_pixels(", "hide("),
     "06_embedding_attacks": ("batch.scores(", "top_dimensions", "attack"),
     "08_quantization": ("score_weights(", "select(", "with quantized("),
-    "09_merging": ("score_weights(", "merge(", "with experts.holding("),
+    "09_merging": ("scores_of(", "merge(", "with experts.holding("),
     "11_relatives": ("score_weights(", "with zeroed(", "select("),
 }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cache, lru_cache
 from html import escape
 from itertools import product
@@ -20,7 +20,7 @@ import pandas as pd
 import yaml
 
 from fichapters.papers import published
-from fichapters.results import KEPT, Chapter
+from fichapters.results import KEPT
 from fihelpers.data import check_file, data_folder
 
 FILE = "claims.yaml"
@@ -29,7 +29,6 @@ RECORDS = "records"  # stands for a chapter's records where a part names no tabl
 HOLDS, FAILS, OPEN = "holds", "does not hold", "undecided"
 NOT_MEASURED, ANSWERED = "not measured", "answered"
 IN_PART = "holds in part"  # of whole claims only
-ENDINGS = {"holds": HOLDS, "undecided": OPEN, "reverse": FAILS}  # of the names of records that count verdicts
 HEADLINES = (HOLDS, IN_PART, FAILS, OPEN, NOT_MEASURED)
 NO_FILTER = "no filter"
 FILTERS = ("exact", "cut", "damped", NO_FILTER)
@@ -221,15 +220,6 @@ def of_run(folder: Path | None = None) -> Read:
         return _read(data_folder() / KEPT, chapter, table)
 
     return read
-
-
-def of_chapter(run: Chapter) -> pd.DataFrame:
-    """What the running chapter kept so far says of the claims: rows of :func:`judged`, of its own parts."""
-    own = {
-        name: replace(claim, parts=tuple(part for part in claim.parts if part.chapter == run.name))
-        for name, claim in load_claims().items()
-    }
-    return judged(own, lambda chapter, table: _read(run.folder, chapter, table))
 
 
 def _read(folder: Path, chapter: str, table: str) -> pd.DataFrame:
