@@ -7,11 +7,10 @@ import torch
 from tiny import tiny_examples, tiny_model
 from torch import Tensor, nn
 
-from fichapters import pruning
 from fihelpers.answers import Top, letters
 from fihelpers.models.language import LanguageModel
 from fihelpers.perturb.sparsify import linear_names
-from fihelpers.scores import hooks
+from fihelpers.scores import hooks, pruning
 from fihelpers.scores.pruning import METHODS, score_pruning
 from fihelpers.scores.weights import score_weights
 
