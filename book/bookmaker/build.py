@@ -162,7 +162,7 @@ def _copy_chapter(notebook: Path, folder: Path) -> None:
     content = nbformat.read(notebook, as_version=4)
     for cell in content.cells:
         if cell.cell_type == "markdown":
-            cell.source = with_citations(cell.source)
+            cell.source = with_citations(cell.source).replace("](../book/", "](../")  # as seen from chapters/
         if "outputs" in cell:
             cell.outputs = [output for output in cell.outputs if not _is_progress_bar(output)]
         pictures = [output.get("metadata", {}).get("image/png", {}) for output in cell.get("outputs", [])]
