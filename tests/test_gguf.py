@@ -214,3 +214,14 @@ def test_smollm2_reads_as_transformers_reads_it(smollm2: Path) -> None:
     assert model.network.get_output_embeddings().weight is model.network.get_input_embeddings().weight
     prompt = in_chat(model.tokenizer, "Name the capital of France.", "smollm2")
     assert prompt.endswith("<|im_start|>assistant\n")
+
+
+def test_a_template_that_needs_a_system_turn_says_so() -> None:
+    tokenizer = byte_level_tokenizer()
+    needs = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    tokenizer.chat_template = needs + str(tokenizer.chat_template)
+    with pytest.raises(ValueError, match="the chat template of model 'strict' needs a system turn"):
+        in_chat(tokenizer, "Which letter?", "strict")
+    tokenizer.chat_template = "{{ raise_exception('never') }}"
+    with pytest.raises(ValueError, match="the chat template of model 'broken' fails"):
+        in_chat(tokenizer, "Which letter?", "broken")
