@@ -83,21 +83,11 @@ def score_sequences(
     Raises what `score_weights` and `sample` raise, and ValueError for a horizon or a number of samples below
     1 or a discount that does not lie between 0 and 1.
     """
-    for name, value in (("horizon", horizon), ("number of samples", samples)):
-        if value < 1:
-            raise ValueError(f"the {name} must be at least 1, got {value}.")
-    if discount is not None and not 0 < discount < 1:
-        raise ValueError(f"the discount must lie between 0 and 1, got {discount}; None takes none.")
-    if len(examples) == 0:
-        raise ValueError("The calibration set is empty; choose n of at least 1.")
+    classes = answers or USUAL
+    _check(len(examples), horizon, samples, discount, classes)
     chosen = [find_measure(measure, spectral) for measure in measures or MEASURES]
     named_parameters(model.network, only)  # an unknown name is said before anything is sampled
-    classes, prompts = answers or USUAL, [example.prompt for example in examples]
-    if isinstance(classes, Options) and horizon > 1:
-        raise ValueError(
-            f"the options' first tokens are the classes of a first step, not of {horizon}; set the horizon "
-            "to 1, or leave answers out."
-        )
+    prompts = [example.prompt for example in examples]
     ids = prompt_ids(model, prompts, horizon - 1)
     responses = [[Response((), False, "")] * samples for _ in prompts]
     if horizon > 1:  # as much as the steps need: a token less
@@ -114,6 +104,21 @@ def score_sequences(
             told = about | {"truncation_error": str(float(about["left_out"]) * (classes.size - 1))}
         made[measure.name] = Scores(found.values, found.metadata | told)
     return made
+
+
+def _check(n: int, horizon: int, samples: int, discount: float | None, classes: Answers) -> None:
+    for name, value in (("horizon", horizon), ("number of samples", samples)):
+        if value < 1:
+            raise ValueError(f"the {name} must be at least 1, got {value}.")
+    if discount is not None and not 0 < discount < 1:
+        raise ValueError(f"the discount must lie between 0 and 1, got {discount}; None takes none.")
+    if n == 0:
+        raise ValueError("The calibration set is empty; choose n of at least 1.")
+    if isinstance(classes, Options) and horizon > 1:
+        raise ValueError(
+            f"the options' first tokens are the classes of a first step, not of {horizon}; set the horizon "
+            "to 1, or leave answers out."
+        )
 
 
 def contexts_of(
