@@ -4,13 +4,17 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 ORACLES := .venv/oracles/.installed
 
-.PHONY: book publish test lab clean
+.PHONY: book publish real test lab clean
 
 book: $(INSTALLED)
 	$(BIN)/python -m fihelpers build --profile embedded
 
 publish: $(INSTALLED)
 	$(BIN)/python -m fihelpers build --profile embedded --check
+
+real: $(INSTALLED)
+	$(BIN)/python -m fihelpers fetch smollm2
+	$(BIN)/python -m fihelpers real
 
 test: $(INSTALLED) $(ORACLES)
 	$(BIN)/ruff check .

@@ -25,8 +25,7 @@ class Opened(Exception):
 class Running(SimpleNamespace):
     """Stands for a running chapter that keeps nothing."""
 
-    def record(self, *_: Any, **__: Any) -> None: ...
-    def table(self, *_: Any, **__: Any) -> None: ...
+    def keep(self, *_: Any, **__: Any) -> None: ...
 
 
 def settled(chapter: str, given: dict[str, Any], profile: str = "embedded") -> dict[str, Any]:

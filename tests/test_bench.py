@@ -1,37 +1,41 @@
 """The measuring command: the peers compute the same thing, and the table says what was measured."""
 
 import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
+import pandas as pd
 import pytest
 import torch
+from tiny_vision import encode_png, random_image, save_vision_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from fichapters import bench, timed
+from fichapters import bench, peers
 from fihelpers.__main__ import main
 from fihelpers.evaluate.questions import Evaluator
-from fihelpers.models.language import open_model
+from fihelpers.models import language
+from fihelpers.models.language import LanguageModel, open_model
+from fihelpers.models.vision import VisionModel, open_vision_model
 from fihelpers.perturb.sparsify import linear_names, select, zeroed
+from fihelpers.scores.pixels import score_pixels
 from fihelpers.scores.weights import score_weights
-from fihelpers.tasks import load_task
+from fihelpers.tasks import Example, load_task
 from fihelpers.trials import collect
 
-SMALL = bench.Size(hidden=32, inner=48, layers=2, heads=2, vocabulary=40)
+SMALL = peers.Size(hidden=32, inner=48, layers=2, heads=2, vocabulary=40)
 
 
 @pytest.fixture(scope="module")
-def questions() -> bench.Questions:
-    return bench.Questions.draw(SMALL.model(), 7, 5)
+def questions() -> peers.Questions:
+    return peers.Questions.draw(SMALL.model(), 7, 5)
 
 
-@pytest.mark.parametrize("way", ["one by one", "in batches", "block by block", "vmap"])
-def test_every_way_gives_the_same_fi(way, questions) -> None:
-    ours = {
-        "one by one": lambda: bench.fi_of_weights(questions, 1),
-        "in batches": lambda: bench.fi_of_weights(questions, 16),
-        "block by block": lambda: bench.fi_of_weights(questions, 2, save_memory=True),
-        "vmap": lambda: bench.fi_by_vmap(questions),
-    }[way]()
-    truth = bench.fi_by_stored_gradients(questions)
+@pytest.mark.parametrize(("batch_size", "save_memory"), [(1, False), (16, False), (2, True)])
+def test_every_way_gives_the_same_fi(batch_size, save_memory, questions) -> None:
+    ours = peers.fi_of_weights(questions, batch_size, save_memory=save_memory)
+    truth = peers.fi_by_stored_gradients(questions)
     largest = max(float(v.max()) for v in truth.values())
     assert set(ours) == set(truth) and largest > 0
     for name, value in truth.items():
@@ -39,11 +43,11 @@ def test_every_way_gives_the_same_fi(way, questions) -> None:
 
 
 def test_the_jacobian_norm_is_the_mean_absolute_gradient(questions) -> None:
-    one = bench.Questions(questions.model, questions.ids[:1])
-    found = bench.jacobian_norm(one)
+    one = peers.Questions(questions.model, questions.ids[:1])
+    found = peers.jacobian_norm(one)
     name = "model.layers.0.mlp.up_proj.weight"
     weight = questions.model.network.get_parameter(name)
-    log_p = bench.CLASSES.log_probs(questions.model.last_logits(one.batches(1)[0]))[0]
+    log_p = peers.CLASSES.log_probs(questions.model.last_logits(one.batches(1)[0]))[0]
     truth = torch.autograd.grad(log_p.max(), weight)[0].abs()
     torch.testing.assert_close(found[name], truth)
     assert weight.grad is None and weight.requires_grad
@@ -51,17 +55,15 @@ def test_the_jacobian_norm_is_the_mean_absolute_gradient(questions) -> None:
 
 def test_work_is_timed_in_turn() -> None:
     order: list[str] = []
-    seconds = timed.in_turn(
-        {"a": lambda: order.append("a"), "b": lambda: order.append("b")}, {"a": 1, "b": 2}, 3
-    )
-    assert "".join(order) == "ab" * 4 and {len(s) for s in seconds.values()} == {3}
+    seconds = bench.in_turn({"a": (lambda: order.append("a"), 1), "b": (lambda: order.append("b"), 2)}, 3)
+    assert "".join(order) == "ab" * 4 and seconds.shape == (3, 2)
 
 
 def test_a_row_pairs_the_rounds() -> None:
-    seconds = {"ours": [1.0, 2.0, 4.0], "peer": [2.0, 2.0, 2.0]}
-    slower = timed.row("w", seconds, "ours", "peer", 1.5, None)
+    seconds = pd.DataFrame({"ours": [1.0, 2.0, 4.0], "peer": [2.0, 2.0, 2.0]})
+    slower = bench.beside("w", seconds, "ours", "peer", 1.5)
     assert (slower.ratio, slower.low, slower.high, slower.met) == (1.0, 0.5, 2.0, True)
-    faster = timed.row("w", seconds, "ours", "peer", 1.5, None, faster=True)
+    faster = bench.beside("w", seconds, "ours", "peer", 1.5, faster=True)
     assert (faster.ratio, faster.low, faster.high, faster.met) == (1.0, 0.5, 2.0, False)
 
 
@@ -75,7 +77,6 @@ def test_the_table_and_its_file(tmp_path, monkeypatch, capsys) -> None:
         "Jacobian norm",
         "K backward passes, .grad kept",
         "K backward passes, .grad kept",
-        "torch.func vmap",
     ]
     assert all(r["seconds"] > 0 and r["low"] <= r["ratio"] <= r["high"] for r in kept["rows"])
     assert kept["machine"]["threads"] >= 1 and ">= 4" in shown
@@ -84,10 +85,11 @@ def test_the_table_and_its_file(tmp_path, monkeypatch, capsys) -> None:
     assert set(kept["machine"]) == {"cpu", "cores", "threads", "load", "gpu", "torch", "python"}  # no name
 
 
-def test_memory_is_measured_in_a_process_of_its_own() -> None:
-    rows = bench.memory(SMALL, 1, length=7, count=1)
-    assert [r.goal for r in rows] == [1.15, None]
-    assert all(r.peak_bytes is not None and r.peak_bytes > 0 for r in rows)
+def test_peaks_of_memory_lie_above_what_is_needed() -> None:
+    blocks, once = bench.memory(SMALL, 1, length=7, count=1)
+    assert (blocks.goal, once.goal) == (1.15, None)
+    assert 1 <= blocks.ratio <= once.ratio
+    assert blocks.peak_bytes == pytest.approx(blocks.ratio * peers.least_bytes(SMALL.model()))
 
 
 def test_bad_requests_are_named(capsys) -> None:
@@ -112,22 +114,35 @@ def test_bytes_are_counted_at_their_peak() -> None:
         third = second + 1
         del second, third
 
-    assert bench.extra_bytes(work) == pytest.approx(48_000, abs=500)
+    assert peers.extra_bytes(work) == pytest.approx(48_000, abs=500)
 
 
-def test_an_evaluation_opens_and_tokenises_once(monkeypatch) -> None:
-    """Of R rates and M measures, whatever they are."""
-    (row,) = bench.evaluation(SMALL, 1, rates=2, measures=3, questions=4)
-    assert row.note == "1 model opened, 4 prompts tokenised for 6 evaluations" and row.faster
-    real = bench.Evaluator.__call__
+@contextmanager
+def counted() -> Iterator[Counter[str]]:
+    """Count the models opened ("opened") and the prompts tokenised for evaluation ("tokenised")."""
+    calls: Counter[str] = Counter()
+    network, tokens = language.open_network, LanguageModel._token_ids
 
-    def forgetful(ask):
-        ask.model._token_ids(["again"])
-        return real(ask)
+    def opening(*arguments: Any, **options: Any) -> Any:
+        calls["opened"] += 1
+        return network(*arguments, **options)
 
-    monkeypatch.setattr(bench.Evaluator, "__call__", forgetful)
-    with pytest.raises(RuntimeError, match="one model and 4 prompts were asked for, not"):
-        bench.evaluation(SMALL, 1, rates=1, measures=2, questions=4)
+    def tokenising(model: LanguageModel, prompts: Sequence[str]) -> list[list[int]]:
+        calls["tokenised"] += len(prompts)
+        return tokens(model, prompts)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(language, "open_network", opening)
+        patch.setattr(LanguageModel, "_token_ids", tokenising)
+        yield calls
+
+
+def test_an_evaluation_opens_and_tokenises_once() -> None:
+    """Of R rates and M measures, whatever they are; its peer once for each."""
+    with counted() as calls:
+        (row,) = bench.evaluation(SMALL, 1, rates=2, measures=3, questions=4)
+    assert row.faster and row.seconds > 0
+    assert dict(calls) == {"opened": 2 * (1 + 6), "tokenised": 2 * (4 + 6 * 4)}  # with the round to warm up
 
 
 @pytest.mark.parametrize("rates", [(0.01,), (0.01, 0.02, 0.05)])
@@ -143,7 +158,7 @@ def test_a_loop_of_trials_opens_no_model_and_tokenises_each_question_once(rates)
             with zeroed(model, select(scores, rate)):
                 yield {"rate": rate}, ask()
 
-    with bench.counted() as calls:
+    with counted() as calls:
         collect(ask, tries, sets=2)
     assert dict(calls) == {"tokenised": 2 * 3}
 
@@ -167,6 +182,49 @@ def test_a_network_on_a_gpu_is_measured_beside_its_products(monkeypatch) -> None
 
 def test_the_large_shape_has_the_weights_that_are_asked_for() -> None:
     with torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(bench.LLAMA)
+        network = AutoModelForCausalLM.from_config(peers.LLAMA)
     weights = sum(network.get_parameter(name).numel() for name in linear_names(network))
-    assert weights == bench.LLAMA_WEIGHTS == 6_476_005_376
+    assert weights == peers.linear(peers.LLAMA) == 6_476_005_376
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory: pytest.TempPathFactory) -> VisionModel:
+    folder = tmp_path_factory.mktemp("models") / "qwen2_5_vl"
+    return open_vision_model(save_vision_model("qwen2_5_vl", folder))
+
+
+def pictures(count: int) -> list[Example]:
+    return [
+        Example(f"t/{i}", "t", f"w{i}", tuple("abcd"), 0, f"w{i}", encode_png(random_image(16, 16, seed=i)))
+        for i in range(count)
+    ]
+
+
+def test_peers_of_pixels_are_the_jacobian_norm(seeing: VisionModel) -> None:
+    shown = pictures(3)
+    ours = torch.stack(score_pixels(seeing, shown, ["Jacobian norm"])["Jacobian norm"])
+    for peer in (peers.plain_jacobian, peers.captum_saliency):
+        found = peer(*peers.asked(seeing, shown))
+        assert float((found - ours).abs().max()) < 1e-4 * float(ours.max())
+
+
+def test_rows_of_pixels_are_consistent(seeing: VisionModel) -> None:
+    rows = bench.pixel_rows(seeing, pictures(1), rounds=2)
+    assert [r.peer for r in rows] == [bench.PLAIN, bench.SALIENCY] * len(peers.FILTERS)
+    assert [r.work for r in rows[::2]] == [f"pixel FI {f}, batch 1" for f in peers.FILTERS]
+    for row in rows:
+        assert row.seconds > 0 and row.peer_seconds > 0 and row.low <= row.ratio <= row.high
+    assert (rows[0].goal, rows[0].floor, rows[1].goal) == (2.1, 2.0, None)
+    assert rows[0].met == (rows[0].ratio <= 2.1)
+    assert bench.pixel_rows(seeing, pictures(2), rounds=1)[0].met is None  # nothing is asked of batches of 2
+    assert all(p.requires_grad for p in seeing.network.parameters())  # thawed again
+
+
+def test_the_bundled_pictures_are_measured_in_both_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(bench, "pixel_rows", lambda *arguments: asked.append(arguments) or [])
+    bench.pixels(SMALL, 3)
+    assert [(model.name, len(found), rounds) for model, found, rounds in asked] == [
+        ("mini-vlm", 1, 3),
+        ("mini-vlm", 32, 3),
+    ]

@@ -31,9 +31,8 @@ CELLS = [
     ),
     new_code_cell("SEED = 0", metadata={"tags": ["parameters"]}),
     new_code_cell(
-        "import matplotlib.pyplot as plt\nfrom myst_nb import glue\nfrom tqdm.notebook import tqdm\n"
-        "from fichapters.explore import flipbook\nfrom fichapters.style import new_figure, use_style\n"
-        "use_style()\n"
+        "from myst_nb import glue\nfrom tqdm.notebook import tqdm\n"
+        "from fichapters.style import new_figure, use_style\nuse_style()\n"
         "glue('accuracy', 0.8125, display=False)\nlist(tqdm(range(2)))\n"
         "figure, axes = new_figure()\naxes[0, 0].bar(['a', 'b'], [1, 2])\n"
         "axes[0, 0].set(title='Two bars', xlabel='name', ylabel='height')\nfigure"
@@ -42,24 +41,18 @@ CELLS = [
         "Accuracy is {glue:text}`accuracy:.2f`.\n\n| n | value |\n|---|---|\n| 1 | {glue:text}`accuracy` |"
     ),
     new_code_cell(
-        "figures = [plt.figure(figsize=(5, 2)) for _ in range(3)]\n"
-        "for height, figure in enumerate(figures):\n    figure.add_subplot().bar([0, 1], [1, height])\n"
-        "flipbook(figures, ['none', 'some', 'all'], title='Bars', alt=['low', 'even', 'high'])"
-    ),
-    new_code_cell(
         "from fichapters import explorers\nfrom fichapters.ch02 import lab as manifold\n"
         "net = manifold.make_family(manifold.BASE, dims=2, seed=8)\n"
-        "explorers.simplex(net, title='Three answers', still=new_figure()[0])"
+        "explorers.simplex(net, title='Three answers', still=figure)"
     ),
     new_code_cell(
         "import numpy as np\n"
         "groups = {(name,): [explorers.Position(f'{k} %', f'{name} at {k}.',\n"
-        "    {'grey': np.full((4, 4), 60 * k, np.uint8)},\n"
-        "    [explorers.Line('health', [0, 1, 2], [0, k / 2, 1])],\n"
-        "    [explorers.Bar('health', k / 2, f'{k / 2}')], k) for k in range(3)]\n"
+        "    {'grey': np.full((4, 4, 3), 60 * k, np.uint8)},\n"
+        "    [explorers.Line('health', [0, k / 2, 1])], {'health': k / 2}, k) for k in range(3)]\n"
         "    for name in ('average', 'TIES')}\n"
         "explorers.dial(groups, title='A dial', caption='Try it.', names=('merge', 'protected'),\n"
-        "    axes=explorers.Axes('share', 'accuracy', ticks={0: 'none', 1: 'some', 2: 'all'}), start=1)"
+        "    axes=explorers.Axes('share', 'accuracy', ['none', 'some', 'all']), start=1)"
     ),
     new_markdown_cell("The number again, from another cell: {glue:text}`accuracy:.3f`."),
 ]
@@ -158,7 +151,7 @@ def test_pages_are_sound(tiny: Path, chrome: Path) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["http", "file"])
-def test_play_turns_the_flipbook(tiny: Path, chromium: Browser, scheme: str) -> None:
+def test_an_explorer_works_on_a_sound_page(tiny: Path, chromium: Browser, scheme: str) -> None:
     """Also from the disk, as a reader who double-clicks index.html sees it."""
     page = chromium.new_page()
     errors: list[str] = []
@@ -166,27 +159,22 @@ def test_play_turns_the_flipbook(tiny: Path, chromium: Browser, scheme: str) -> 
     page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
     with browser.serve(tiny) as address:
         page.goto((address if scheme == "http" else tiny.as_uri() + "/") + "chapters/tiny.html")
-        picture, label = page.locator(".flipbook img"), page.locator(".flipbook-label")
-        label.get_by_text("1 of 3: none").wait_for()
+        dial = page.locator(".explorer", has_text="A dial")
+        dial.get_by_text("average at 1.").wait_for()
+        picture = dial.locator("img")
         first = picture.get_attribute("src")
-        page.locator(".widget-play button").first.click()
-        label.get_by_text("3 of 3: all").wait_for()
-        assert picture.get_attribute("alt") == "high"
-        assert picture.get_attribute("src") != first
-        page.locator(".widget-play .fa-play").wait_for()  # it stops by itself at the end
-        picture.press("ArrowLeft")
-        label.get_by_text("2 of 3: some").wait_for()
-        page.locator(".noUi-handle").press("ArrowLeft")
-        label.get_by_text("1 of 3: none").wait_for()
+        dial.locator("input[type=range]").press("ArrowLeft")
+        dial.get_by_text("average at 0.").wait_for()
+        assert picture.get_attribute("src") != first and picture.get_attribute("alt") == "grey"
     assert page.locator("mjx-container").count() >= 2
     assert errors == []
 
 
-def test_first_frame_shows_without_scripts(tiny: Path, chromium: Browser) -> None:
+def test_a_picture_stands_for_an_explorer_without_scripts(tiny: Path, chromium: Browser) -> None:
     page = chromium.new_context(java_script_enabled=False).new_page()
     page.goto(f"{tiny.as_uri()}/chapters/tiny.html")
-    assert page.get_by_alt_text("low").is_visible()
-    assert page.locator("noscript p").first.inner_text() == "Bars: none"
+    assert page.locator("noscript").get_by_alt_text("Two bars: height against name").is_visible()
+    assert page.locator("noscript p").first.inner_text() == "Three answers"
 
 
 def test_the_offline_copy_works_from_the_disk(tiny: Path, chromium: Browser, tmp_path: Path) -> None:
@@ -236,7 +224,7 @@ def test_the_sitemap_lists_the_pages(tiny: Path) -> None:
 def test_pictures_have_words_and_progress_bars_are_gone(tiny: Path) -> None:
     text = (tiny / "chapters" / "tiny.html").read_text("utf-8")
     assert 'alt="Two bars: height against name"' in text
-    assert text.count("application/vnd.jupyter.widget-view+json") == 3  # the flipbook and two explorers
+    assert text.count("application/vnd.jupyter.widget-view+json") == 2  # the explorers
 
 
 def test_explorers_answer_the_keyboard_and_the_mouse(tiny: Path, chromium: Browser) -> None:

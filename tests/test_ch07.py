@@ -11,7 +11,7 @@ import pytest
 from tiny import tiny_model
 
 from fichapters.ch07 import draw, lab
-from fichapters.ch07.judges import LikelihoodJudge, length_controlled_win_rates
+from fichapters.ch07.judges import ApiJudge, LikelihoodJudge, length_controlled_win_rates
 from fihelpers.models.generate import Response
 from fihelpers.models.language import LanguageModel, open_model
 from fihelpers.perturb.sparsify import linear_names
@@ -110,7 +110,7 @@ def written() -> Trials:
 
 def test_win_rates_at_equal_length_are_fitted_over_all_settings(written: Trials) -> None:
     intact = _texts("a" * 10, "a" * 20, "a" * 30, "a" * 40)
-    found, fit = lab.at_equal_length(written, intact, "bundled-instructions", EXAMPLES)
+    found, fit = lab.at_equal_length(written, intact)
     everything = [*written.intact, *written.tried]
     expected = length_controlled_win_rates(
         [t.values["win_rate"] for t in everything],
@@ -123,7 +123,7 @@ def test_win_rates_at_equal_length_are_fitted_over_all_settings(written: Trials)
 
 def test_texts_are_compared_with_random_zeroing_set_by_set(written: Trials) -> None:
     intact = _texts("a" * 10, "a" * 20, "a" * 30, "a" * 40)
-    tables, versus = lab.text_tables(lab.at_equal_length(written, intact, "x", EXAMPLES)[0])
+    tables, versus = lab.text_tables(lab.at_equal_length(written, intact)[0])
     assert set(tables.score) == {"rouge1", "win_rate", "length_controlled"} and len(tables) == 3 * 6
     rouge = versus[versus.score == "rouge1"].set_index(["first", "rate"])
     assert rouge.loc[("Jacobian norm", 0.06), "difference"] == pytest.approx(-0.4)
@@ -134,22 +134,6 @@ def test_texts_are_compared_with_random_zeroing_set_by_set(written: Trials) -> N
     draw.text_differences(versus[versus.score == "rouge1"], "ROUGE-1")
 
 
-@pytest.mark.parametrize("there", [True, False])
-def test_difficulties_of_alpaca_eval_come_from_the_hub_where_it_answers(
-    there: bool, written: Trials, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def published(examples: Any) -> tuple[np.ndarray, str]:
-        if not there:
-            raise ConnectionError("no network")
-        return np.arange(4) / 4, "c" * 40
-
-    monkeypatch.setattr(lab, "published_difficulties", published)
-    intact = _texts("a" * 10, "a" * 20, "a" * 30, "a" * 40)
-    _, fit = lab.at_equal_length(written, intact, "tatsu-lab/alpaca_eval", EXAMPLES)
-    said = "given difficulties (tatsu-lab/alpaca_eval at cccc" if there else "could not be had"
-    assert said in fit
-
-
 def test_the_judge_is_the_stand_in_unless_an_address_is_given(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,7 +142,8 @@ def test_the_judge_is_the_stand_in_unless_an_address_is_given(
     model = tiny_model("qwen2")
     assert isinstance(lab.judge_of(model, NO_JUDGE, run), LikelihoodJudge)
     asked = {"judge_url": "https://judge.example/v1", "judge_model": "j"}
-    assert lab.judge_of(model, asked, run).label == "j (API)"
+    behind = lab.judge_of(model, asked, run)
+    assert isinstance(behind, ApiJudge) and behind.model == "j"
 
 
 def test_an_intact_model_that_says_nothing_is_refused_by_prompt() -> None:
@@ -171,8 +156,8 @@ def test_the_bundled_model_recites_its_instructions() -> None:
     asked = lab.instructions(model, {"task": "bundled-instructions"}, "test", 6, 0)
     intact = lab.greedy(model, [e.prompt for e in asked], 40)
     able = lab.what_it_can(model, asked, intact, 40)
-    assert able.same["reference"] == 6 and able.rouge1["reference"] > 0.99
-    assert able.rouge1["answer to another prompt"] < 0.5 and able.rouge1["asked in other words"] < 0.9
+    assert able["reference"] > 0.99
+    assert able["answer to another prompt"] < 0.5 and able["asked in other words"] < 0.9
 
 
 def test_a_chat_model_is_asked_by_its_own_template() -> None:

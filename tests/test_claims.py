@@ -65,16 +65,14 @@ TABLE = pd.DataFrame(
         "value": [0.2, -0.2, math.nan],
         "low": [0.1, -0.3, math.nan],
         "high": [0.3, -0.1, math.nan],
+        "none": [math.nan] * 3,
         "lost": [True, False, True],
     }
-)
-RECORDS = pd.DataFrame(
-    [("up", 0.25, None, None, 3), ("wide", 0.2, -0.1, 0.5, 4)], columns=["name", "value", "low", "high", "n"]
 )
 
 
 def judged(**said: Any) -> pd.DataFrame:
-    """The rows of a claim of one part on the two tables above."""
+    """The rows of a claim of one part on the table above."""
     part = {
         "words": "it is so",
         "setting": "{measure}, {share:g}",
@@ -82,8 +80,7 @@ def judged(**said: Any) -> pd.DataFrame:
         "table": "some",
     } | said
     claim = judges._claim({"id": "7", "short": "a", "words": "A.", "source": "s", "parts": [part]})
-    tables = {"some": TABLE, judges.RECORDS: RECORDS}
-    return judges.judged({"7": claim}, lambda chapter, table: tables.get(table, pd.DataFrame()))
+    return judges.judged({"7": claim}, lambda chapter, table: TABLE if table == "some" else pd.DataFrame())
 
 
 def test_every_row_that_a_part_picks_is_a_setting() -> None:
@@ -102,12 +99,16 @@ def test_a_list_picks_one_by_one_and_what_is_missing_shows() -> None:
 
 
 def test_bounds_may_be_cells_and_without_one_a_question_is_answered() -> None:
-    told = {"setting": "s", "record": "up", "for": [{"above": 0.2}, {"above": {"record": "wide"}}, {}]}
-    other = [{"below": {"record": "wide", "column": "high"}}, {"below": {"record": "nowhere"}}]
-    told["for"] = [*told["for"], *other]
-    found = judged(table=judges.RECORDS, **told)
-    assert found.verdict.tolist() == [HOLDS, HOLDS, "answered", HOLDS, NOT_MEASURED]
-    assert found.low.tolist() == [0.25] * 5 and found.n.tolist() == [3] * 5
+    bounds = [{"above": 0.05}, {"above": {"column": "low"}}, {}, {"below": {"column": "n"}}]
+    told = {"for": [*bounds, {"above": {"column": "nowhere"}}]}
+    found = judged(where={"measure": "FI exact", "share": 0.1}, **told)
+    assert found.verdict.tolist() == [HOLDS, OPEN, "answered", HOLDS, NOT_MEASURED]
+    assert found.low.tolist() == [0.1] * 5 and found.n.tolist() == [9] * 5
+
+
+def test_a_number_without_an_interval_is_its_own() -> None:
+    found = judged(where={"measure": "FI exact"}, value="share", low="none", high="none", above=0.15)
+    assert found.verdict.tolist() == [FAILS, HOLDS] and found.low.tolist() == [0.1, 0.2]
 
 
 def test_where_nothing_was_lost_nothing_is_measured() -> None:
@@ -216,7 +217,7 @@ def test_what_is_kept_tells_every_claim(rows: pd.DataFrame) -> None:
 def test_a_chapter_that_was_run_is_judged_by_its_own_numbers_alone(tmp_path: Path) -> None:
     row = {"way": "fihelpers.fi", "cases": 9, "wrong": 3, "violations": 0, "low": 0, "high": 1}
     pd.DataFrame([row]).to_csv(tmp_path / "02_the_measure.rounding.csv", index=False)
-    (tmp_path / "02_the_measure.json").write_text('{"records": []}')
+    (tmp_path / "02_the_measure.json").write_text("{}")
     found = judges.judged(judges.load_claims(), judges.of_run(tmp_path))
     own = found[found.chapter == "02_the_measure"].set_index("part").verdict
     assert own["the spectral form computes it"] == FAILS and own["none in the complement"] == HOLDS
@@ -240,7 +241,7 @@ def test_results_of_the_run_go_before_those_that_are_kept(
 @pytest.mark.parametrize("notebook", chapters(ROOT / "notebooks"), ids=lambda path: path.stem[:2])
 def test_a_chapter_keeps_every_table_that_a_claim_reads(notebook: Path) -> None:
     parts = [part for claim in judges.load_claims().values() for part in claim.parts]
-    tables = {part.table for part in parts if part.chapter == notebook.stem} - {judges.RECORDS}
+    tables = {part.table for part in parts if part.chapter == notebook.stem}
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     code = "".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     assert not [name for name in tables if f'"{name}"' not in code]

@@ -1,5 +1,6 @@
 """The dials of the chapters: they show what was computed, and compute what is asked for."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -79,11 +80,11 @@ class Gallery:
 
 @pytest.fixture
 def mask_dial(monkeypatch: pytest.MonkeyPatch) -> Dial:
-    def light(model: None, example: Example, images: list[Tensor]) -> Tensor:
+    def light(model: None, examples: list[Example], images: list[Tensor]) -> SimpleNamespace:
         left = torch.stack([image.mean() / 200 for image in images])
-        return torch.stack([1 - left, left], 1)
+        return SimpleNamespace(log_probs=torch.stack([1 - left, left], 1).log())
 
-    monkeypatch.setattr(pixels, "probabilities", light)
+    monkeypatch.setattr(pixels, "answer_images", light)
     return dials.mask_dial([Gallery()], ["p2", "p0", "p1"], 0)  # type: ignore[list-item]
 
 

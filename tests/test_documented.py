@@ -27,7 +27,6 @@ from opening import NOTEBOOKS, Opened, run_until_opened, settled
 from standins import ROOT, make_standins, write_notebooks
 
 from fichapters.parameters import declared, spoken
-from fichapters.results import load_results
 from fichapters.runs import find_chapter
 from fihelpers.__main__ import _parser
 from fihelpers.evaluate import harness
@@ -247,8 +246,7 @@ def standins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_notebooks(folder / "short" / "notebooks")
     for path in (folder / "short" / "notebooks").glob("*.ipynb"):
         notebook = nbformat.read(path, as_version=4)
-        keeps = ("run.table(", "run.keep(")
-        first = next(i for i, cell in enumerate(notebook.cells) if any(call in cell.source for call in keeps))
+        first = next(i for i, cell in enumerate(notebook.cells) if "run.keep(" in cell.source)
         notebook.cells = notebook.cells[: first + 1]
         nbformat.write(notebook, path)
     (folder / "data").mkdir()
@@ -321,7 +319,7 @@ def test_a_command_does_what_it_says(
 
 
 def check_chapter(command: Command, folder: Path) -> None:
-    """An executed notebook and its records lie where the documents say."""
+    """An executed notebook and its tables lie where the documents say."""
     notebook, profile, given = chapter_of(command)
     if command.words[0] == "papermill":
         executed, out = folder / command.words[2], folder / "results" / profile
@@ -330,7 +328,7 @@ def check_chapter(command: Command, folder: Path) -> None:
         executed = out / notebook.name
     outputs = [o for cell in nbformat.read(executed, as_version=4).cells for o in cell.get("outputs", [])]
     assert outputs and not any(output.output_type == "error" for output in outputs)
-    assert load_results(out) or list(out.glob(f"{notebook.stem}.*.csv"))
+    assert list(out.glob(f"{notebook.stem}.*.csv"))
     kept = json.loads((out / f"{notebook.stem}.json").read_text())["parameters"]
     assert given
     for name, value in given.items():  # of a group that is given in part the rest keeps its defaults

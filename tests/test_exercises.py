@@ -24,6 +24,7 @@ from fichapters.ch08 import check as ch08
 from fichapters.ch09 import check as ch09
 from fichapters.ch10 import check as ch10
 from fichapters.ch12 import check as ch12
+from fichapters.ch13 import check as ch13
 from fichapters.exercises import NOT_YET, Verdict, Wrong, equal, exercise, number
 from fichapters.runs import chapters
 from fihelpers import influence
@@ -140,11 +141,7 @@ def test_a_chapter_has_three_to_five_exercises_of_rising_difficulty(path: Path) 
 def test_exercises_come_after_the_results_and_before_the_end(path: Path) -> None:
     cells = nbformat.read(path, as_version=4).cells
     own = [place for place, cell in enumerate(cells) if tagged(cell, "exercise")]
-    results = [
-        place
-        for place, cell in enumerate(cells)
-        if "run.record(" in cell.source or "run.keep(" in cell.source
-    ]
+    results = [place for place, cell in enumerate(cells) if "run.keep(" in cell.source]
     assert max(results) < min(own)
     assert max(own) + 1 < len(cells) - 1  # after the last solution something sums up
     assert not any(cell.cell_type == "code" for cell in cells[max(own) + 1 :])
@@ -225,6 +222,11 @@ FI = float(S[0] ** 2 / G)
 SHARES, CURVE = [0, 0.01, 0.02, 0.05, 0.1], [-0.2, -0.5, -0.8, -1.4, -1.6]
 SIX = torch.tensor([0.3, -0.1, 0.02, -0.6, 0.05, 0.2], dtype=torch.float64)
 
+THREE = (
+    {"a": 0.004, "b": 0.3, "c": 0.05},
+    {"a": 2e-5, "b": 0.2, "c": 0.005},
+    {"a": 0.01, "b": 0.02, "c": 5.8},
+)
 SLIPS = [  # a check, what it is given, and a word of its hint
     (ch01.probability_of_b, (0.54, RAW), "other words"),
     (ch01.times_wider, (15, (9, 10), (135, 150)), "more questions"),
@@ -286,6 +288,11 @@ SLIPS = [  # a check, what it is given, and a word of its hint
     (ch12.by_chance, (16.5, 330, 0.95), "other side"),
     (ch12.questions_needed, (960, 240, 0.04, 0.01), "root"),
     (ch12.still_hold, (2, [(0.001, 0.041), (0.02, 0.06)], 0.95), "before the correction"),
+    (ch13.first_by, ("b", "c", *THREE), "the value of the weight plays no part"),
+    (ch13.first_by, ("a", "b", *THREE), "multiply the score"),
+    (ch13.finer_steps, (8, torch.tensor([0.1, -0.5, 3.0]), 3), "both ladders have as many"),
+    (ch13.finer_steps, (1 / 6, torch.tensor([0.1, -0.5, 3.0]), 3), "the other way round"),
+    (ch13.found, ((9, 0, 0), ch13.planted()), "another block"),
     (ch10.passes, (13, 6, 6), "a class too many"),
     (ch10.passes, (11, 5, 6), "there is a forward pass"),
     (ch10.largest_model, (40, 80, 2, 4), "no room for the scores"),

@@ -4,7 +4,6 @@ import json
 import subprocess
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -12,15 +11,15 @@ from matplotlib.figure import Figure
 
 from fichapters import explorers
 from fichapters.ch02 import lab as manifold
-from fichapters.explorers import Bar, Line, Position
+from fichapters.described import describe
+from fichapters.explorers import Line, Position
+from fichapters.style import new_figure
 from fihelpers import filters, influence
 
 
 @pytest.fixture
 def still() -> Figure:
-    figure = plt.figure()
-    plt.close(figure)
-    return figure
+    return new_figure()[0]
 
 
 def family(seed: int) -> manifold.Family:
@@ -69,15 +68,15 @@ def test_a_family_of_another_size_is_refused(still: Figure) -> None:
 
 
 def position(k: int) -> Position:
-    grey = np.full((4, 4), 100, dtype=np.uint8)
-    line = Line("math", [0, 1, 2], [0.5, 0.6, 0.55])
-    return Position(
-        f"{k} %", f"note {k}", {"picture": grey, "map": grey + k}, [line], [Bar("math", 0.5, ".50")], k
-    )
+    grey = np.full((4, 4, 3), 100, dtype=np.uint8)
+    line = Line("math", [0.5, 0.6, 0.55])
+    return Position(f"{k} %", f"note {k}", {"picture": grey, "map": grey + k}, [line], {"math": 0.5}, k)
 
 
 def turned(groups: dict[tuple[str, ...], list[Position]], names: tuple[str, ...]) -> explorers.Dial:
-    return explorers.dial(groups, title="How much to protect", caption="Try it.", names=names, start=1)
+    axes = explorers.Axes("share", "accuracy", ["none", "some", "all"])
+    about = {"title": "How much to protect", "caption": "Try it."}
+    return explorers.dial(groups, **about, names=names, axes=axes, start=1)
 
 
 def test_a_dial_stores_each_picture_once() -> None:
@@ -110,15 +109,16 @@ def test_a_dial_needs_something_to_turn_to() -> None:
 
 def test_a_page_without_scripts_shows_the_first_position() -> None:
     made = turned({("average",): [position(0), position(1)]}, ("method", "protected"))
-    assert "note 1" in made.alt
+    assert "note 1" in describe(made.still)
 
 
 def test_a_page_without_scripts_shows_a_picture(still: Figure, monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list = []
     monkeypatch.setattr(explorers, "display", lambda content, **_: shown.append(content))
     net = family(8)
-    still.suptitle("a triangle")
-    made = explorers.simplex(net, title="Three answers", still=still)
+    still.suptitle('a "sharp" triangle')
+    made = explorers.simplex(net, title="<Three> answers", still=still)
     made._ipython_display_()
-    assert 'alt="a triangle"' in shown[0].data and "<noscript>" in shown[0].data
+    assert 'alt="a &quot;sharp&quot; triangle"' in shown[0].data and "&lt;Three&gt; answers" in shown[0].data
+    assert shown[0].data.startswith('<noscript><img src="data:image/png;base64,')
     assert shown[1]["application/vnd.jupyter.widget-view+json"]["model_id"] == made.model_id

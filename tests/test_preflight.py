@@ -16,19 +16,12 @@ import torch
 from tiny import tiny_model
 from transformers import AutoConfig, Qwen2Config, Qwen2ForCausalLM, T5Config
 
-from fichapters.estimates import estimate_merge, estimate_quantization
-from fichapters.packed import quantize_model
-from fichapters.stored import save_quantized, size_report
+from fichapters.estimates import estimate_merge
 from fihelpers.data import data_folder
 from fihelpers.jobs import preflight
 from fihelpers.jobs.preflight import Estimate, estimate_scores
 from fihelpers.models.language import WEIGHTS, open_model
 from fihelpers.perturb.merge import merge_models
-from fihelpers.perturb.quantize import (
-    Kept,
-    Scheme,
-    pack_model,
-)
 from fihelpers.perturb.sparsify import linear_names
 
 FACTOR = 1.3  # between the memory foreseen and that measured
@@ -106,7 +99,7 @@ def test_some_layers_and_several_sets_are_counted() -> None:
     linear = sum(network.get_parameter(n).numel() for n in linear_names(network))
     assert _part(in_groups, "one measure of all weights") == 4 * linear
     with pytest.raises(ValueError, match=r"no linear layers \['v'\]; known: q_proj, k_proj"):
-        estimate_quantization("mini-lm", Scheme(4), layers=["v"])
+        estimate_scores("mini-lm", layers=["v"])
 
 
 @pytest.mark.alone
@@ -133,21 +126,6 @@ def test_bytes_and_seconds_of_scores_are_foreseen(tmp_path: Path) -> None:
     assert took / 2 < told < took * 2
 
 
-def test_a_saved_quantized_model_has_the_size_foreseen(tmp_path: Path) -> None:
-    for scheme, share in ((Scheme(4), 0.0), (Scheme(3, "asymmetric"), 0.1), (Scheme(1), 0.25)):
-        model = open_model()
-        names = linear_names(model.network)
-        rows = {n: model.network.get_parameter(n).shape[0] for n in names}
-        kept = Kept("rows", {n: torch.arange(round(share * count)) for n, count in rows.items()})
-        packed = pack_model(model, names, scheme, kept if share else None)
-        estimate = estimate_quantization("mini-lm", scheme, share=share, out=tmp_path)
-        assert _part(estimate, "packed weights") == size_report(packed).packed
-        quantize_model(model.network, packed)
-        save_quantized(model, tmp_path / f"{scheme.bits}")
-        on_disk = (tmp_path / f"{scheme.bits}" / WEIGHTS).stat().st_size
-        assert on_disk == pytest.approx(estimate.disk_bytes, rel=0.02)  # the file has a header
-
-
 def test_a_merged_model_has_the_size_foreseen(tmp_path: Path) -> None:
     estimate = estimate_merge("mini-lm", "mini-lm", "mini-lm", protected=False)
     merged = merge_models("mini-lm", "mini-lm", "mini-lm", tmp_path / "merged")
@@ -157,10 +135,9 @@ def test_a_merged_model_has_the_size_foreseen(tmp_path: Path) -> None:
     assert protected.memory_bytes > estimate.memory_bytes
     assert protected.disk_bytes > estimate.disk_bytes
     tiny_model("mixtral").network.float().save_pretrained(tmp_path / "experts")
-    built = estimate_merge(*[tmp_path / "experts"] * 3, protected=False)
+    fused = estimate_merge(*[tmp_path / "experts"] * 3, protected=False)
     experts = 4 * 3 * 2 * 20 * 12  # the largest tensor: gates and ups of a layer's three experts
-    assert _part(built, "stored tensors that it is built from") == experts
-    assert _part(built, "one tensor of each model") == 3 * experts
+    assert _part(fused, "one tensor of each model") == 3 * experts
 
 
 @pytest.fixture
@@ -186,7 +163,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def test_a_hub_model_is_estimated_without_a_download(hub: list[Any]) -> None:
-    estimate = estimate_quantization("Qwen/Qwen2-7B", Scheme(4), dtype="bfloat16")
+    estimate = estimate_scores("Qwen/Qwen2-7B", dtype="bfloat16")
     assert estimate.parameters == 7_615_616_512  # as its card says: 7.62 billion
     assert _part(estimate, "weights") == 2 * 7_615_616_512
     assert _part(estimate, "download of Qwen/Qwen2-7B") == HUB_SIZE
@@ -214,15 +191,12 @@ def test_too_little_memory_is_said_with_a_remedy(hub: list[Any], monkeypatch: py
     def with_free(gigabytes: float) -> Estimate:
         memory = SimpleNamespace(available=int(gigabytes * 1e9))
         monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
-        return estimate_quantization("Qwen/Qwen2-7B", Scheme(4))
+        return estimate_scores("Qwen/Qwen2-7B", measures=["SNIP"], batch_size=1, save_memory=True)
 
-    with_free(64).check()
-    needed = with_free(64).memory_bytes / 1e9
-    message = (
-        rf"{needed:.1f} GB of memory, {needed - 24:.1f} GB more than the 24.0 GB that are free; with dtype="
-    )
-    with pytest.raises(MemoryError, match=message + r"'bfloat16' it needs .* GB and fits"):
-        with_free(24).check()
+    needed = with_free(1000).check().memory_bytes / 1e9
+    message = rf"{needed:.1f} GB of memory, 10.0 GB more than the {needed - 10:.1f} GB that are free; with "
+    with pytest.raises(MemoryError, match=message + r"dtype='bfloat16' it needs .* GB and fits"):
+        with_free(needed - 10).check()
     with pytest.raises(MemoryError, match="choose a smaller model or a larger machine"):
         with_free(2).check()
 
@@ -254,8 +228,6 @@ def test_bad_input_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         estimate_scores("mini-absent")
     with pytest.raises(ValueError, match="unknown dtype 'int8'"):
         estimate_scores("mini-lm", dtype="int8")
-    with pytest.raises(ValueError, match=r"must lie in \[0, 1\], not 1.5"):
-        estimate_quantization("mini-lm", Scheme(4), share=1.5)
     with pytest.raises(ValueError, match="Unknown merging method 'SLERP'"):
         estimate_merge("mini-lm", "mini-lm", "mini-lm", method="SLERP")
     T5Config().save_pretrained(tmp_path)

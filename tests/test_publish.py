@@ -6,7 +6,6 @@ import shlex
 import struct
 import tomllib
 from pathlib import Path
-from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import nbformat
@@ -76,8 +75,9 @@ def test_the_status_says_what_a_run_took_and_came_from(tmp_path: Path) -> None:
     for name, seconds in (("01_a", 61.4), ("02_b", 8.6)):
         metadata = {"fihelpers": {"seconds": seconds}}
         nbformat.write(new_notebook(metadata=metadata), runs / f"{name}.ipynb")
-        records: dict[str, Any] = {"profile": "embedded", "records": [{}, {}], "versions": {"torch": "2"}}
-        (runs / f"{name}.json").write_text(json.dumps(records))
+        (runs / f"{name}.json").write_text(json.dumps({"profile": "embedded", "versions": {"torch": "2"}}))
+        for table in ("a", "b"):
+            (runs / f"{name}.{table}.csv").write_text("n\n1\n")
         (runs / f"{name}.key").write_text("0123456789abcdef")
     nbformat.write(new_notebook(), runs / "03_c.ipynb")
     write_status(runs, ["01_a", "02_b"], book)

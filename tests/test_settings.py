@@ -133,7 +133,6 @@ def test_a_group_that_is_given_in_part_keeps_the_other_settings() -> None:
     [
         ("1", ["SHARE", "'0.02'"], "the parameter SHARE must be of the type of its default 0.02, not '0.02'"),
         ("3", ["LAYERS", "[a]"], r"the parameter LAYERS must be of the type of \[0\], or null"),
-        ("4", ["N_IMAGES", "many"], "the parameter N_IMAGES must be of the type of 1, or null"),
         ("1", ["REVISION", "12"], "the parameter REVISION must be of the type of 'main', or null"),
         ("7", ["PRUNING", "{tops: 1}"], r"PRUNING has no 'tops' .given 1.; did you mean top\?"),
         ("7", ["PRUNING", "{top: 0.1}"], r"the parameter PRUNING.top must be of the type of its default \["),

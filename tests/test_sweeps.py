@@ -1,10 +1,8 @@
 """Sweeps: grids, workers that die, schedulers that vanish, tables. One test runs notebooks in processes."""
 
-import csv
 import gc
 import json
 import logging
-import os
 import socket
 import threading
 import time
@@ -12,21 +10,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from conftest import WriteChapter
 from distributed import LocalCluster
 
 from fichapters import sweeps
-from fichapters.results import SHARED, Record
 from fichapters.runs import ChapterError
-from fichapters.sweeps import Cell, Work, alone_on, cells_of, read_grid, run_cell, sweep
+from fichapters.sweeps import Cell, Work, cells_of, read_grid, run_cell, sweep
 from fihelpers.__main__ import main
 
 # dask leaves sockets of lost connections to the garbage collector, which is called before the next test
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
 
 OUT = Path("out")
-RECORD = 'run.record("n", run.p.N, low=0, n=10, unit="things")'
+KEEP = 'import pandas as pd\nrun.keep("n", pd.DataFrame({"n": [run.p.N, 10]}))'
+TABLE = "01_tiny.n.csv"
 # the second cell fails once; the third kills the worker that runs it once
 TROUBLE = """
 import os
@@ -43,8 +42,9 @@ if N == 3 and not again:
 """
 
 
-def rows(table: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader(table.read_text().splitlines()))
+def tried() -> list[int]:
+    """The values of N in the joined table."""
+    return list(dict.fromkeys(pd.read_csv(OUT / TABLE).N))
 
 
 def ran() -> dict[str, int]:
@@ -65,11 +65,9 @@ def quick_cells(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     def run(notebook: Path, profile: str, parameters: dict[str, Any], out: Path, threads: int | None) -> None:
         runs.append(parameters)
-        shared = {"chapter": notebook.stem, "profile": profile, "versions": {}}
-        names = [name for name in Record.__dataclass_fields__ if name not in SHARED]
-        record = dict.fromkeys(names) | {"name": "n", "value": parameters["N"], "low": 0, "n": 10, "unit": ""}
         out.mkdir(parents=True, exist_ok=True)
-        (out / f"{notebook.stem}.json").write_text(json.dumps({**shared, "records": [record]}))
+        (out / f"{notebook.stem}.json").write_text("{}")
+        (out / f"{notebook.stem}.n.csv").write_text("n\n10\n")
 
     monkeypatch.setattr(sweeps, "run_chapter", run)
     return runs
@@ -98,11 +96,10 @@ def test_a_sweep_survives_a_failure_and_a_killed_worker_and_resumes(
     write_chapter: WriteChapter, scheduler: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    notebook = write_chapter(RECORD, TROUBLE)
-    table = sweep(notebook, "smoke", {"N": [2, 3], "LIMIT": [[0.5, "a"]]}, OUT, workers=2)
-    assert table == OUT / "01_tiny.csv"
-    expected = {"LIMIT": '[0.5, "a"]', "record": "n", "low": "0", "high": "", "n": "10", "unit": "things"}
-    assert rows(table) == [expected | {"N": str(n), "value": str(n)} for n in (2, 3)]
+    notebook = write_chapter(KEEP, TROUBLE)
+    assert sweep(notebook, "smoke", {"N": [2, 3], "LIMIT": [[0.5, "a"]]}, OUT, workers=2) == OUT
+    expected = [[n, '[0.5, "a"]', value] for n in (2, 3) for value in (n, 10)]
+    assert pd.read_csv(OUT / TABLE).to_numpy().tolist() == expected
     assert ran() == {"2": 2, "3": 2}
     folders = sorted(path for path in OUT.iterdir() if path.is_dir())
     assert len(folders) == 2
@@ -111,6 +108,7 @@ def test_a_sweep_survives_a_failure_and_a_killed_worker_and_resumes(
             "01_tiny.ipynb",
             "01_tiny.json",
             "01_tiny.key",
+            TABLE,
         }
         kept = json.loads((folder / "01_tiny.json").read_text())
         assert "1 threads" in kept["versions"]["machine"]
@@ -120,7 +118,7 @@ def test_a_sweep_survives_a_failure_and_a_killed_worker_and_resumes(
     assert main([*arguments, "--scheduler", scheduler]) == 0
     assert ran() == {"2": 2, "3": 2}  # nothing ran again
     after = {path: path.stat().st_mtime_ns for path in before}
-    assert [path.name for path in before if before[path] != after[path]] == ["01_tiny.csv"]
+    assert [path for path in before if before[path] != after[path]] == [OUT / TABLE]
 
 
 def test_cells_that_fail_do_not_stop_the_others(
@@ -136,14 +134,14 @@ def test_cells_that_fail_do_not_stop_the_others(
 
     monkeypatch.setattr(sweeps, "run_chapter", fail)
     with pytest.raises(
-        ChapterError, match=r"^2 of 4 cells failed, .*csv; the first is N=3 \(N = 3 is too much\)$"
+        ChapterError, match=r"^2 of 4 cells failed, .* in out; the first is N=3 \(N = 3 is too much\)$"
     ):
         sweep(notebook, "smoke", {"N": [1, 2, 3, 4]}, OUT, scheduler=scheduler, retries=2)
     assert sorted(run["N"] for run in quick_cells) == [1, 2, 3, 3, 3, 4, 4, 4]
-    assert [row["N"] for row in rows(OUT / "01_tiny.csv")] == ["1", "2"]
+    assert tried() == [1, 2]
     monkeypatch.setattr(sweeps, "run_chapter", run)
     sweep(notebook, "smoke", {"N": [1, 2, 3, 4]}, OUT, scheduler=scheduler)
-    assert [row["N"] for row in rows(OUT / "01_tiny.csv")] == ["1", "2", "3", "4"]
+    assert tried() == [1, 2, 3, 4]
 
 
 def free_port() -> int:
@@ -153,7 +151,7 @@ def free_port() -> int:
         return port
 
 
-def test_a_scheduler_that_comes_back_is_given_the_rest(
+def test_a_scheduler_that_is_lost_is_said_and_the_same_sweep_goes_on(
     write_chapter: WriteChapter, quick_cells: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     notebook, port, run = write_chapter(), free_port(), sweeps.run_chapter
@@ -165,20 +163,21 @@ def test_a_scheduler_that_comes_back_is_given_the_rest(
             time.sleep(0.5)
         run(notebook, profile, parameters, *others)
 
-    def replace() -> None:
+    def end() -> None:
         two_done.wait(20)
         first.close()
-        second.append(cluster(1, port))
 
     monkeypatch.setattr(sweeps, "run_chapter", wait)
-    second: list[LocalCluster] = []
+    grid, address = {"N": [1, 2, 3, 4]}, f"tcp://127.0.0.1:{port}"
     with cluster(1, port) as first:
-        thread = threading.Thread(target=replace)
+        thread = threading.Thread(target=end)
         thread.start()
-        table = sweep(notebook, "smoke", {"N": [1, 2, 3, 4]}, OUT, scheduler=f"tcp://127.0.0.1:{port}")
+        with pytest.raises(ConnectionError, match=r"was lost\. What is finished is kept"):
+            sweep(notebook, "smoke", grid, OUT, scheduler=address)
         thread.join()
-    second[0].close()
-    assert [row["N"] for row in rows(table)] == ["1", "2", "3", "4"]
+    with cluster(1, port):
+        sweep(notebook, "smoke", grid, OUT, scheduler=address)
+    assert tried() == [1, 2, 3, 4]
 
 
 def test_a_scheduler_that_stays_away_is_said_plainly(
@@ -193,12 +192,6 @@ def test_a_scheduler_that_stays_away_is_said_plainly(
             sweep(notebook, "smoke", grid, OUT, scheduler=address)
     with cluster(0) as idle, pytest.raises(ConnectionError, match="has no worker; start some"):
         sweep(notebook, "smoke", grid, OUT, scheduler=idle.scheduler_address)
-    monkeypatch.setattr(sweeps, "_run_on", lambda client, cells, *others: cells)
-    with (
-        cluster(1) as lost,
-        pytest.raises(ConnectionError, match=r"was lost 3 times\. What is finished is kept"),
-    ):
-        sweep(notebook, "smoke", grid, OUT, scheduler=lost.scheduler_address)
     assert not OUT.exists() and not quick_cells
 
 
@@ -219,47 +212,22 @@ def test_a_worker_elsewhere_must_see_the_same(
         sweep(notebook, "smoke", {"N": [5]}, OUT, scheduler=scheduler)
 
 
-def test_runs_on_one_device_wait_for_each_other(
-    write_chapter: WriteChapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sweeps.tempfile, "gettempdir", lambda: str(tmp_path))
+def test_a_device_has_one_run_at_a_time(write_chapter: WriteChapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def run_all(cells: Any, work: Work, scheduler: str | None, workers: int, retries: int) -> dict[Path, str]:
+        asked.append(workers)
+        return {}
+
+    monkeypatch.setattr(sweeps, "_run_all", run_all)
+    monkeypatch.setattr(sweeps, "_join_tables", lambda *_: None)
+    monkeypatch.setattr(sweeps, "side_by_side", lambda workers: workers)
     notebook = write_chapter()
+    sweep(notebook, "smoke", {"N": [1, 2, 3]}, OUT, workers=2)
     text = notebook.read_text().replace("LIMIT = None", 'LIMIT = None\\nDEVICE = \\"cuda:1\\"')
     notebook.write_text(text)
-    cells = cells_of(notebook, "smoke", {"N": [1, 2, 3]}, OUT)
-    assert {cell.device for cell in cells} == {"cuda:1"}
-    running: list[str] = []
-    together: list[int] = []
-
-    def run(*arguments: Any) -> None:
-        running.append("x")
-        together.append(len(running))
-        time.sleep(0.05)
-        running.pop()
-
-    def run_side_by_side(devices: list[str]) -> int:
-        together.clear()
-        mine = [Cell(cell.parameters, cell.folder, d) for cell, d in zip(cells, devices, strict=True)]
-        threads = [threading.Thread(target=run_cell, args=(cell, work)) for cell in mine]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return max(together)
-
-    monkeypatch.setattr(sweeps, "run_chapter", run)
-    monkeypatch.setattr(sweeps, "package_sha256", lambda *folders: "0")  # whatever is edited meanwhile
-    work = Work(notebook, "smoke", None, sweeps.package_sha256(sweeps.PACKAGE, sweeps.CHAPTERS), Path.cwd())
-    assert run_side_by_side(["cuda:1"] * 3) == 1
-    assert run_side_by_side(["cuda", "cuda:0", "cuda:0"]) == 1
-    assert run_side_by_side(["cpu"] * 3) > 1
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
-    with alone_on("cuda:1"), alone_on("cuda"):
-        pass
-    locks = sorted(path.name for path in tmp_path.glob("*.lock"))
-    assert [name.removeprefix(f"fihelpers-{os.getuid()}-") for name in locks] == [
-        f"cuda-{device}.lock" for device in (0, 1, 2, 5)
-    ]
+    sweep(notebook, "smoke", {"N": [1, 2, 3]}, OUT, workers=2)
+    assert asked == [2, 1]
 
 
 def test_a_cell_keeps_its_folder_when_the_grid_grows(write_chapter: WriteChapter) -> None:
@@ -320,9 +288,8 @@ def test_the_tables_of_a_chapter_are_joined_over_all_cells(tmp_path: Path) -> No
     cells = [Cell({"N": n, "RATES": [0.1]}, tmp_path / str(n), "cpu") for n in (1, 2)]
     for cell in cells:
         cell.folder.mkdir()
+        (cell.folder / "01_tiny.json").write_text("{}")
         (cell.folder / "01_tiny.zeroing.csv").write_text(f"measure,accuracy\nSNIP,0.{cell.parameters['N']}\n")
-        (cell.folder / "01_tiny.answers.raw.csv").write_text("a\n1\n")
     sweeps._join_tables(tmp_path, cells, "01_tiny")
-    assert not list(tmp_path.glob("*.raw.csv"))
     joined = (tmp_path / "01_tiny.zeroing.csv").read_text()
     assert joined == "N,RATES,measure,accuracy\n1,[0.1],SNIP,0.1\n2,[0.1],SNIP,0.2\n"

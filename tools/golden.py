@@ -2,15 +2,14 @@
 
     python tools/golden.py OLD [NEW] [--profile smoke] [--chapters 01 07] [--keep build/golden]
 
-Both commits run every chapter with one thread and the compiled loops, each from its own files. Every record
-and every table is compared: whole numbers, selections and words equal, other numbers to a relative 1e-5.
+Both commits run every chapter with one thread and the compiled loops, each from its own files. Every table
+is compared: whole numbers, selections and words equal, other numbers to a relative 1e-5.
 Where a column differs in nothing but whole numbers or words, the list says so: that is what a flipped tie
 looks like. Timings, memory, versions and hashes are left out. Runs are kept by commit; the exit
 code is the number of differences, at most 99. "." stands for the files as they are.
 """
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -34,7 +33,7 @@ ROOMS = {
 }
 RELATIVE = 1e-5
 ABSOLUTE = 1e-9  # where a sum of equal parts is nothing but rounding
-LEFT_OUT = re.compile(  # timings, memory, versions, hashes, by the name of a record, a column or a row
+LEFT_OUT = re.compile(  # timings, memory, versions, hashes, by the name of a column or a row
     r"second|minute|\bms\b|_ms|time|speed|ratio_of_time|memory|bytes|peak|_mb\b|_gb\b|sha256|version|machine",
     re.IGNORECASE,
 )
@@ -72,8 +71,6 @@ def differences(old: Path, new: Path) -> Iterator[str]:
             yield f"{name}: is missing"
         elif name not in before:
             yield f"{name}: was not there before"
-        elif name.endswith(".json"):
-            yield from _records(name, old / name, new / name)
         elif not name.startswith(COST):
             yield from _tables(name, pd.read_csv(old / name), pd.read_csv(new / name))
 
@@ -98,19 +95,6 @@ def _tables(name: str, old: pd.DataFrame, new: pd.DataFrame) -> Iterator[str]:
                 yield f"{name}: {column}, {len(wrong)} of {len(old)} rows ({kind}): {shown}"
 
 
-def _records(name: str, old: Path, new: Path) -> Iterator[str]:
-    before, after = (json.loads(path.read_text(encoding="utf-8")) for path in (old, new))
-    was = {record["name"]: record for record in before["records"]}
-    now = {record["name"]: record for record in after["records"]}
-    for key in sorted(was.keys() | now.keys()):
-        if key not in now or key not in was:
-            yield f"{name}: the record {key} {'is missing' if key in was else 'was not there before'}"
-        elif not (name.startswith(COST) or LEFT_OUT.search(key) or LEFT_OUT.search(was[key]["unit"])):
-            for field in ("value", "low", "high", "n"):
-                if not _same(was[key][field], now[key][field]):
-                    yield f"{name}: {key}, {field}: {was[key][field]!r} → {now[key][field]!r}"
-
-
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, float | np.floating) and isinstance(b, float | np.floating | int | np.integer):
         return bool(np.isclose(a, b, rtol=RELATIVE, atol=ABSOLUTE, equal_nan=True))
@@ -127,7 +111,7 @@ def _is_time(row: pd.Series) -> bool:
 
 
 def _kept(folder: Path) -> set[str]:
-    return {path.name for pattern in ("*.json", "*.csv") for path in folder.glob(pattern)}
+    return {path.name for path in folder.glob("*.csv")}
 
 
 def _tree(commit: str, folder: Path) -> Path:

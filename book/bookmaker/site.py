@@ -81,15 +81,15 @@ def write_status(runs: Path, chapters: list[str], book: Path) -> None:
     """Writes book/chapters/status.txt: what each chapter's run took and came from, as Markdown tables."""
     rows = [_status(runs, name) for name in chapters]
     seconds = [row["seconds"] for row in rows if row["seconds"] is not None]
-    lines = ["| Chapter | Run time | Profile | Numbers recorded | Hash of the run |", "|---|---|---|---|---|"]
+    lines = ["| Chapter | Run time | Profile | Tables kept | Hash of the run |", "|---|---|---|---|---|"]
     lines += [
         f"| [](chapters/{row['chapter']}.ipynb) | {_duration(row['seconds'])} | {row['profile']} "
-        f"| {row['records']} | `{row['key'][:12]}` |"
+        f"| {row['tables']} | `{row['key'][:12]}` |"
         for row in rows
     ]
     if rows and len(seconds) == len(rows):
         lines.append(
-            f"| All chapters | {_duration(sum(seconds))} | | {sum(row['records'] for row in rows)} | |"
+            f"| All chapters | {_duration(sum(seconds))} | | {sum(row['tables'] for row in rows)} | |"
         )
     lines += ["", "| What | Version |", "|---|---|"]
     lines += [f"| {what} | {value} |" for what, value in _versions(rows, book).items()]
@@ -153,14 +153,14 @@ def check_sizes(html: Path) -> list[str]:
 
 def _status(runs: Path, chapter: str) -> dict[str, Any]:
     """What is known of one run; a notebook that was run otherwise has no key and no time."""
-    records, key = runs / f"{chapter}.json", runs / f"{chapter}.key"
-    content = json.loads(records.read_text("utf-8")) if records.is_file() else {}
+    about, key = runs / f"{chapter}.json", runs / f"{chapter}.key"
+    content = json.loads(about.read_text("utf-8")) if about.is_file() else {}
     metadata = nbformat.read(runs / f"{chapter}.ipynb", as_version=4).metadata
     return {
         "chapter": chapter,
         "seconds": metadata.get("fihelpers", {}).get("seconds"),
         "profile": content.get("profile", "not recorded"),
-        "records": len(content.get("records", [])),
+        "tables": len(list(runs.glob(f"{chapter}.*.csv"))),
         "versions": content.get("versions", {}),
         "key": key.read_text("utf-8") if key.is_file() else "not recorded",
     }

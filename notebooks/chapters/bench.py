@@ -12,286 +12,205 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
-import subprocess
-import sys
+import platform
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
-from unittest import mock
 
+import pandas as pd
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call, jacrev, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.profiler import ProfilerActivity, profile
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    PreTrainedTokenizerBase,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import LlamaConfig
 
-from fichapters.bench_pixels import bundled_rows
-from fichapters.timed import Missing, Row, Work, in_turn, machine, row, table
-from fihelpers.answers import Groups, letters
+from fichapters import peers
+from fichapters.peers import FI, FILTERS, JACOBIAN, LLAMA, STORED, Questions, Size, fi_of_weights
+from fihelpers.answers import letters
 from fihelpers.data import write_atomically
 from fihelpers.evaluate.questions import Evaluator
-from fihelpers.filters import Damped
-from fihelpers.models import language as models
-from fihelpers.models.language import Batch, LanguageModel, left_padded, open_model
-from fihelpers.perturb.sparsify import linear_names, select, zeroed
+from fihelpers.influence import SaturationWarning
+from fihelpers.models.language import open_model
+from fihelpers.models.linear import linear_names
+from fihelpers.models.vision import VisionModel, open_vision_model
+from fihelpers.perturb.sparsify import select, zeroed
 from fihelpers.perturb.topshare import CHUNK, TopShare
 from fihelpers.scores.hooks import frozen
-from fihelpers.scores.weights import score_contexts
+from fihelpers.scores.pixels import score_pixels
 from fihelpers.tasks import Example, load_task
 
-FILTER = Damped(1e-4)
-CLASSES = Groups(tuple("ABCD"), ((1,), (2,), (3,), (4,)))
-FI_UNITS = 2 * len(CLASSES.names) - 1  # one forward pass, K - 1 back to the inputs, K - 1 to the weights
-JACOBIAN_UNITS = 3
-BACKWARD_UNITS = 2 * len(CLASSES.names) + 1
+UNITS = {work: sum(peers.passes(work)) for work in (JACOBIAN, FI, STORED)}
+PIXEL_GOALS = {1: 2.1, 32: 2.6}  # times the Jacobian norm, by batch size
+ON_GPU = 1.5  # for one picture, where the paper takes 1.97 times as long (method 4.7)
+PLAIN, SALIENCY = "Jacobian norm, plain autograd", "saliency, Captum"
+SORT, EACH = "full sort", "opened and tokenised for each"
+H100_SECONDS = 0.12  # asked for of a sample
+PRODUCTS, ASKED = "its products at the measured rate", f"{H100_SECONDS} s a sample (asked of an H100)"
+
+Work = Callable[[], object]
+Works = Mapping[str, tuple[Work, int]]  # by name, each with how many samples it handles
 
 
 @dataclass(frozen=True)
-class Size:
-    """A random Qwen2: by default one of 25 million weights in linear layers."""
+class Missing:
+    """A piece of work that this machine cannot measure, and why."""
 
-    hidden: int = 512
-    inner: int = 1536
-    layers: int = 8
-    heads: int = 8
-    vocabulary: int = 1000
-
-    def model(self) -> LanguageModel:
-        torch.manual_seed(0)
-        config = Qwen2Config(
-            vocab_size=self.vocabulary,
-            hidden_size=self.hidden,
-            intermediate_size=self.inner,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.heads // 2,
-            max_position_embeddings=256,
-            tie_word_embeddings=True,
-        )
-        network = Qwen2ForCausalLM(config).eval()
-        return LanguageModel(network, cast(PreTrainedTokenizerBase, None), "random Qwen2", None, "0" * 64)
+    work: str
+    why: str
 
 
 @dataclass(frozen=True)
-class Questions:
-    """Random prompts of one length, as batches of one and as batches of several."""
+class Row:
+    """A line of the table: how the seconds of a piece of work, one sample, compare with a peer's.
 
-    model: LanguageModel
-    ids: list[list[int]]
+    ratio is work / peer, or peer / work where `faster`; low and high are its extremes over the rounds. A row
+    of memory holds bytes: what is needed at the least, and the peak as a ratio of it. note: what else was
+    counted.
+    """
 
-    @classmethod
-    def draw(cls, model: LanguageModel, length: int, count: int) -> Questions:
-        vocabulary = int(model.network.config.vocab_size)
-        generator = torch.Generator().manual_seed(0)
-        return cls(model, torch.randint(5, vocabulary, (count, length), generator=generator).tolist())
+    work: str
+    peer: str
+    seconds: float
+    peer_seconds: float
+    ratio: float
+    low: float
+    high: float
+    goal: float | None
+    floor: float | None
+    faster: bool = False
+    peak_bytes: int | None = None
+    note: str = ""
 
-    def batches(self, size: int) -> list[Batch]:
-        places = [range(i, min(i + size, len(self.ids))) for i in range(0, len(self.ids), size)]
-        return [left_padded(p, [self.ids[i] for i in p], self.model.device) for p in places]
-
-
-def fi_of_weights(questions: Questions, batch_size: int, save_memory: bool = False) -> dict[str, Tensor]:
-    """Mean FI (damped) of every weight of a linear layer, by `score_weights`' engine."""
-    model = questions.model
-    contexts = [(b, torch.ones(len(b.index))) for b in questions.batches(batch_size)]
-    examples = [Example(str(i), "random", "", tuple("ABCD"), None, "") for i in range(len(questions.ids))]
-    scores = score_contexts(
-        model,
-        contexts,
-        examples,
-        ["FI"],
-        FILTER,
-        CLASSES,
-        linear_names(model.network),
-        save_memory=save_memory,
-    )
-    return dict(scores[f"FI {FILTER}"].values)
+    @property
+    def met(self) -> bool | None:
+        if self.goal is None:
+            return None
+        return bool(self.ratio >= self.goal if self.faster else self.ratio <= self.goal)
 
 
-def jacobian_norm(questions: Questions) -> dict[str, Tensor]:
-    """Mean absolute gradient of log P(y_hat), by plain autograd: one backward pass a sample, with `.grad`."""
-    weights = _weights(questions.model)
-    totals = {name: torch.zeros_like(w) for name, w in weights.items()}
-    with _asking(questions.model, weights):
-        for batch in questions.batches(1):
-            CLASSES.log_probs(questions.model.last_logits(batch))[0].max().backward()
-            for name, w in weights.items():
-                totals[name] += _taken(w).abs()
-    return {name: total / len(questions.ids) for name, total in totals.items()}
+Rows = Sequence[Row | Missing]
 
 
-def fi_by_stored_gradients(questions: Questions) -> dict[str, Tensor]:
-    """Mean FI by plain autograd: K backward passes a sample, of which every `.grad` is kept (method 1)."""
-    weights = _weights(questions.model)
-    totals = {name: torch.zeros_like(w) for name, w in weights.items()}
-    with _asking(questions.model, weights):
-        for batch in questions.batches(1):
-            log_p = CLASSES.log_probs(questions.model.last_logits(batch))[0]
-            kept: list[dict[str, Tensor]] = []
-            for k, one in enumerate(log_p):
-                one.backward(retain_graph=k < len(log_p) - 1)
-                kept.append({name: _taken(w) for name, w in weights.items()})
-            for name, total in totals.items():
-                total += _fi(torch.stack([grads[name] for grads in kept]), log_p.detach().exp())
-    return {name: total / len(questions.ids) for name, total in totals.items()}
+def in_turn(works: Works, rounds: int) -> pd.DataFrame:
+    """Seconds a sample of each work (a column), all of them once in every round, after a round to warm up.
+
+    A GPU is waited for before and after.
+    """
+    lines = []
+    for _ in range(rounds + 1):
+        seconds = {}
+        for name, (work, samples) in works.items():
+            _wait()
+            start = time.perf_counter()
+            work()
+            _wait()
+            seconds[name] = (time.perf_counter() - start) / samples
+        lines.append(seconds)
+    return pd.DataFrame(lines[1:])
 
 
-def fi_by_vmap(questions: Questions) -> dict[str, Tensor]:
-    """Mean FI with torch.func: `jacrev` over the classes, `vmap` over the samples of one batch."""
-    model, weights = questions.model, {n: w.detach() for n, w in _weights(questions.model).items()}
-    ids = torch.tensor(questions.ids)
-    bare = Batch(torch.zeros(1), ids[:1], torch.ones_like(ids[:1]), torch.arange(ids.shape[1])[None])
-
-    def log_probs(chosen: Mapping[str, Tensor], prompt: Tensor) -> Tensor:
-        logits = functional_call(
-            model.network,
-            dict(chosen),
-            kwargs={"input_ids": prompt[None], "position_ids": bare.position_ids, "use_cache": False},
-        ).logits[:, -1]
-        return torch.stack([logits[0, list(t)].logsumexp(0) for t in CLASSES.tokens]).log_softmax(0)
-
-    # the usual attention kernels have no rule for vmap
-    with frozen(model.network), sdpa_kernel(SDPBackend.MATH):
-        grads = vmap(jacrev(log_probs), (None, 0))(weights, ids)
-        probs = vmap(log_probs, (None, 0))(weights, ids).exp()
-    return {
-        name: torch.stack([_fi(one, p) for one, p in zip(g, probs, strict=True)]).mean(0)
-        for name, g in grads.items()
-    }
+def _wait() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
-def _fi(grads: Tensor, probs: Tensor) -> Tensor:
-    metric = (probs[:, None, None] * grads * grads).sum(0)
-    return grads[probs.argmax()].square() / (metric + FILTER.lam)
+def beside(
+    work: str,
+    seconds: pd.DataFrame,
+    ours: str,
+    peer: str,
+    goal: float | None = None,
+    floor: float | None = None,
+    faster: bool = False,
+) -> Row:
+    """The row of two pieces of work that `in_turn` has timed."""
+    mine, its = seconds[ours], seconds[peer]
+    ratios = its / mine if faster else mine / its
+    ends = (ratios.median(), ratios.min(), ratios.max())
+    return Row(work, peer, mine.median(), its.median(), *ends, goal, floor, faster)
 
 
-def _weights(model: LanguageModel) -> dict[str, nn.Parameter]:
-    named = dict(model.network.named_parameters())
-    return {name: named[name] for name in linear_names(model.network)}
+def of_memory(work: str, seconds: float, peak: int, least: float, goal: float | None) -> Row:
+    """The row of a peak, in bytes, beside the least that is needed."""
+    ratio = peak / least
+    what = "weights + result"
+    return Row(f"memory of {work}", what, seconds, 0.0, ratio, ratio, ratio, goal, 1.0, peak_bytes=peak)
 
 
-@contextmanager
-def _asking(model: LanguageModel, weights: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """These weights alone ask for gradients."""
-    with frozen(model.network):
-        for weight in weights.values():
-            weight.requires_grad_(True)
-        yield
+# --- what can be measured
 
 
-def _taken(weight: nn.Parameter) -> Tensor:
-    grad, weight.grad = weight.grad, None
-    return cast(Tensor, grad)
-
-
-def long_prompts(size: Size, rounds: int, length: int = 128, count: int = 8) -> list[Row]:
+def long_prompts(size: Size, rounds: int, length: int = 128, count: int = 8) -> Rows:
     """FI of every linear weight, one prompt at a time, beside a Jacobian norm and stored gradients."""
     questions = Questions.draw(size.model(), length, count)
-    works: dict[str, Work] = {
-        "FI": lambda: fi_of_weights(questions, 1),
-        "Jacobian norm": lambda: jacobian_norm(questions),
-        "K backward passes, .grad kept": lambda: fi_by_stored_gradients(questions),
+    works: Works = {
+        FI: (lambda: fi_of_weights(questions), count),
+        JACOBIAN: (lambda: peers.jacobian_norm(questions), count),
+        STORED: (lambda: peers.fi_by_stored_gradients(questions), count),
     }
-    seconds = in_turn(works, dict.fromkeys(works, count), rounds)
-    work, stored = f"FI of weights, {length} tokens, batch 1", "K backward passes, .grad kept"
+    row = partial(beside, f"FI of weights, {length} tokens, batch 1", in_turn(works, rounds), FI)
     return [
-        row(work, seconds, "FI", "Jacobian norm", 2.6, FI_UNITS / JACOBIAN_UNITS),
-        row(work, seconds, "FI", stored, 1.4, BACKWARD_UNITS / FI_UNITS, faster=True),
+        row(JACOBIAN, 2.6, UNITS[FI] / UNITS[JACOBIAN]),
+        row(STORED, 1.4, UNITS[STORED] / UNITS[FI], faster=True),
     ]
 
 
-def short_prompts(size: Size, rounds: int, length: int = 24, count: int = 64) -> list[Row]:
-    """FI of every linear weight in batches of 16, beside stored gradients one prompt at a time, and vmap."""
-    model = size.model()
-    questions, few, pair = (Questions.draw(model, length, n) for n in (count, max(1, count // 8), 2))
-    works: dict[str, Work] = {
-        "FI": lambda: fi_of_weights(questions, 16),
-        "K backward passes, .grad kept": lambda: fi_by_stored_gradients(few),
-        "torch.func vmap": lambda: fi_by_vmap(pair),  # it holds K gradients of every sample at once
+def short_prompts(size: Size, rounds: int, length: int = 24, count: int = 64) -> Rows:
+    """FI of every linear weight in batches of 16, beside stored gradients one prompt at a time."""
+    model, fewer = size.model(), max(1, count // 8)
+    questions, few = (Questions.draw(model, length, n) for n in (count, fewer))
+    works: Works = {
+        FI: (lambda: fi_of_weights(questions, 16), count),
+        STORED: (lambda: peers.fi_by_stored_gradients(few), fewer),
     }
-    samples = dict(zip(works, (count, len(few.ids), len(pair.ids)), strict=True))
-    seconds = in_turn(works, samples, rounds)
     work = f"FI of weights, {length} tokens, batches of 16"
-    return [
-        row(
-            work, seconds, "FI", "K backward passes, .grad kept", 4.0, BACKWARD_UNITS / FI_UNITS, faster=True
-        ),
-        row(work, seconds, "FI", "torch.func vmap", None, None, faster=True),
-    ]
+    return [beside(work, in_turn(works, rounds), FI, STORED, 4.0, UNITS[STORED] / UNITS[FI], faster=True)]
 
 
-def memory(size: Size, rounds: int, length: int = 128, count: int = 2) -> list[Row]:
-    """Peak memory of weight scores beyond what Python and its libraries take, each in a fresh process."""
-    questions = Questions.draw(size.model(), length, count)
-    least = 2 * sum(w.numel() * w.element_size() for w in _weights(questions.model).values())
-    least += sum(p.numel() * p.element_size() for p in questions.model.network.parameters()) - least // 2
+def memory(size: Size, rounds: int, length: int = 128, count: int = 2) -> Rows:
+    """Peak memory of FI of weights, of the model and what scoring takes beside it, and its seconds."""
+    model = size.model()
+    questions = Questions.draw(model, length, count)
     rows = []
-    for save_memory, goal in ((True, 1.15), (False, None)):
-        peaks = [_peak_of_child(size, length, count, save_memory) for _ in range(min(rounds, 3))]
-        name = f"memory of FI of weights, {length} tokens, {'block by block' if save_memory else 'at once'}"
-        ratios = [peak / least for _, peak in peaks]
-        middle, taken = statistics.median(ratios), statistics.median(seconds for seconds, _ in peaks)
-        peak = int(statistics.median(peak for _, peak in peaks))
-        what = "weights + result"
-        rows.append(Row(name, what, taken, 0.0, middle, min(ratios), max(ratios), goal, 1.0, peak_bytes=peak))
+    for way, save_memory, goal in (("block by block", True, 1.15), ("at once", False, None)):
+        works: Works = {way: (partial(fi_of_weights, questions, save_memory=save_memory), count)}
+        seconds = in_turn(works, min(rounds, 3))[way].median()
+        peak, work = peers.peak_bytes(questions, save_memory), f"FI of weights, {length} tokens, {way}"
+        rows.append(of_memory(work, seconds, peak, peers.least_bytes(model), goal))
     return rows
 
 
-def peak(size: Size, length: int, count: int, save_memory: bool) -> tuple[float, int]:
-    """Seconds a sample and peak bytes of this process, beyond what it held before it made the model.
-
-    Raises RuntimeError where the system does not tell the peak.
-    """
-    fi_of_weights(Questions.draw(Size(32, 64, 2, 2).model(), 8, 1), 1, save_memory)  # loads the libraries
-    before = resident("VmRSS")
-    questions = Questions.draw(size.model(), length, count)
-    start = time.perf_counter()
-    fi_of_weights(questions, 1, save_memory)
-    return (time.perf_counter() - start) / count, resident("VmHWM") - before
-
-
-def _peak_of_child(size: Size, length: int, count: int, save_memory: bool) -> tuple[float, int]:
-    """`peak` in a fresh process, whose allocator gives back what is freed at once."""
-    code = (
-        "import json, torch; from fichapters.bench import Size, peak; "
-        f"torch.set_num_threads({torch.get_num_threads()}); "
-        f"print(json.dumps(peak({size!r}, {length}, {count}, {save_memory})))"
-    )
-    settings = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**17)}
-    done = subprocess.run([sys.executable, "-c", code], env=settings, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"the memory could not be measured: {done.stderr.strip().splitlines()[-1]}")
-    seconds, bytes_ = json.loads(done.stdout.splitlines()[-1])
-    return float(seconds), int(bytes_)
-
-
-def resident(what: str) -> int:
-    """Bytes of this process in memory: VmRSS now, VmHWM at most so far."""
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    except OSError as error:
-        raise RuntimeError("this system does not tell a process's peak memory; use Linux.") from error
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what))
-
-
-def pixels(size: Size, rounds: int) -> list[Row]:
+def pixels(size: Size, rounds: int) -> Rows:
     """FI of every pixel of the bundled pictures by each filter, beside one gradient of the prediction."""
-    return bundled_rows(rounds)
+    model = open_vision_model("mini-vlm", device="cuda" if torch.cuda.is_available() else "cpu")
+    examples = load_task("bundled-images", n=max(PIXEL_GOALS)).examples
+    return [row for batch in PIXEL_GOALS for row in pixel_rows(model, examples[:batch], rounds)]
 
 
-def topshare(size: Size, rounds: int, count: int = 10**7, share: float = 0.01) -> list[Row]:
+def pixel_rows(model: VisionModel, examples: Sequence[Example], rounds: int) -> list[Row]:
+    """Time FI of every pixel of one batch, K classes and RGB, by each filter, with the model frozen.
+
+    Ours is `score_pixels` with all that it does, from decoding the image on; the peers start from decoded
+    images. The floor counts a forward pass and one back to the pixels for each class but one, of which the
+    Jacobian norm has one.
+    """
+    count, given = len(examples), peers.asked(model, examples)
+    ours = partial(score_pixels, model, examples, ["FI"], batch_size=count)
+    works: dict[str, tuple[Work, int]] = {f"FI {f}": (partial(ours, spectral=f), count) for f in FILTERS}
+    works[PLAIN] = (lambda: peers.plain_jacobian(*given), count)
+    works[SALIENCY] = (lambda: peers.captum_saliency(*given), count)
+    with frozen(model.network), warnings.catch_warnings():
+        warnings.simplefilter("ignore", SaturationWarning)  # exact FI of pixels is, and takes as long
+        seconds = in_turn(works, rounds)
+    goal = ON_GPU if count == 1 and model.device.type == "cuda" else PIXEL_GOALS.get(count)
+    rows = []
+    for name in (f"FI {f}" for f in FILTERS):
+        row = partial(beside, f"pixel {name}, batch {count}", seconds, name)
+        rows += [row(PLAIN, goal, len(examples[0].options) / 2), row(SALIENCY)]
+    return rows
+
+
+def topshare(size: Size, rounds: int, count: int = 10**7, share: float = 0.01) -> Rows:
     """The exact top share of many scores with ties, beside a full sort; bytes beyond the scores themselves.
 
     The bytes are a mask of the tensor at hand and the pieces at work, however many tensors there are.
@@ -299,183 +218,82 @@ def topshare(size: Size, rounds: int, count: int = 10**7, share: float = 0.01) -
     scores = torch.randn(count, generator=torch.Generator().manual_seed(0)).abs_()
     scores = scores.mul_(2**16).round_().div_(2**16)  # with ties
     take = max(1, round(share * count))
-    works: dict[str, Work] = {
-        "ours": lambda: TopShare(["all"], lambda _: iter(scores.split(CHUNK)), take).mask("all"),
-        "full sort": lambda: scores.sort(descending=True),
-    }
-    seconds = in_turn(works, dict.fromkeys(works, 1), rounds)
-    work = f"exact top share of {count:g} scores"
-    extra = extra_bytes(works["ours"])
-    largest = max(LLAMA_MATRICES)
+
+    def ours() -> object:
+        return TopShare(["all"], lambda _: iter(scores.split(CHUNK)), take).mask("all")
+
+    works: Works = {"ours": (ours, 1), SORT: (lambda: scores.sort(descending=True), 1)}
+    work, extra = f"exact top share of {count:g} scores", peers.extra_bytes(ours)
+    sorting = beside(work, in_turn(works, rounds), "ours", SORT, faster=True)
+    largest = max(peers.block(LLAMA).values())
     bound = 2 * largest + max(0, extra - 2 * count)  # a mask is there twice while its pieces are joined
-    note = f"for {LLAMA_WEIGHTS:.2g} weights in matrices of at most {largest:.2g}: {bound / 1e9:.2f} GB"
-    return [
-        row(work, seconds, "ours", "full sort", None, None, faster=True),
-        Row(
-            f"memory of the {work}",
-            "2 GB",
-            statistics.median(seconds["ours"]),
-            0.0,
-            extra / 2e9,
-            extra / 2e9,
-            extra / 2e9,
-            1.0,
-            None,
-            peak_bytes=extra,
-            note=note,
-        ),
-    ]
+    note = f"for {peers.linear(LLAMA):.2g} weights in matrices of at most {largest:.2g}: {bound / 1e9:.2f} GB"
+    bytes_ = of_memory(f"the {work}", sorting.seconds, extra, 2e9, 1.0)
+    return [sorting, replace(bytes_, peer="2 GB", floor=None, note=note)]
 
 
-def extra_bytes(work: Work) -> int:
-    """The most bytes of tensors that a piece of work holds at a time beyond those that were there before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        work()
-    held = most = 0
-    events = [e for e in cast(Any, found.profiler).kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda e: e.start_ns()):  # allocations, and frees below zero
-        held += event.nbytes()
-        most = max(most, held)
-    return most
-
-
-def evaluation(size: Size, rounds: int, rates: int = 4, measures: int = 3, questions: int = 32) -> list[Row]:
+def evaluation(size: Size, rounds: int, rates: int = 4, measures: int = 3, questions: int = 32) -> Rows:
     """Accuracy at R rates of M rankings: one model, its weights changed in place, prompts tokenised once.
 
-    Beside it, a model opened and prompts tokenised for each of them. Raises RuntimeError where the first
-    opens a model or tokenises more than once.
+    Beside it, a model opened and prompts tokenised for each of them.
     """
-    examples = load_task("bundled", n=questions).examples
-    count = rates * measures
-    names = linear_names(open_model().network)
+    examples, count = load_task("bundled", n=questions).examples, rates * measures
 
-    def sweep_of(ask: Evaluator, each: Sequence[int]) -> None:
-        for number in each:
-            scores = {n: torch.rand(p.shape) for n, p in ask.model.network.named_parameters() if n in names}
-            with zeroed(ask.model.network, select(scores, 0.01 * (1 + number % rates), seed=number)):
+    def evaluate(numbers: Sequence[int]) -> None:
+        model = open_model()
+        ask, names = Evaluator(model, examples, letters(model.tokenizer)), linear_names(model.network)
+        for number in numbers:
+            scores = {name: torch.rand(model.network.get_parameter(name).shape) for name in names}
+            with zeroed(model.network, select(scores, 0.01 * (1 + number % rates), seed=number)):
                 ask()
 
-    def asking() -> Evaluator:
-        model = open_model()
-        return Evaluator(model, examples, letters(model.tokenizer))
-
-    def once() -> None:
-        with counted() as calls:
-            sweep_of(asking(), range(count))
-        if calls["opened"] != 1 or calls["tokenised"] != len(examples):
-            raise RuntimeError(f"one model and {len(examples)} prompts were asked for, not {dict(calls)}.")
-
-    def anew() -> None:
+    def each() -> None:
         for number in range(count):
-            sweep_of(asking(), [number])
+            evaluate([number])
 
-    works: dict[str, Work] = {"ours": once, "opened and tokenised for each": anew}
-    seconds = in_turn(works, dict.fromkeys(works, count), rounds)
-    made = row(
-        f"evaluation, {rates} rates x {measures} measures, {len(examples)} questions",
-        seconds,
-        "ours",
-        "opened and tokenised for each",
-        None,
-        None,
-        faster=True,
-    )
-    return [replace(made, note=f"1 model opened, {len(examples)} prompts tokenised for {count} evaluations")]
+    works: Works = {"ours": (lambda: evaluate(range(count)), count), EACH: (each, count)}
+    work = f"evaluation, {rates} rates x {measures} measures, {len(examples)} questions"
+    return [beside(work, in_turn(works, rounds), "ours", EACH, faster=True)]
 
 
-@contextmanager
-def counted() -> Iterator[Counter[str]]:
-    """Count the models opened ("opened") and the prompts tokenised for evaluation ("tokenised")."""
-    calls: Counter[str] = Counter()
-    network, tokens = models.open_network, LanguageModel._token_ids
-
-    def opening(*arguments: Any, **options: Any) -> Any:
-        calls["opened"] += 1
-        return network(*arguments, **options)
-
-    def tokenising(model: LanguageModel, prompts: Sequence[str]) -> list[list[int]]:
-        calls["tokenised"] += len(prompts)
-        return tokens(model, prompts)
-
-    with (
-        mock.patch.object(models, "open_network", opening),
-        mock.patch.object(LanguageModel, "_token_ids", tokenising),
-    ):
-        yield calls
-
-
-LLAMA = LlamaConfig(
-    vocab_size=32000,
-    hidden_size=4096,
-    intermediate_size=11008,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=32,
-    max_position_embeddings=4096,
-    tie_word_embeddings=False,
-)
-LLAMA_MATRICES = {4096 * 4096: 4 * 32, 4096 * 11008: 3 * 32}
-LLAMA_WEIGHTS = sum(size * count for size, count in LLAMA_MATRICES.items())
-H100_SECONDS = 0.12  # asked for of a sample
-
-
-def gpu(size: Size, rounds: int) -> list[Row | Missing]:
+def gpu(size: Size, rounds: int) -> Rows:
     """FI of every linear weight of a network of Llama-2-7B's shape, random bfloat16 weights, on a GPU."""
     if not torch.cuda.is_available():
         return [Missing("FI of weights, Llama-2-7B's shape, 200 tokens, on a GPU", "no GPU")]
-    return [*large_network(LLAMA, rounds, "cuda")]
+    return large_network(LLAMA, rounds, "cuda")
 
 
-def large_network(
-    config: LlamaConfig, rounds: int, device: str, length: int = 200, count: int = 4
-) -> list[Row]:
+def large_network(config: LlamaConfig, rounds: int, device: str, length: int = 200, count: int = 4) -> Rows:
     """Seconds a sample at once and block by block, beside the goal and beside its matrix products alone.
 
     The rate of matrix products is measured in the same rounds, on the largest matrix of the network; the
     second ratio, turned over, is the share of this rate that is reached. Peaks are of the device.
     """
-    model = _random_network(config, device)
-    questions = Questions.draw(model, length, count)
-    weights = _weights(model)
-    result = 4 * sum(w.numel() for w in weights.values())
-    least = result + sum(p.numel() * p.element_size() for p in model.network.parameters())
-    operations = FI_UNITS * 2 * length * sum(w.numel() for w in weights.values())
-    matrix = max(weights.values(), key=torch.numel).detach()
+    model = peers.random_model(config, torch.bfloat16, device)
+    questions, weights = Questions.draw(model, length, count), peers.weights_of(model).values()
+    matrix = max(weights, key=torch.numel).detach()
     x = torch.randn(1024, matrix.shape[1], device=matrix.device, dtype=matrix.dtype)
-    works: dict[str, Work] = {
-        "at once": lambda: fi_of_weights(questions, 1),
-        "block by block": lambda: fi_of_weights(questions, 1, save_memory=True),
-        "products": lambda: [x @ matrix.T for _ in range(32)],
+    ways: Works = {
+        "at once": (lambda: fi_of_weights(questions), count),
+        "block by block": (lambda: fi_of_weights(questions, save_memory=True), count),
     }
-    samples = {"at once": count, "block by block": count, "products": 32}
-    seconds = in_turn(works, samples, rounds)
-    rate = [2 * len(x) * matrix.numel() / s for s in seconds["products"]]
-    seconds["its products at the measured rate"] = [operations / r for r in rate]
-    seconds[f"{H100_SECONDS} s a sample (asked of an H100)"] = [H100_SECONDS] * rounds
+    seconds = in_turn({**ways, "products": (lambda: [x @ matrix.T for _ in range(32)], 32)}, rounds)
+    rate = 2 * len(x) * matrix.numel() / seconds["products"]
+    operations = UNITS[FI] * 2 * length * sum(w.numel() for w in weights)
+    seconds = seconds.assign(**{PRODUCTS: operations / rate, ASKED: H100_SECONDS})
+    note = f"{rate.median() / 1e12:.0f} TFLOPS measured in products"
     rows = []
-    for way in ("at once", "block by block"):
+    for way, (work, _) in ways.items():
         shape = f"{config.num_hidden_layers} blocks of {config.hidden_size}"
-        work = f"FI of weights, {shape}, {length} tokens, {way}"
-        note = f"{statistics.median(rate) / 1e12:.0f} TFLOPS measured in products"
+        name = f"FI of weights, {shape}, {length} tokens, {way}"
         rows += [
-            replace(row(work, seconds, way, "its products at the measured rate", None, 1.0), note=note),
-            row(work, seconds, way, f"{H100_SECONDS} s a sample (asked of an H100)", 1.0, None),
+            replace(beside(name, seconds, way, PRODUCTS, None, 1.0), note=note),
+            beside(name, seconds, way, ASKED, 1.0),
         ]
-        peak = _device_peak(works[way], device)
-        ratio, goal = peak / least, 1.1 if way == "block by block" else None
-        taken = statistics.median(seconds[way])
-        name = f"memory of {work}"
-        rows.append(
-            Row(name, "weights + result", taken, 0.0, ratio, ratio, ratio, goal, 1.0, peak_bytes=peak)
-        )
+        goal = 1.1 if way == "block by block" else None
+        peak = _device_peak(work, device)
+        rows.append(of_memory(name, seconds[way].median(), peak, peers.least_bytes(model), goal))
     return rows
-
-
-def _random_network(config: LlamaConfig, device: str) -> LanguageModel:
-    torch.manual_seed(0)
-    with torch.device(device):
-        network = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    return LanguageModel(network, cast(PreTrainedTokenizerBase, None), "random Llama", None, "0" * 64)
 
 
 def _device_peak(work: Work, device: str) -> int:
@@ -487,8 +305,7 @@ def _device_peak(work: Work, device: str) -> int:
     return int(torch.cuda.max_memory_allocated(device))
 
 
-# What can be measured, by the name to ask for it.
-ROWS: dict[str, Callable[[Size, int], Sequence[Row | Missing]]] = {
+ROWS: dict[str, Callable[[Size, int], Rows]] = {  # by the name to ask for it
     "long": long_prompts,
     "short": short_prompts,
     "memory": memory,
@@ -499,7 +316,7 @@ ROWS: dict[str, Callable[[Size, int], Sequence[Row | Missing]]] = {
 }
 
 
-def bench(only: Sequence[str] = (), rounds: int = 5, size: Size | None = None) -> list[Row | Missing]:
+def bench(only: Sequence[str] = (), rounds: int = 5, size: Size | None = None) -> Rows:
     """Measure the rows of these names, all by default. Raises ValueError for an unknown name or no round."""
     unknown = sorted(set(only) - set(ROWS))
     if unknown:
@@ -523,3 +340,46 @@ def main(only: Sequence[str], rounds: int, out: Path | None) -> None:
             "not measured": {r.work: r.why for r in rows if isinstance(r, Missing)},
         }
         write_atomically(out, (json.dumps(made, indent=1) + "\n").encode())
+
+
+def machine() -> dict[str, str | int | float]:
+    """What the numbers were measured on, and how busy it was."""
+    cpu = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+        "load": round(load, 2),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def table(rows: Rows) -> str:
+    """The rows as text: seconds a sample, ratio with its extremes, goal, floor and peak memory."""
+    frame = pd.DataFrame([_cells(r) for r in rows if isinstance(r, Row)])
+    text = [] if frame.empty else [frame.to_string(index=False)]
+    text += [f"{r.work}: {r.note}" for r in rows if isinstance(r, Row) and r.note]
+    text += [f"{r.work}: not measured: {r.why}" for r in rows if isinstance(r, Missing)]
+    return "\n".join(text)
+
+
+def _cells(r: Row) -> dict[str, str]:
+    return {
+        "work": r.work,
+        "beside": r.peer,
+        "seconds": f"{r.seconds:.3f}",
+        "its seconds": f"{r.peer_seconds:.3f}" if r.peer_seconds else "",
+        "ratio": f"{r.ratio:.2f} ({r.low:.2f} to {r.high:.2f})",
+        "goal": "" if r.goal is None else f"{'>=' if r.faster else '<='} {r.goal:g}",
+        "floor": "" if r.floor is None else f"{r.floor:.2f}",
+        "peak MB": "" if r.peak_bytes is None else f"{r.peak_bytes / 2**20:.0f}",
+        "goal met": {True: "yes", False: "no", None: ""}[r.met],
+    }

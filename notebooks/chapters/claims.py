@@ -6,7 +6,6 @@ chapter.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -22,16 +21,17 @@ import yaml
 from fichapters.papers import published
 from fichapters.results import KEPT
 from fihelpers.data import check_file, data_folder
+from fihelpers.evaluate.stats import wilson
 
 FILE = "claims.yaml"
 WEB = Path(__file__).parent / "web"
-RECORDS = "records"  # stands for a chapter's records where a part names no table
 HOLDS, FAILS, OPEN = "holds", "does not hold", "undecided"
 NOT_MEASURED, ANSWERED = "not measured", "answered"
 IN_PART = "holds in part"  # of whole claims only
 HEADLINES = (HOLDS, IN_PART, FAILS, OPEN, NOT_MEASURED)
 NO_FILTER = "no filter"
 FILTERS = ("exact", "cut", "damped", NO_FILTER)
+OWN = ("12_claims", "carried")  # the table that is made of verdicts, and itself judged
 COLUMNS = ["id", "chapter", "part", "setting", "filter", "n", "value", "low", "high", "verdict"]
 Read = Callable[[str, str], pd.DataFrame]  # a chapter's table, empty where there is none
 
@@ -46,16 +46,16 @@ class Part:
     words: str
     setting: str
     chapter: str
+    table: str
     names: Mapping[str, Any]
     where: Mapping[str, Any]
-    table: str = RECORDS
     measure: str = "{measure}"
     value: str = "value"
     low: str = "low"
     high: str = "high"
     n: str = "n"
-    above: float | Mapping[str, Any] = -math.inf
-    below: float | Mapping[str, Any] = math.inf
+    above: float | Mapping[str, str] = -math.inf
+    below: float | Mapping[str, str] = math.inf
     margin: float = 0.0
 
 
@@ -109,8 +109,6 @@ def _expand(said: Mapping[str, Any]) -> Iterator[Part]:
     known = {field.name for field in fields(Part)}
     for item in said.get("for", [{}]):
         made = {k: v for k, v in said.items() if k != "for"} | item
-        if "record" in made:
-            made["where"] = {"name": made.pop("record")}
         lists = [v if isinstance(v, list) else [v] for v in made["where"].values()]
         told = {k: v for k, v in made.items() if k in known}
         names = {k: v for k, v in made.items() if k not in known}
@@ -157,7 +155,7 @@ def _lines(claim: str, part: Part, read: Read) -> Iterator[tuple[Any, ...]]:
         setting = _told(part.setting, names, ", ".join(map(str, part.where.values())))
         n, value, *ends = (row[name] for name in columns) if row else (0, *[math.nan] * 3)
         low, high = (value if pd.isna(end) else end for end in ends)  # a number may have no interval
-        above, below = (_bound(bound, part, row, read) for bound in (part.above, part.below))
+        above, below = (_bound(bound, row) for bound in (part.above, part.below))
         if any(math.isnan(number) for number in (value, above, below)):
             verdict = NOT_MEASURED
         elif math.isinf(above) and math.isinf(below):
@@ -179,15 +177,9 @@ def _rows(table: pd.DataFrame, where: Mapping[str, Any], columns: Iterable[str],
     return table if table.empty else table[(table[list(where)] == pd.Series(where)).all(axis=1)]
 
 
-def _bound(bound: float | Mapping[str, Any], part: Part, row: Mapping[str, Any], read: Read) -> float:
-    """A bound as a number; NaN where it is a cell of the row, or a record, that was not measured."""
-    if not isinstance(bound, Mapping):
-        return bound
-    column = bound.get("column", "value")
-    if "record" not in bound:
-        return float(row.get(column, math.nan))
-    found = _rows(read(part.chapter, RECORDS), {"name": bound["record"]}, [column], part)
-    return float(found[column].iloc[0]) if len(found) else math.nan
+def _bound(bound: float | Mapping[str, str], row: Mapping[str, Any]) -> float:
+    """A bound as a number; NaN where it is a cell of a row that was not measured."""
+    return float(row.get(bound["column"], math.nan)) if isinstance(bound, Mapping) else bound
 
 
 def _told(template: str, names: Mapping[str, Any], otherwise: str) -> str:
@@ -215,18 +207,18 @@ def of_run(folder: Path | None = None) -> Read:
 
     @cache
     def read(chapter: str, table: str) -> pd.DataFrame:
-        if folder is not None and (folder / f"{chapter}.json").is_file():
-            return _read(folder, chapter, table)
-        return _read(data_folder() / KEPT, chapter, table)
+        own = folder if folder and (folder / f"{chapter}.json").is_file() else data_folder() / KEPT
+        return _read(own / f"{chapter}.{table}.csv")
 
     return read
 
 
-def _read(folder: Path, chapter: str, table: str) -> pd.DataFrame:
-    if table == RECORDS:
-        path = folder / f"{chapter}.json"
-        return pd.DataFrame(json.loads(path.read_text(encoding="utf-8"))["records"] if path.is_file() else [])
-    path = folder / f"{chapter}.{table}.csv"
+def of_folder(folder: Path) -> Read:
+    """Read the tables that lie in a folder, such as those of a real model, and no others."""
+    return cache(lambda chapter, table: _read(folder / f"{chapter}.{table}.csv"))
+
+
+def _read(path: Path) -> pd.DataFrame:
     return pd.read_csv(path) if path.is_file() else pd.DataFrame()
 
 
@@ -279,13 +271,53 @@ def condense(claims: Mapping[str, Claim], rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines, columns=["id", "short", "kind", "verdict", "settings", "tested", "missing"])
 
 
+def carried(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
+    """What of the verdicts on settings carries over to other models; both of `judged`, for the same claims.
+
+    Of the deciding settings that were judged twice: the share with the same verdict, and that with opposite
+    ones, of which one holds and the other does not. Columns: reading, value, low, high (Wilson), n.
+    """
+    place = ["id", "chapter", "part", "setting"]
+    both = deciding(first).merge(deciding(second), on=place, suffixes=("", "_there"))
+    both = both[(both.verdict != ANSWERED) & (both.verdict_there != ANSWERED)]
+    pairs = [{a, b} for a, b in zip(both.verdict, both.verdict_there, strict=True)]
+    readings = {
+        "same verdict": [len(pair) == 1 for pair in pairs],
+        "opposite verdict": [pair == {HOLDS, FAILS} for pair in pairs],
+    }
+    lines = []
+    for reading, hits in readings.items():
+        ends = wilson(sum(hits), len(hits)) if hits else (math.nan, math.nan)
+        lines.append((reading, sum(hits) / len(hits) if hits else math.nan, *ends, len(hits)))
+    return pd.DataFrame(lines, columns=["reading", "value", "low", "high", "n"])
+
+
+def judged_twice(
+    claims: Mapping[str, Claim], read: Read, there: Read
+) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """All settings judged by two sets of tables, and what carries over, which one of the claims is about."""
+    first, second = (judged(claims, tables) for tables in (read, there))
+    found = carried(*(rows[rows.chapter != OWN[0]] for rows in (first, second)))
+    again = judged(claims, lambda chapter, table: found if (chapter, table) == OWN else read(chapter, table))
+    return again, second, found
+
+
 # --- the page
 
 
-def as_html(claims: Sequence[Claim], rows: pd.DataFrame, condensed: pd.DataFrame) -> str:
-    """All that the book says of each claim: verdict, where, its parts, published figures, every setting."""
+def as_html(
+    claims: Sequence[Claim], rows: pd.DataFrame, condensed: pd.DataFrame, others: Mapping[str, pd.DataFrame]
+) -> str:
+    """All that the book says of each claim: verdict, where, its parts, published figures, every setting.
+
+    others: rows of the same claims, of `judged`, on other models by their names.
+    """
     found = condensed.set_index("id")
-    return "\n".join(_entry(claim, rows[rows.id == claim.id], found.loc[claim.id]) for claim in claims)
+    entries = []
+    for claim in claims:
+        own = {model: table[table.id == claim.id] for model, table in others.items()}
+        entries.append(_entry(claim, rows[rows.id == claim.id], found.loc[claim.id], own))
+    return "\n".join(entries)
 
 
 def finder() -> str:
@@ -299,7 +331,7 @@ def finder() -> str:
     )
 
 
-def _entry(claim: Claim, rows: pd.DataFrame, line: pd.Series) -> str:
+def _entry(claim: Claim, rows: pd.DataFrame, line: pd.Series, others: Mapping[str, pd.DataFrame]) -> str:
     tested = ", ".join(f'<a href="{name}.html">{name[:2]}</a>' for name in line.tested.split())
     where = f" Tested in chapter {tested}." if tested else ""
     if line.missing:
@@ -311,18 +343,28 @@ def _entry(claim: Claim, rows: pd.DataFrame, line: pd.Series) -> str:
         _parts(rows) if claim.parts else "",
         _published(claim),
         _settings(claim, rows) if claim.parts else "",
+        *(_on_another(claim, own, model) for model, own in others.items()),
     ]
     place = f'id="claim-{claim.id.lower()}" data-verdict="{escape(line.verdict)}"'
     return f"<section {place}>{''.join(pieces)}</section>"
 
 
-def _parts(rows: pd.DataFrame) -> str:
+def _on_another(claim: Claim, rows: pd.DataFrame, model: str) -> str:
+    """The verdict on another model, with the settings that were measured there."""
+    known = rows[rows.verdict != NOT_MEASURED]
+    verdict = f"<p>On {escape(model)}: <strong>{escape(headline(claim, rows))}</strong>.</p>"
+    return verdict + (
+        _parts(known, f" on {model}") + _settings(claim, known, f" on {model}") if len(known) else ""
+    )
+
+
+def _parts(rows: pd.DataFrame, where: str = "") -> str:
     """The verdicts of the parts: how many settings of each filter hold, do not, and are undecided."""
     cells = counts(rows, "part", "filter").iterrows()
     said = {place: "; ".join(f"{name} {n}" for name, n in line.items() if n) for place, line in cells}
     used = [name for name in FILTERS if any(place[1] == name for place in said)]
     table = [[part, *(said.get((part, name), "") for name in used)] for part in dict.fromkeys(rows.part)]
-    return _table(f"parts of claim {rows.id.iloc[0]}", ["part", *used], table)
+    return _table(f"parts of claim {rows.id.iloc[0]}{where}", ["part", *used], table)
 
 
 def _published(claim: Claim) -> str:
@@ -331,12 +373,12 @@ def _published(claim: Claim) -> str:
     return f"<p>Published: {escape('; '.join(published(key).as_text() for key in claim.published))}.</p>"
 
 
-def _settings(claim: Claim, rows: pd.DataFrame) -> str:
+def _settings(claim: Claim, rows: pd.DataFrame, where: str = "") -> str:
     """Every setting with its number, to unfold."""
     lines = [[r.chapter[:2], r.part, r.setting, _number(r), r.verdict] for r in rows.itertuples()]
-    region = f"settings of claim {claim.id}"
+    region = f"settings of claim {claim.id}{where}"
     table = _table(region, ["chapter", "part", "setting", "number", "verdict"], lines)
-    many = "The one setting" if len(rows) == 1 else f"All {len(rows)} settings"
+    many = ("The one setting" if len(rows) == 1 else f"All {len(rows)} settings") + where
     about = f" Numbers: {escape(claim.number)}." if claim.number else ""
     return f"<details><summary>{many}.{about}</summary>{table}</details>"
 

@@ -11,6 +11,7 @@ def add(commands: Any) -> None:
     """Add the commands to those of ``python -m fihelpers``."""
     _add_run(commands)
     _add_sweep(commands)
+    _add_real(commands)
     _add_bench(commands)
 
 
@@ -56,6 +57,17 @@ def _add_sweep(commands: Any) -> None:
     sweep.set_defaults(command=_sweep)
 
 
+def _add_real(commands: Any) -> None:
+    real = commands.add_parser("real", help="run the chapters on a real language model, for hours")
+    real.add_argument("chapters", nargs="*", help="numbers or names; all of the profile real by default")
+    real.add_argument("--model", help="a GGUF file, a folder or a hub id (smollm2, see fetch)")
+    real.add_argument("--task", help="cloze:FOLDER, a folder in the layout of MMLU, or a hub id (cloze)")
+    real.add_argument("--subjects", nargs="+", help="of the task (geography culture business law)")
+    real.add_argument("--out", type=Path, help="folder for the executed notebooks (build/runs/real)")
+    add_threads(real)
+    real.set_defaults(command=_real)
+
+
 def _add_bench(commands: Any) -> None:
     bench = commands.add_parser("bench", help="measure what FI costs beside simpler ways of computing it")
     bench.add_argument(
@@ -96,6 +108,21 @@ def _sweep(options: argparse.Namespace) -> None:
         threads=options.threads,
     )
     print(table)
+
+
+def _real(options: argparse.Namespace) -> None:
+    from fichapters import real, runs
+    from fihelpers.threads import threads_for
+
+    folder = runs.notebooks_folder()
+    subjects = options.subjects or [None]
+    given = {"MODEL": options.model, "BASE": options.model, "TASK": options.task}
+    given |= {"SUBJECTS": options.subjects, "SUBJECT": subjects[0]}
+    given = {name: value for name, value in given.items() if value}
+    out = options.out or runs.runs_folder(folder, real.PROFILE)
+    threads = threads_for(asked=options.threads)
+    for notebook in real.run(folder, out, given, options.chapters, threads):
+        print(notebook)
 
 
 def _bench(options: argparse.Namespace) -> None:

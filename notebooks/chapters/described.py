@@ -23,11 +23,11 @@ def show_described(shell: Any) -> None:
     A formatter of their own type goes before the one that matplotlib sets up for all figures.
     """
     if shell is not None:
-        shell.display_formatter.formatters["image/png"].for_type(DescribedFigure, _shown)
+        shell.display_formatter.formatters["image/png"].for_type(DescribedFigure, picture_and_words)
 
 
-def _shown(figure: DescribedFigure) -> tuple[bytes, dict[str, str]]:
-    """The picture, and the metadata in which IPython keeps an alt text."""
+def picture_and_words(figure: Figure) -> tuple[bytes, dict[str, str]]:
+    """A figure as a small PNG, and the metadata in which IPython keeps an alt text."""
     return small_png(print_figure(figure, fmt="png")), {"alt": describe(figure)}
 
 

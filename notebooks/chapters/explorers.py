@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import itertools
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from html import escape
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import anywidget
 import numpy as np
@@ -15,13 +18,12 @@ import traitlets
 from IPython.display import HTML, display
 from matplotlib.figure import Figure
 from PIL import Image
-from torch import Tensor
 
-from fichapters.described import describe
-from fichapters.explore import image_uri, still_picture
+from fichapters.described import picture_and_words
 from fichapters.style import INK, WIDTH, new_figure
 
 WEB = Path(__file__).parent / "web"
+CSS_DPI = 96  # pixels an inch of a page, by the definition of CSS
 
 
 class Explorer(anywidget.AnyWidget):
@@ -30,12 +32,15 @@ class Explorer(anywidget.AnyWidget):
     _css = WEB / "explorer.css"
     title = traitlets.Unicode().tag(sync=True)
 
-    def __init__(self, still: Figure, alt: str, **values: object) -> None:
+    def __init__(self, still: Figure, **values: object) -> None:
         super().__init__(**values)
-        self.still, self.alt = still, alt
+        self.still = still
 
     def _ipython_display_(self) -> None:
-        display(HTML(still_picture(self.still, self.alt, self.title)))
+        png, words = picture_and_words(self.still)
+        width = round(self.still.get_size_inches()[0] * CSS_DPI)
+        picture = f'<img src="{_uri(png)}" alt="{escape(words["alt"])}" width="{width}">'
+        display(HTML(f"<noscript>{picture}<p>{escape(self.title)}</p></noscript>"))
         made = self._repr_mimebundle_()
         assert made is not None  # it is for a widget without a view
         bundle, metadata = made
@@ -55,76 +60,53 @@ class Simplex(Explorer):
     decade = traitlets.Float(-2.0).tag(sync=True)
 
 
-class Network(Protocol):
-    """P(y | omega) = softmax(bias + outer tanh(inner omega + shift)), as `manifold.make_family` makes it."""
-
-    @property
-    def inner(self) -> Tensor: ...
-    @property
-    def shift(self) -> Tensor: ...
-    @property
-    def outer(self) -> Tensor: ...
-    @property
-    def bias(self) -> Tensor: ...
-
-
-def simplex(net: Network, *, title: str, still: Figure) -> Simplex:
+def simplex(net: Any, *, title: str, still: Figure) -> Simplex:
     """Explore a network of three answers and two dimensions of omega (method 1).
 
-    inner: (H, 2); shift: (H,); outer: (3, H); bias: (3,). still: a picture for pages without JavaScript.
-    Raises ValueError for other shapes.
+    net: P(y | omega) = softmax(bias + outer tanh(inner omega + shift)), such as `make_family` of chapter 02
+    makes it, with inner: (H, 2); shift: (H,); outer: (3, H); bias: (3,). still: a picture for pages without
+    JavaScript. Raises ValueError for other shapes.
     """
     family = {name: getattr(net, name) for name in ("inner", "shift", "outer", "bias")}
     hidden = len(net.inner)
     shapes = [tuple(t.shape) for t in family.values()]
     if shapes != [(hidden, 2), (hidden,), (3, hidden), (3,)]:
         raise ValueError(f"The explorer needs two dimensions and three answers; its tensors are {shapes}.")
-    return Simplex(still, describe(still), title=title, family={n: t.tolist() for n, t in family.items()})
+    return Simplex(still, title=title, family={name: t.tolist() for name, t in family.items()})
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a chart, with a band from low to high where these are given; all of one length."""
+    """A line of a chart through the places of its axis, with a band where low and high are given."""
 
     name: str
-    x: list[float]
-    y: list[float]
-    low: list[float] | None = None
-    high: list[float] | None = None
-
-
-@dataclass(frozen=True)
-class Bar:
-    """A bar from 0; `text` is the value as it is shown."""
-
-    name: str
-    value: float
-    text: str
+    y: Sequence[float]
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
 
 
 @dataclass(frozen=True)
 class Position:
-    """What one position of a dial shows. pictures: uint8 arrays (H, W) or (H, W, 3), by caption.
+    """What one position of a dial shows. pictures: uint8 arrays (H, W, 3), by caption. bars: by name.
 
-    marker: where on the x axis of the chart a vertical line stands. note: what is to be seen, in words.
+    marker: at which place of the chart's axis a vertical line stands. note: what is to be seen, in words.
     """
 
     label: str
     note: str
-    pictures: Mapping[str, np.ndarray] | None = None
-    lines: Sequence[Line] = ()
-    bars: Sequence[Bar] = ()
+    pictures: Mapping[str, np.ndarray]
+    lines: Sequence[Line]
+    bars: Mapping[str, float] | None = None
     marker: float | None = None
 
 
 @dataclass(frozen=True)
 class Axes:
-    """The chart of a dial: what is drawn against what, the range of y, and what to write at values of x."""
+    """The chart of a dial: what is drawn, from 0 to 1, against what, and what stands at the places of x."""
 
-    x: str = ""
-    y: str = ""
-    limits: tuple[float, float] = (0.0, 1.0)
-    ticks: Mapping[float, str] | None = None
+    x: str
+    y: str
+    ticks: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -154,13 +136,13 @@ class Dial(Explorer):
     dial = traitlets.Unicode().tag(sync=True)
     axes = traitlets.Dict().tag(sync=True)
     bars = traitlets.Unicode().tag(sync=True)
-    largest = traitlets.Float(1.0).tag(sync=True)
+    largest = traitlets.Float(1.0).tag(sync=True)  # of the bars
     caption = traitlets.Unicode().tag(sync=True)
     group = traitlets.Int(0).tag(sync=True)
     position = traitlets.Int(0).tag(sync=True)
 
-    def __init__(self, still: Figure, alt: str, live: Live | None = None, **values: object) -> None:
-        super().__init__(still, alt, **values)
+    def __init__(self, still: Figure, live: Live | None = None, **values: object) -> None:
+        super().__init__(still, **values)
         self.live = live
         if live:
             self.on_msg(self._answer)
@@ -189,7 +171,7 @@ def dial(
     title: str,
     caption: str,
     names: Sequence[str],
-    axes: Axes = Axes(),
+    axes: Axes,
     bars: str = "",
     start: int = 0,
     live: Live | None = None,
@@ -201,94 +183,83 @@ def dial(
     that is shown, also by pages without JavaScript. caption: what the reader may try, with units and n.
     Raises ValueError where a choice has fewer than two positions or none.
     """
-    menus = _menus(groups, names)
+    options = [list(dict.fromkeys(chosen)) for chosen in zip(*groups, strict=True)]
     images: dict[str, int] = {}
-    stored = [
-        [_stored(position, images) for position in groups[key]]
-        for key in itertools.product(*(menu["options"] for menu in menus))
-    ]
-    values = [bar.value for positions in groups.values() for position in positions for bar in position.bars]
-    still = _still(next(iter(groups.values()))[start], axes, bars)
+    stored = []
+    for key in itertools.product(*options):
+        positions = groups.get(key, ())
+        if len(positions) < 2:
+            chosen = ", ".join(map(repr, key))
+            raise ValueError(f"A dial needs two positions or more; for {chosen} there are {len(positions)}.")
+        stored.append([_stored(position, images) for position in positions])
+    ticks = [{"at": place, "text": text} for place, text in enumerate(axes.ticks)]
     return Dial(
-        still,
-        describe(still),
+        _still(next(iter(groups.values()))[start], axes, bars),
         live,
         title=title,
         caption=caption,
-        menus=menus,
+        menus=[{"name": n, "options": o} for n, o in zip(names[:-1], options, strict=True)],
         groups=stored,
         images=list(images),
         dial=names[-1],
-        axes={"x": axes.x, "y": axes.y, "limits": list(axes.limits), "ticks": _ticks(axes)},
+        axes={"x": axes.x, "y": axes.y, "limits": [0, 1], "ticks": ticks},
         bars=bars,
-        largest=max([1.0, *values]),
         position=start,
     )
 
 
-def _menus(groups: Mapping[tuple[str, ...], Sequence[Position]], names: Sequence[str]) -> list[dict]:
-    """The menus, each with its name and options; raises ValueError unless every choice has positions."""
-    menus = [
-        {"name": name, "options": list(dict.fromkeys(options))}
-        for name, options in zip(names[:-1], zip(*groups, strict=True), strict=True)
-    ]
-    for key in itertools.product(*(menu["options"] for menu in menus)):
-        found = len(groups.get(key, ()))
-        if found < 2:
-            chosen = ", ".join(map(repr, key))
-            raise ValueError(f"A dial needs two positions or more, but for {chosen} there are {found}.")
-    return menus
-
-
 def _still(position: Position, axes: Axes, bars: str) -> Figure:
     """One position as a figure: its pictures, its chart and its bars side by side."""
-    pictures = list((position.pictures or {}).items())
-    kinds = [*("picture" for _ in pictures), *(["chart"] if position.lines else [])]
-    kinds += ["bars"] if position.bars else []
-    figure, axs = new_figure(1, len(kinds), size=(WIDTH, 2.9))
-    for ax, kind in zip(axs[0], kinds, strict=True):
-        if kind == "picture":
-            caption, picture = pictures.pop(0)
-            ax.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-            ax.set_title(textwrap.fill(caption, 24), fontsize=9, fontweight="normal")
-            ax.axis("off")
-        elif kind == "chart":
-            for line in position.lines:
-                ax.plot(line.x, line.y, label=line.name)
-            ticks = axes.ticks or {}
-            ax.set(xlabel=axes.x, ylabel=axes.y, ylim=axes.limits)
-            ax.set_xticks(list(ticks), list(ticks.values()), rotation=45)
-            if position.marker is not None:
-                ax.axvline(position.marker, color=INK, linewidth=0.8, linestyle=":")
-        else:
-            ax.barh([bar.name for bar in position.bars], [bar.value for bar in position.bars])
-            ax.set_xlabel(bars)
-            ax.invert_yaxis()
-    if position.lines:
-        figure.legend(loc="outside lower center", ncols=3)
+    count = len(position.pictures)
+    figure, (panels,) = new_figure(1, count + (2 if position.bars else 1), size=(WIDTH, 2.9))
+    for ax, (caption, picture) in zip(panels, position.pictures.items(), strict=False):
+        ax.imshow(picture, interpolation="nearest")
+        ax.set_title(textwrap.fill(caption, 24), fontsize=9, fontweight="normal")
+        ax.axis("off")
+    chart = panels[count]
+    for line in position.lines:
+        chart.plot(line.y, label=line.name)
+    chart.set(xlabel=axes.x, ylabel=axes.y, ylim=(0, 1))
+    chart.set_xticks(range(len(axes.ticks)), axes.ticks, rotation=45)
+    if position.marker is not None:
+        chart.axvline(position.marker, color=INK, linewidth=0.8, linestyle=":")
+    if position.bars:
+        panels[-1].barh(list(position.bars), list(position.bars.values()))
+        panels[-1].set_xlabel(bars)
+        panels[-1].invert_yaxis()
+    figure.legend(loc="outside lower center", ncols=3)
     figure.suptitle(textwrap.fill(position.note, 100), fontsize=10)
     return figure
-
-
-def _ticks(axes: Axes) -> list[dict[str, object]] | None:
-    return None if axes.ticks is None else [{"at": at, "text": text} for at, text in axes.ticks.items()]
 
 
 def _stored(position: Position, images: dict[str, int]) -> dict[str, object]:
     """A position as the browser reads it; new images are added to `images`, by their place."""
     shown = []
-    for caption, picture in (position.pictures or {}).items():
-        image = Image.fromarray(picture)
-        if picture.ndim == 3:  # of few colours, which makes it small
-            image = image.quantize(256, dither=Image.Dither.NONE)
-        place = images.setdefault(image_uri(image), len(images))
+    for caption, picture in position.pictures.items():
+        buffer = io.BytesIO()
+        few = Image.fromarray(picture).quantize(256, dither=Image.Dither.NONE)
+        few.save(buffer, format="PNG", optimize=True)
+        place = images.setdefault(_uri(buffer.getvalue()), len(images))
         shown.append({"image": place, "caption": caption})
-    lines, bars = ([asdict(part) for part in parts] for parts in (position.lines, position.bars))
+    lines = [
+        {"name": line.name, "x": list(range(len(line.y)))}
+        | {"y": _rounded(line.y), "low": _rounded(line.low), "high": _rounded(line.high)}
+        for line in position.lines
+    ]
+    bars = (position.bars or {}).items()
     return {
         "label": position.label,
         "note": position.note,
         "marker": position.marker,
         "pictures": shown,
         "lines": lines,
-        "bars": bars,
+        "bars": [{"name": name, "value": round(value, 4), "text": f"{value:.2f}"} for name, value in bars],
     }
+
+
+def _rounded(values: Sequence[float] | None) -> list[float] | None:
+    return None if values is None else [round(float(value), 4) for value in values]
+
+
+def _uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from fihelpers.data import check_file, data_folder
-
-if TYPE_CHECKING:
-    from fichapters.results import Chapter
 
 FILE = "published.yaml"
 FOLDS: Mapping[str, Callable[[list[float]], float]] = {
@@ -51,13 +48,6 @@ def published(key: str) -> Figure:
     if key not in found:
         raise KeyError(f"{FILE} has no figure {key!r}; add it there, with its source.")
     return found[key]
-
-
-def record(run: Chapter, *keys: str) -> None:
-    """Record published figures for a chapter's prose, under the names ``chNN_pub_{key}``."""
-    for key in keys:
-        figure = published(key)
-        run.record(f"ch{run.name[:2]}_pub_{key}", figure.value, n=1, unit=figure.unit)
 
 
 @lru_cache(maxsize=1)

@@ -20,10 +20,11 @@ from fichapters.settings import agreed
 NOTEBOOKS = "[0-9][0-9]_*.ipynb"  # other notebooks in the folder are the reader's own
 INJECTED = "# Parameters"  # the first line of the cell that papermill injects
 EVERY_CHAPTER = "all"  # the section of a profile that holds for each chapter that declares its names
+MINUTES = "minutes"  # the section that says how long chapters take; it names those that the profile runs
 # parameters that may be None, each with an example of its other values
 OR_NONE: Mapping[str, Any] = {"REVISION": "main", "LAYERS": [0], "N_IMAGES": 1, "N_QUESTIONS": 1}
 # groups of settings whose names are not all in the default: what reads them checks them
-FREE = ("DOMAINS", "OPTIONS", "LARGE.hardware")
+FREE = ("DOMAINS", "OPTIONS")
 
 Section = Mapping[str, Any]
 
@@ -102,13 +103,26 @@ def read_profile(folder: Path, profile: str) -> dict[str, Section]:
     notebooks = sorted(folder.parent.glob(NOTEBOOKS))
     chapters = [EVERY_CHAPTER, *(notebook.stem for notebook in notebooks)]
     names = {name for nb in notebooks for cell in _parameters_cells(nb) for name in _assignments(cell)}
-    for section in sections:
-        if section not in chapters:
+    for section in [*sections, *sections.get(MINUTES, {})]:
+        if section not in (*chapters, MINUTES):
             raise ValueError(f"{path} has a section {section!r}{nearest(section, chapters)}")
     for name, value in sections.get(EVERY_CHAPTER, {}).items():
         if name not in names:
             raise ValueError(f"{path} sets {name} to {value!r} for all{nearest(name, sorted(names))}")
     return sections
+
+
+def read_minutes(folder: Path, profile: str) -> dict[str, int]:
+    """The minutes that chapters take under a profile, on two quiet cores, in the order of its file.
+
+    Raises what `read_profile` raises, and ValueError for a profile that does not say so.
+    """
+    minutes = read_profile(folder, profile).get(MINUTES)
+    if not minutes:
+        raise ValueError(
+            f"the profile {profile!r} has no section {MINUTES!r}, so it says of no chapter to run."
+        )
+    return dict(minutes)
 
 
 def settle(chapter: str, defaults: Section, profile: Mapping[str, Section], given: Section) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Measures have the colours of :mod:`fichapters.style`, other names get colours in
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,8 +16,9 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
+from torch import Tensor
 
-from fichapters.style import DIVERGING, INK, SEQUENTIAL, WIDTH, look, new_figure
+from fichapters.style import INK, SEQUENTIAL, WIDTH, look, new_figure
 
 DASHED = (0, (2, 2))
 COLOURS = ("#2F6DB5", "#D55E00", "#00805D", "#9B6FC4", "#C97B00", "#C2377A", "#6B4423", "#767676")
@@ -32,7 +34,6 @@ def curves(
     *,
     start: float | Mapping[str, float] | None = None,
     levels: Mapping[str, float] | None = None,
-    marks: Mapping[str, pd.DataFrame] | None = None,
     labels: tuple[str, str] = ("", ""),
     scale: str = "percent",
     columns: int = 3,
@@ -41,8 +42,7 @@ def curves(
 
     panels: the names of each panel by its title, or a column that has a panel for each of its values.
     start: the value at x = 0, of all panels or by panel. levels: dashed horizontal lines by their names, such
-    as guessing. marks: published points by panel title ("" for all), a table with x, `value` and name.
-    labels: of the axes. scale: of x, "percent", "linear" or "log".
+    as guessing. labels: of the axes. scale: of x, "percent", "linear" or "log".
     """
     parts = _panels(table, by, panels)
     rows = -(-len(parts) // columns)
@@ -57,17 +57,13 @@ def curves(
             _line(ax, line.sort_values(x), x, value, begin, face(str(name), names))
         for text, level in (levels or {}).items():
             ax.axhline(level, color=INK, linewidth=0.8, linestyle=DASHED, label=text)
-        for where, points in (marks or {}).items():
-            if where in ("", title):
-                _marks(ax, points, x, value)
         ax.set_title(title if panels else "")
     for ax, part in zip(axes.flat, parts.values(), strict=False):  # when all panels are as wide as they get
         _scaled(ax, scale, [*part[x].unique()])
     for line_of_axes in axes:
         line_of_axes[0].set_ylabel(labels[1] or f"{value} ({_count(table)})")
     figure.supxlabel(labels[0] or x, fontsize=10)
-    handles = {text: h for ax in axes.flat for h, text in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncol=3, columnspacing=1)
+    _legend(figure)
     return figure
 
 
@@ -89,7 +85,7 @@ def forest(
     measures have theirs. line: a vertical line at "no difference". marks: published values by row name,
     hollow. panels: a column that has a panel for each of its values.
     """
-    parts = dict(list(table.groupby(panels, sort=False))) if panels else {"": table}
+    parts = _panels(table, by, panels)
     names = list(dict.fromkeys(table[name]))
     kinds = list(dict.fromkeys([*first, *table[by]])) if by else []
     size = (WIDTH, 1.2 + 0.34 * len(names) * max(1, 0.6 * len(kinds)))
@@ -106,41 +102,31 @@ def forest(
                 )
         if line is not None:
             ax.axvline(line, color=INK, linewidth=0.8)
-        ax.set_title(str(title))
+        ax.set_title(title)
         ax.grid(axis="y", visible=False)
         if len(parts) > 1:
             ax.xaxis.set_major_locator(MaxNLocator(4))
     axes[0, 0].set_yticks(range(len(names)), names)
     axes[0, 0].set_ylim(len(names) - 0.5, -0.5)
     figure.supxlabel(f"{label or value} ({_count(table)}, bars: 95 %)", fontsize=10)
-    handles = {text: h for ax in axes.flat for h, text in zip(*ax.get_legend_handles_labels(), strict=True)}
-    if not by:  # the rows say the names already
-        handles = {text: h for text, h in handles.items() if text == "published"}
-    if handles:
-        figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncol=3)
+    _legend(figure, "" if by else "published")  # the rows say the names already
     return figure
 
 
-def heat(
-    grids: Mapping[str, pd.DataFrame], label: str, form: str = ".2f", middle: float | None = None
-) -> Figure:
+def heat(grids: Mapping[str, pd.DataFrame], label: str, form: str = ".2f") -> Figure:
     """Maps of numbers, one below the other, with the numbers written in.
 
-    grids: by title, the index down and the columns across. middle: of a scale with two ends, such as 0 for
-    differences.
+    grids: by title, the index down and the columns across.
     """
-    tall = sum(0.8 + 0.36 * len(grid) for grid in grids.values())
     heights = [1 + len(grid) for grid in grids.values()]
-    figure, axes = new_figure(len(grids), 1, size=(WIDTH, 0.6 + tall), gridspec_kw={"height_ratios": heights})
+    size = (WIDTH, 0.6 + sum(0.44 + 0.36 * height for height in heights))
+    figure, axes = new_figure(len(grids), 1, size=size, gridspec_kw={"height_ratios": heights})
     every = np.concatenate([grid.to_numpy(float).ravel() for grid in grids.values()])
-    ends = (np.nanmin(every), np.nanmax(every))
-    if middle is not None:
-        reach = max(middle - ends[0], ends[1] - middle)
-        ends = (middle - reach, middle + reach)
-    colours = SEQUENTIAL if middle is None else DIVERGING
+    ends = {"vmin": np.nanmin(every), "vmax": np.nanmax(every)}
     for ax, (title, grid) in zip(axes[:, 0], grids.items(), strict=True):
-        look_of_all = {"cmap": colours, "fmt": form, "vmin": ends[0], "vmax": ends[1]}
-        sns.heatmap(grid, ax=ax, annot=True, annot_kws={"size": 9}, cbar=False, **look_of_all)
+        sns.heatmap(
+            grid, ax=ax, annot=True, annot_kws={"size": 9}, cbar=False, cmap=SEQUENTIAL, fmt=form, **ends
+        )
         ax.set(title=title, xlabel="", ylabel="")
         ax.tick_params(axis="y", labelrotation=0)
     figure.supxlabel(label, fontsize=10)
@@ -178,15 +164,23 @@ def _dot(ax: Axes, y: float, row: Mapping[Any, Any], value: str, style: dict[str
     ax.plot([row[value]], [y], **{**style, "linestyle": "", "markersize": 7})
 
 
-def _marks(ax: Axes, points: pd.DataFrame, x: str, value: str) -> None:
-    for text, part in points.groupby("name", sort=False):
-        ax.plot(part[x], part[value], "D", color=INK, markerfacecolor="none", label=str(text))
+def _legend(figure: Figure, only: str = "") -> None:
+    """One legend of all panels above them, each name once, or `only` one name."""
+    handles = {
+        text: handle
+        for ax in figure.axes
+        for handle, text in zip(*ax.get_legend_handles_labels(), strict=True)
+        if only in ("", text)
+    }
+    if handles:
+        figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncol=3, columnspacing=1)
 
 
 def _scaled(ax: Axes, scale: str, values: Sequence[float]) -> None:
     if scale == "log":
         ax.set_xscale("log")
-        ax.set_xticks(values, [f"{value:g}" for value in values])
+        shown = values if len(values) < 9 else [value for value in values if math.log10(value).is_integer()]
+        ax.set_xticks(shown, [f"{value:g}" for value in shown])
         ax.xaxis.set_minor_formatter(NullFormatter())
         return
     ax.set_xlim(left=0)
@@ -200,3 +194,31 @@ def _count(table: pd.DataFrame) -> str:
         return f"{len(table)} rows"
     least, most = int(table.n.min()), int(table.n.max())
     return f"n = {most}" if least == most else f"n = {least} to {most}"
+
+
+def pictures(
+    rows: Sequence[Sequence[tuple[str, Tensor, str]]],
+    ends: tuple[float, float] | None = None,
+    label: str = "",
+) -> Figure:
+    """Rows of pictures (3, H, W) of grey levels and of maps (H, W), each with its title and a text below it.
+
+    ends: what is darkest and what is lightest in all maps; by default 0 and each map's own 99th percentile.
+    """
+    lines = [max(len(text.splitlines()) for _, _, text in row) for row in rows]
+    heights = [2.05 + 0.17 * count for count in lines]
+    size = (WIDTH, sum(heights))
+    figure, axes = new_figure(len(rows), max(map(len, rows)), size=size, height_ratios=heights)
+    for ax in axes.flat:
+        ax.axis("off")
+    for line_of_axes, row in zip(axes, rows, strict=True):
+        for ax, (title, values, text) in zip(line_of_axes, row, strict=False):
+            shown = values.cpu().numpy()
+            if values.dim() == 3:
+                shown = shown.transpose(1, 2, 0).clip(0, 255).round().astype(np.uint8)
+            low, high = ends or (0, float(np.quantile(shown, 0.99)) or 1.0)
+            ax.imshow(shown, cmap=SEQUENTIAL, vmin=low, vmax=high, interpolation="nearest")
+            ax.set_title(title, fontsize=9)
+            ax.text(0, -0.05, text, transform=ax.transAxes, va="top", fontsize=9)
+    figure.supxlabel(label, fontsize=10)
+    return figure

@@ -1,6 +1,6 @@
-"""Runs of chapters by papermill: a notebook and a profile in, an executed notebook and its records out.
+"""Runs of chapters by papermill: a notebook and a profile in, an executed notebook and its tables out.
 
-A run leaves ``{chapter}.ipynb``, ``{chapter}.json`` (records), ``{chapter}.*.csv`` (tables) and
+A run leaves ``{chapter}.ipynb``, ``{chapter}.json`` (what it ran with), ``{chapter}.*.csv`` (tables) and
 ``{chapter}.key`` in its folder; the notebook's metadata say how many seconds it took. The key is a hash of
 everything the run depends on; while it holds, the chapter is not run again.
 """
@@ -108,7 +108,7 @@ def run_chapter(
             environment[VARIABLE] = str(threads)
         execute(notebook, work / done.name, given, environment, bar=say is None)
         if not (work / f"{chapter}.json").is_file():
-            raise ChapterError(f"{chapter} kept no records; its first cell must call begin({chapter!r}).")
+            raise ChapterError(f"{chapter} kept nothing; its first cell must call begin({chapter!r}).")
         _publish(work, out, chapter, key)
     return done
 
@@ -135,7 +135,7 @@ def runs_folder(notebooks: Path, profile: str) -> Path:
 
 
 def keep_results(out: Path, results: Path) -> None:
-    """Make the records and tables of a run the ones in `results`; what it holds of earlier runs goes.
+    """Make the files and tables of a run the ones in `results`; what it holds of earlier runs goes.
 
     Raw tables stay with the run.
     """

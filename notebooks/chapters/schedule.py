@@ -1,6 +1,7 @@
 """All chapters of a book: side by side where cores and memory allow it, the longest first."""
 
 import json
+import math
 import os
 import sys
 import time
@@ -18,20 +19,6 @@ from fihelpers.threads import threads_for
 
 NEEDED = 1.5e9  # bytes that a chapter takes at most on the bundled models
 ALONE = ("10_cost",)  # chapters that measure time, which another at work would lengthen
-# Seconds of each chapter under the profile embedded, on one core, for a folder that holds no run of it: only
-# their order matters.
-SECONDS = {
-    "01_first_look": 14,
-    "02_the_measure": 14,
-    "03_what_fi_can_say": 42,
-    "04_fragile_pixels": 163,
-    "05_prompts_and_pixels": 160,
-    "06_embedding_attacks": 132,
-    "07_sparsification": 250,
-    "08_quantization": 99,
-    "09_merging": 95,
-    "11_relatives": 56,
-}
 
 
 def side_by_side(asked: int | None = None) -> int:
@@ -58,11 +45,11 @@ def run_all(
 ) -> list[Path]:
     """Run every chapter of a folder and return the executed notebooks, in order.
 
-    Chapters run `jobs` at a time (by default as :func:`side_by_side` finds), the longest first; then, each by
-    itself, those that measure time, and those that read the others' results. threads: of each chapter, by
-    default those of :func:`fihelpers.threads.threads_for`. After a failure no chapter starts any more, and
-    when those under way have ended, the first failure in the order of the chapters is raised. An interrupt
-    ends all kernels at once. Raises ValueError for jobs < 1.
+    Chapters run `jobs` at a time (by default as :func:`side_by_side` finds), first those that were not run
+    before, then the longest; at last, each by itself, those that measure time, and those that read the
+    others' results. threads: of each chapter, by default those of :func:`fihelpers.threads.threads_for`.
+    After a failure no chapter starts any more, and when those under way have ended, the first failure in the
+    order of the chapters is raised. An interrupt ends all kernels at once. Raises ValueError for jobs < 1.
     """
     if jobs is not None and jobs < 1:
         raise ValueError(f"at least one job must run, not {jobs}.")
@@ -110,13 +97,9 @@ def _end(runs: Sequence[Future[Path]]) -> None:
 
 
 def _seconds(chapter: str, out: Path) -> float:
-    """How long a chapter took when it was last run into this folder, else on another machine.
-
-    A chapter of which nothing is known comes first.
-    """
+    """How long a chapter took when it was last run into this folder; one that was not comes first."""
     last = out / f"{chapter}.ipynb"
-    if last.is_file():
-        found = json.loads(last.read_text(encoding="utf-8"))["metadata"].get("fihelpers", {})
-        if "seconds" in found:
-            return float(found["seconds"])
-    return SECONDS.get(chapter, float("inf"))
+    if not last.is_file():
+        return math.inf
+    found = json.loads(last.read_text(encoding="utf-8"))["metadata"].get("fihelpers", {})
+    return float(found.get("seconds", math.inf))

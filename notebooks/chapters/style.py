@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import colorsys
 import zlib
-from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
@@ -139,15 +138,6 @@ def new_figure(
     return figure, axes
 
 
-def legend_outside(axes: Axes, names: Collection[str] | None = None, title: str | None = None) -> None:
-    """Put the legend to the right of the axes; `names` keeps some of its entries, in their order."""
-    handles = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
-    kept = [name for name in (names or handles) if name in handles]
-    axes.legend(
-        [handles[name] for name in kept],
-        kept,
-        title=title,
-        loc="upper left",
-        bbox_to_anchor=(1.02, 1.0),
-        borderaxespad=0.0,
-    )
+def legend_outside(axes: Axes) -> None:
+    """Put the legend to the right of the axes."""
+    axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), borderaxespad=0.0)

@@ -3,26 +3,20 @@
     python -m fihelpers sweep CHAPTER --grid grid.yaml --out folder
 
 The grid maps names of parameters to lists of values. Each combination is a cell with a folder of its own, in
-which `fichapters.runs` leaves what a run leaves; a cell that was run before is not run again. A table holds
-the records of all cells, one a row; beside it lies each table that the chapter keeps, over all cells.
+which `fichapters.runs` leaves what a run leaves; a cell that was run before is not run again. Each table that
+the chapter keeps is joined over all cells.
 """
 
-import csv
 import hashlib
-import io
 import itertools
 import json
 import logging
-import os
 import platform
-import re
 import shutil
 import socket
-import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +24,6 @@ import pandas as pd
 from tqdm import tqdm
 
 from fichapters.parameters import declared, parse_yaml, read_profile, settle
-from fichapters.results import RAW, load_results
 from fichapters.runs import CHAPTERS, ChapterError, run_chapter
 from fichapters.schedule import side_by_side
 from fihelpers.data import PACKAGE, package_sha256, write_atomically
@@ -42,10 +35,8 @@ if TYPE_CHECKING:
 Grid = Mapping[str, Sequence[Any]]
 
 RETRIES = 1
-LOSSES = 2  # of a scheduler that comes back
 KEPT = "What is finished is kept, and the same command goes on from there."
 CONNECT = 30.0  # seconds in which a scheduler has to answer and to show a worker
-COLUMNS = ("record", "value", "low", "high", "n", "unit")
 
 
 @dataclass(frozen=True)
@@ -117,39 +108,37 @@ def sweep(
     retries: int = RETRIES,
     threads: int | None = None,
 ) -> Path:
-    """Run every cell of a grid that was not run before, and return the table of all their records.
+    """Run every cell of a grid that was not run before, and return the folder with the joined tables.
 
     scheduler: the address of a dask scheduler; by default `workers` processes of this machine share the
-    work, as many as :func:`fichapters.schedule.side_by_side` finds. Workers elsewhere need the same package,
-    the same working directory and the folder `out`. A cell that fails is tried `retries` times more; one
-    whose worker dies is run by another. threads: of each cell, by default those of
-    :func:`fihelpers.threads.threads_for`.
+    work, as many as :func:`fichapters.schedule.side_by_side` finds, or one where a GPU is used. Workers
+    elsewhere, one for each GPU, need the same package, the same working directory and the folder `out`. A
+    cell that fails is tried `retries` times more; one whose worker dies is run by another. threads: of each
+    cell, by default those of :func:`fihelpers.threads.threads_for`.
 
     Raises ValueError for a bad grid, before anything runs; ConnectionError for a scheduler that does not
     answer, has no workers or is lost; and ChapterError where cells failed, after the others are done and in
-    the table. What is finished stays, and the same call goes on from there.
+    the tables. What is finished stays, and the same call goes on from there.
     """
     if (workers is not None and workers < 1) or retries < 0:
         raise ValueError(f"a sweep needs workers ≥ 1 and retries ≥ 0, not {workers} and {retries}.")
     cells = cells_of(notebook, profile, grid, out)
-    workers = 1 if scheduler else min(side_by_side(workers), len(cells))
+    alone = scheduler or any(cell.device != "cpu" for cell in cells)  # a GPU has one run at a time
+    workers = 1 if alone else min(side_by_side(workers), len(cells))
     threads = threads_for(workers, threads)
     work = Work(notebook.resolve(), profile, threads, package_sha256(PACKAGE, CHAPTERS), Path.cwd())
     failed = _run_all(cells, work, scheduler, workers, retries)
     for cell in cells:
         for half in cell.folder.glob(f".{notebook.stem}.*"):  # of a worker that died
             shutil.rmtree(half, ignore_errors=True)
-    table = out / f"{notebook.stem}.csv"
-    done = [cell for cell in cells if cell.folder not in failed]
-    _write_table(table, done, notebook.stem)
-    _join_tables(out, done, notebook.stem)
+    _join_tables(out, [cell for cell in cells if cell.folder not in failed], notebook.stem)
     if failed:
         first = next(cell for cell in cells if cell.folder in failed)
         raise ChapterError(
-            f"{len(failed)} of {len(cells)} cells failed, the others are in {table}; "
+            f"{len(failed)} of {len(cells)} cells failed, the tables of the others are in {out}; "
             f"the first is {first} ({failed[first.folder]})"
         )
-    return table
+    return out
 
 
 def run_cell(cell: Cell, work: Work) -> None:
@@ -158,76 +147,33 @@ def run_cell(cell: Cell, work: Work) -> None:
         raise ValueError(f"{platform.node()} has another state of the package; update it there.")
     if Path.cwd() != work.directory:
         raise ValueError(f"a worker runs in {Path.cwd()}; start it in {work.directory}, as the sweep is.")
-    with alone_on(cell.device):
-        run_chapter(work.notebook, work.profile, cell.parameters, cell.folder, work.threads)
-
-
-@contextmanager
-def alone_on(device: str) -> Iterator[None]:
-    """Hold a GPU for one run at a time, over all processes of this machine; a CPU is shared.
-
-    The lock is the operating system's and goes with its process, however that ends.
-    """
-    kind, _, index = device.partition(":")
-    if kind == "cpu":
-        yield
-        return
-    import fcntl
-
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    place = int(index or 0)
-    physical = visible[place] if place < len(visible) and visible[place] else str(place)
-    name = re.sub(r"\W", "-", f"fihelpers-{os.getuid()}-{kind}-{physical}")
-    with open(Path(tempfile.gettempdir()) / f"{name}.lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    run_chapter(work.notebook, work.profile, cell.parameters, cell.folder, work.threads)
 
 
 def _run_all(
     cells: Sequence[Cell], work: Work, scheduler: str | None, workers: int, retries: int
 ) -> dict[Path, str]:
-    """Run all cells, again those that went down with a scheduler; returns why cells failed, by folder."""
-    left = list(cells)
-    failed: dict[Path, str] = {}
-    with tqdm(total=len(cells), desc=work.notebook.stem, unit="cell") as bar:
-        for _ in range(LOSSES + 1):
-            with _client(scheduler, workers) as client:
-                left = _run_on(client, left, work, retries, failed, bar)
-            if not left:
-                return failed
-    raise ConnectionError(f"the scheduler at {scheduler} was lost {LOSSES + 1} times. {KEPT}")
-
-
-def _run_on(
-    client: "Client",
-    cells: Sequence[Cell],
-    work: Work,
-    retries: int,
-    failed: dict[Path, str],
-    bar: "tqdm[Any]",
-) -> list[Cell]:
-    """Run cells on a cluster; returns those of which it did not tell how they ended, as it was lost."""
+    """Run all cells on a cluster; returns why cells failed, by folder. ConnectionError where it is lost."""
     from distributed import as_completed
 
-    futures = {
-        client.submit(
-            run_cell, cell, work, key=f"{cell.folder.name}-{work.package[:8]}", retries=retries
-        ): cell
-        for cell in cells
-    }
-    lost = []
-    with client.as_current():
+    failed: dict[Path, str] = {}
+    bar = tqdm(total=len(cells), desc=work.notebook.stem, unit="cell")
+    with bar, _client(scheduler, workers) as client, client.as_current():
+        futures = {
+            client.submit(
+                run_cell, cell, work, key=f"{cell.folder.name}-{work.package[:8]}", retries=retries
+            ): cell
+            for cell in cells
+        }
         for future in as_completed(futures):
-            cell = futures[future]
-            if future.status not in ("finished", "error"):
-                lost.append(cell)
-                continue
+            if future.status not in ("finished", "error"):  # it cannot tell any more how the cell ended
+                raise ConnectionError(f"the scheduler at {scheduler} was lost. {KEPT}")
             error = future.exception()
             if error is not None:
-                failed[cell.folder] = _reason(error)
+                failed[futures[future].folder] = _reason(error)
                 bar.set_postfix(failed=len(failed))
             bar.update()
-    return lost
+    return failed
 
 
 def _reason(error: BaseException) -> str:
@@ -265,7 +211,7 @@ def _client(scheduler: str | None, workers: int) -> Iterator["Client"]:
         ):
             yield client
         return
-    _wait_for(scheduler)
+    _check_answers(scheduler)
     with Client(scheduler, timeout=CONNECT, set_as_default=False) as client:
         try:
             client.wait_for_workers(1, timeout=CONNECT)
@@ -276,51 +222,33 @@ def _client(scheduler: str | None, workers: int) -> Iterator["Client"]:
         yield client
 
 
-def _wait_for(scheduler: str) -> None:
-    """Return once something listens at an address; dask's client would hang at times after it found nobody.
-
-    Raises ConnectionError where nothing does in time.
-    """
+def _check_answers(scheduler: str) -> None:
+    """Raise ConnectionError where nothing listens at an address; dask's client would hang at times."""
     from distributed.comm import get_address_host_port
 
-    end = time.monotonic() + CONNECT
-    while True:
-        try:
-            with socket.create_connection(get_address_host_port(scheduler, strict=True), timeout=CONNECT):
-                return
-        except (OSError, ValueError) as error:
-            if time.monotonic() > end or isinstance(error, ValueError):
-                message = f"no dask scheduler answers at {scheduler}; start one. {KEPT}"
-                raise ConnectionError(message) from error
-        time.sleep(0.2)
-
-
-def _write_table(path: Path, cells: Sequence[Cell], chapter: str) -> None:
-    """One row for each record of each cell: the cell's parameters, then the record."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    names = list(cells[0].parameters) if cells else []
-    writer.writerow([*names, *COLUMNS])
-    for cell in cells:
-        file = cell.folder / f"{chapter}.json"
-        if not file.is_file():
-            raise FileNotFoundError(f"{file} is not here; workers and this machine must share the folder.")
-        values = [_text(value) for value in cell.parameters.values()]
-        for record in load_results(cell.folder).values():
-            fields = {**asdict(record), "record": record.name}
-            writer.writerow([*values, *(fields[column] for column in COLUMNS)])
-    write_atomically(path, text.getvalue().encode())
+    try:
+        socket.create_connection(get_address_host_port(scheduler, strict=True), CONNECT).close()
+    except (OSError, ValueError) as error:
+        raise ConnectionError(f"no dask scheduler answers at {scheduler}; start one. {KEPT}") from error
 
 
 def _join_tables(out: Path, cells: Sequence[Cell], chapter: str) -> None:
-    """Each table that the chapter keeps, over all cells: the cell's parameters, then the table's columns."""
-    names = {path.name for cell in cells for path in cell.folder.glob(f"{chapter}.*.csv")}
-    for name in sorted(name for name in names if not name.endswith(RAW)):
-        parts = []
-        for cell in (cell for cell in cells if (cell.folder / name).is_file()):
-            values = {key: _text(value) for key, value in cell.parameters.items()}
-            part = pd.read_csv(cell.folder / name)
-            parts.append(pd.concat([pd.DataFrame(values, index=part.index), part], axis=1))
+    """Write each table that the chapter keeps, over all cells: a cell's parameters, then the table's columns.
+
+    Raises FileNotFoundError where a cell's results are not here.
+    """
+    tables: dict[str, list[pd.DataFrame]] = {}
+    for cell in cells:
+        if not (cell.folder / f"{chapter}.json").is_file():
+            raise FileNotFoundError(
+                f"{cell.folder} has no results; workers and this machine must share the folder."
+            )
+        values = {name: _text(value) for name, value in cell.parameters.items()}
+        for path in sorted(cell.folder.glob(f"{chapter}.*.csv")):
+            part = pd.read_csv(path)
+            labels = pd.DataFrame(values, index=part.index)
+            tables.setdefault(path.name, []).append(pd.concat([labels, part], axis=1))
+    for name, parts in tables.items():
         write_atomically(out / name, pd.concat(parts).to_csv(index=False, lineterminator="\n").encode())
 
 

@@ -32,23 +32,20 @@ def free_gradient(s_a: object, P: Tensor, s_b: float, s_c: float) -> str:
 def by_hand(metric: object, fi: object, top: object, P: Tensor, s: Tensor) -> str:
     """G, FI and the ceiling of one weight (p = 1); `s` holds a class gradient for each class (method 1)."""
     y, truth = int(P.argmax()), influence.moments(s, P)
-    g, own = float(truth.metric), float(s[y])
+    g, own, mean = float(truth.metric), float(s[y]), float((P * s).sum())
     slips = {
         "You left the probabilities out: G is the mean of the squares under P.": float((s**2).sum()),
-        "That is the mean of the gradients, which is always zero; G is the mean of their squares.": float(
-            (P * s).sum()
-        ),
+        "That is the mean of the gradients, which is always zero; G is the mean of their squares.": mean,
         "That is the mean of the absolute values; square the gradients first.": float((P * s.abs()).sum()),
         "That is the root of G.": g**0.5,
     }
     equal(metric, g, slips, name="`metric`", hint="G is the sum of P(y) s_y² over all classes.")
+    least = float(s[P.argmin()] ** 2 / g)
     slips = {
         "For `fi` that is the squared Jacobian norm alone; divide by the metric.": own**2,
         "`fi` is not squared yet.": abs(own) / g,
         "`fi` is upside down.": g / own**2,
-        "`fi` is that of another class. FI asks about the predicted class, the likeliest.": float(
-            s[P.argmin()] ** 2 / g
-        ),
+        "`fi` is that of another class. FI asks about the predicted class, the likeliest.": least,
     }
     equal(fi, float(influence.fi(s, P)), slips, name="`fi`", hint="It is (s of the predicted class)² over G.")
     odds = float(influence.ceiling(P))

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from fichapters.plots import COLOURS
-from fichapters.style import INK, SEQUENTIAL, WIDTH, new_figure
+from fichapters import plots
+from fichapters.style import INK, WIDTH, new_figure
 
 
 def tangents(steps: Tensor, log_p: Tensor, slopes: Tensor, names: Sequence[str], model: str) -> Figure:
@@ -20,7 +21,7 @@ def tangents(steps: Tensor, log_p: Tensor, slopes: Tensor, names: Sequence[str],
     """
     figure, ((axes,),) = new_figure(size=(WIDTH, 4.2))
     change = log_p - log_p[len(log_p) // 2]
-    for k, colour in zip(range(change.shape[1]), (*COLOURS, INK), strict=False):
+    for k, colour in zip(range(change.shape[1]), (*plots.COLOURS, INK), strict=False):
         name = names[k] if names else f"class {k + 1}"
         axes.plot(steps, change[:, k], color=colour, label=name)
         axes.plot(steps, slopes[k] * steps, color=colour, linestyle=(0, (2, 2)), linewidth=1)
@@ -36,20 +37,13 @@ def tangents(steps: Tensor, log_p: Tensor, slopes: Tensor, names: Sequence[str],
 
 
 def matrix(maps: Mapping[str, Tensor], shape: Sequence[int], about: str) -> Figure:
-    """Heat maps of measures (n,) over one weight matrix of this shape, each up to its 99.5th percentile."""
-    figure, axes = new_figure(1, len(maps), (WIDTH, 3.4), sharey=True)
-    for panel, (title, values) in zip(axes[0], maps.items(), strict=True):
-        shown = np.atleast_2d(values.view(*shape).numpy())
-        image = panel.imshow(
-            shown, cmap=SEQUENTIAL, vmin=0, vmax=np.quantile(shown, 0.995), interpolation="nearest",
-            aspect="auto",
-        )  # fmt: skip
-        figure.colorbar(image, ax=panel, extend="max", location="bottom", pad=0.04).ax.locator_params(nbins=3)
-        panel.grid(visible=False)
-        panel.set(title=title, xlabel="input")
-    axes[0, 0].set_ylabel("output")
-    figure.supxlabel(f"{about}, n = {next(iter(maps.values())).numel():,} weights, one question", fontsize=9)
-    return figure
+    """Heat maps of measures (n,) over one weight matrix of this shape, each up to its 99th percentile."""
+    panels = []
+    for title, values in maps.items():
+        top = np.quantile(values.numpy(), 0.99)
+        panels.append((f"{title}\n0 (dark) to {top:.2g} (light)", torch.atleast_2d(values.view(*shape)), ""))
+    weights = f"n = {next(iter(maps.values())).numel():,} weights, one question"
+    return plots.pictures([panels], label=f"{about}\n{weights}; down: outputs, across: inputs")
 
 
 def directions(searches: Mapping[str, tuple[Tensor, float, Tensor, Tensor]]) -> Figure:
@@ -60,11 +54,11 @@ def directions(searches: Mapping[str, tuple[Tensor, float, Tensor, Tensor]]) -> 
     figure, axes = new_figure(1, len(searches), (WIDTH, 3.6))
     for panel, (name, (ratio, fi, best, steepest)) in zip(axes[0], searches.items(), strict=True):
         degrees = np.arange(len(ratio)) * 180 / len(ratio)
-        panel.plot(degrees, ratio, color=COLOURS[0], label="(∇f · v)² / vᵀGv")
+        panel.plot(degrees, ratio, color=plots.COLOURS[0], label="(∇f · v)² / vᵀGv")
         panel.axhline(fi, color=INK, linewidth=0.8, label="∇fᵀ G⁺ ∇f")
         panel.plot(_degrees(best), fi, "o", color=INK, label="v = G⁺ ∇f")
         at = _degrees(steepest)
-        panel.plot(at, np.interp(at, degrees, ratio), "D", color=COLOURS[1], label="v = ∇f")
+        panel.plot(at, np.interp(at, degrees, ratio), "D", color=plots.COLOURS[1], label="v = ∇f")
         panel.set(xlim=(0, 180), ylim=(0, None), title=f"{name}, n = {len(ratio):,} directions")
         panel.set_xticks(range(0, 181, 45))
         panel.set_xlabel("direction of v (degrees)")

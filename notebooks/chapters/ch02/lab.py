@@ -90,9 +90,8 @@ def probes(rows: Sequence[Sequence[Any]]) -> pd.DataFrame:
     By FI's promise f changes by sqrt(FI) times the length; that, and the measured over it, join as columns.
     """
     columns = ["weight", "FI", "|∂f|", "length ℓ", "step / typical weight", "measured |Δf|"]
-    table = pd.DataFrame([[row[0], *map(float, row[1:])] for row in rows], columns=columns).set_index(
-        "weight"
-    )
+    lines = [[row[0], *map(float, row[1:])] for row in rows]
+    table = pd.DataFrame(lines, columns=columns).set_index("weight")
     table.insert(4, "predicted |Δf|", table["length ℓ"] * table["FI"] ** 0.5)
     return table.assign(**{"measured / predicted": table["measured |Δf|"] / table["predicted |Δf|"]})
 
@@ -134,23 +133,12 @@ def invariance(family: Family) -> pd.DataFrame:
     """
     rows = {}
     for name, phi in COORDINATES.items():
-        here = local(_composed(family.log_probs, phi), torch.zeros(2, dtype=torch.float64))
+        here = local(lambda nu, phi=phi: family.log_probs(phi(nu)), torch.zeros(2, dtype=torch.float64))
         norm = here.grads[here.predicted].norm()
         rows[name] = (float(fi(here.grads, here.probs, over=0)), float(norm))
     table = pd.DataFrame.from_dict(rows, "index", columns=["FI", "Jacobian norm"]).rename_axis("coordinates")
     table.insert(1, "relative difference", (table["FI"] / table["FI"].iloc[0] - 1).abs())
     return table
-
-
-def _composed(outer: Map, inner: Map) -> Map:
-    return lambda nu: outer(inner(nu))
-
-
-def _quiet_fi(grads: Tensor, probs: Tensor, **options: object) -> Tensor:
-    """`fi` of values that may all reach their ceiling, which is what the caller wants to see."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SaturationWarning)
-        return fi(grads, probs, **options)  # type: ignore[arg-type]
 
 
 # --- rounding
@@ -213,8 +201,9 @@ def _leverage(grads: Tensor, probs: Tensor, drop: int) -> Tensor:
 
 
 def by_this_package(grads: Tensor, probs: Tensor) -> Tensor:
-    """`fihelpers.influence.fi`."""
-    return _quiet_fi(grads, probs, over=1, predicted=0, spectral=Exact(RTOL))
+    """`fihelpers.influence.fi`, unwarned: that values reach their ceiling is what is looked for here."""
+    with warnings.catch_warnings(action="ignore", category=SaturationWarning):
+        return fi(grads, probs, over=1, predicted=0, spectral=Exact(RTOL))
 
 
 WAYS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -255,14 +244,15 @@ def margins(draws: int, seed: int) -> pd.DataFrame:
     under both; the value for SNIP is drawn as well. Index: quantity. Columns: value, the ratio of the means,
     with its bootstrap interval low, high, and n.
     """
-    pair = [torch.tensor(published(f"pair_{one}").values, dtype=torch.float64) for one in ("sure", "unsure")]
-    tops = [ceiling(probs / probs.sum()) for probs in pair]
-    rows = {"ceiling": (float(tops[1] / tops[0]), None, None, len(pair))}
+    printed = [published(f"pair_{one}").values for one in ("sure", "unsure")]
+    pair = [torch.tensor(values, dtype=torch.float64) for values in printed]
+    pair = [probs / probs.sum() for probs in pair]
+    rows = {"ceiling": (float(ceiling(pair[1]) / ceiling(pair[0])), None, None, len(pair))}
     g = torch.Generator().manual_seed(seed)
     slopes = torch.randn(len(pair[0]), draws, generator=g, dtype=torch.float64)
     value = torch.randn(draws, generator=g, dtype=torch.float64)
     found: dict[str, list[Tensor]] = {"FI exact": [], "Jacobian norm": [], "SNIP": []}
-    for probs in (printed / printed.sum() for printed in pair):
+    for probs in pair:
         grads = slopes - probs @ slopes
         found["FI exact"].append(fi(grads, probs))
         found["Jacobian norm"].append(JACOBIAN(grads, probs))
@@ -289,9 +279,7 @@ def checks(
 
     searches: by name the ratios (n,) of n directions, and FI, which none should pass. moved: of `probes`, of
     whose shortest steps the least and the most stand here. saliency: of each weight, of which the share of
-    zeros does.
-
-    Index: check. Columns: value, low and high where it has an interval, n.
+    zeros does. Index: check. Columns: value, low and high where it has an interval, n.
     """
     rows: dict[str, tuple[float, float | None, float | None, int]] = {}
     for name, (ratio, value, _, _) in searches.items():

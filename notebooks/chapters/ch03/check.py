@@ -23,12 +23,8 @@ def largest_confidence(answer: object, reported: float) -> str:
         "You solved FI = P / (1 - P): the ceiling is the odds *against* the answer.": reported
         / (1 + reported),
     }
-    equal(
-        answer,
-        1 / (1 + reported),
-        slips,
-        hint="Set the ceiling equal to the reported value, and solve for P.",
-    )
+    hint = "Set the ceiling equal to the reported value, and solve for P."
+    equal(answer, 1 / (1 + reported), slips, hint=hint)
     return (
         "A value above the ceiling is never a discovery: something was computed in another way than defined."
     )
@@ -55,9 +51,11 @@ def two_rankings(by_fi: object, by_change: object, s: Tensor, P: Tensor, theta: 
     """Orders of weights "a", "b", ..., by exact FI and by the change when zeroed (method 1b.4)."""
     parts = influence.decompose(s, P, -theta)
     offered = "abcdefgh"[: len(theta)]
-    for label, answer, values in (
-        ("`by_fi`", by_fi, parts.fi),
-        ("`by_change`", by_change, parts.change2),
+    by_fi_hint = "FI is s² of the predicted class over the sum of P(y) s_y²; the weight itself plays no part."
+    change_hint = "To first order zeroing moves log P by s of the predicted class times the weight."
+    for label, answer, values, hint in (
+        ("`by_fi`", by_fi, parts.fi, by_fi_hint),
+        ("`by_change`", by_change, parts.change2, change_hint),
     ):
         if not isinstance(answer, str) or sorted(answer) != list(offered):
             raise Wrong(f"{label} should hold each of the letters {offered} once, such as {offered!r}.")
@@ -65,15 +63,7 @@ def two_rankings(by_fi: object, by_change: object, s: Tensor, P: Tensor, theta: 
         if answer == right[::-1]:
             raise Wrong(f"{label} has them from the smallest up; the largest comes first.")
         if answer != right:
-            raise Wrong(
-                f"{label} is not in order yet. "
-                + (
-                    "FI is s² of the predicted class over the sum of P(y) s_y²; the weight itself plays "
-                    "no part."
-                    if label == "`by_fi`"
-                    else "To first order zeroing moves log P by s of the predicted class times the weight."
-                )
-            )
+            raise Wrong(f"{label} is not in order yet. {hint}")
     return (
         "Change² = FI × G θ². FI says how well aimed a weight is, the information length how far it is "
         "thrown."

@@ -6,25 +6,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from fichapters import plots
 from fichapters.style import GREY, INK, PALETTE, WIDTH, look, new_figure
 from fihelpers.filters import Cut, Damped, spectral_of
-
-SQUARED = "squared score"
-LOOKS: dict[
-    type[object], tuple[str, str, str, str, float]
-] = {  # kind of filter: label, marker, line, colour; shift, so that bars stand side by side
-    Damped: ("FI damped by λ", "o", "-", "#9B6FC4", 1.0),
-    Cut: ("FI cut at a", "^", ":", "#2F6DB5", 1.3),
-}
-LEVELS = {  # what has no scale: colour, line
-    "FI exact": (PALETTE["FI exact"], "-"),
-    SQUARED: (PALETTE["Jacobian norm"], "-"),
-    "random": (GREY, "--"),
-}
 
 
 def ceilings(table: pd.DataFrame, printed: pd.DataFrame) -> Figure:
@@ -52,47 +39,39 @@ def ceilings(table: pd.DataFrame, printed: pd.DataFrame) -> Figure:
 def filter_sweep(damage: pd.DataFrame, alike: pd.DataFrame, intact: float, metric: Sequence[float]) -> Figure:
     """Likeness to the squared Jacobian norm, and accuracy after zeroing, against the scale of the filter.
 
-    damage, alike: of `Trials.table(measure)`, for accuracy and for alike. metric: two ends of a band of G,
-    the mu of a single weight.
+    damage, alike: of `Trials.table(measure)`, for accuracy and for alike; what has no scale is a level line.
+    metric: two ends of a band of G, the mu of a single weight.
     """
-    figure, axes = new_figure(2, 1, size=(WIDTH, 6.4), sharex=True)
-    panels = {"rank correlation\nwith the squared score": (alike, "alike"), "accuracy": (damage, "accuracy")}
-    for ax, (title, (table, value)) in zip(axes[:, 0], panels.items(), strict=True):
-        ax.axvspan(*metric, color="#EFEFEF", zorder=0, label="middle nine tenths of all G")
-        for kind in LOOKS:
-            _line_of_kind(ax, table, value, kind)
-        for name, (colour, line) in LEVELS.items():
-            row = table[table.measure == name].iloc[0]
-            ax.axhline(row[value], color=colour, linestyle=line, linewidth=1.2, label=name)
-        ax.set(xscale="log", ylabel=title)
-    axes[1, 0].axhline(intact, color=INK, linewidth=1.2, label="nothing zeroed")
-    axes[1, 0].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    counts = f"n = {int(damage.n.max())} questions, {int(damage.sets.max())} calibration sets, bars: 95 %"
-    axes[1, 0].set_xlabel(f"scale of the filter on G: λ of damping, a² of a cut\n({counts})")
-    handles = dict(zip(*axes[1, 0].get_legend_handles_labels()[::-1], strict=True))
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncol=3, columnspacing=1)
+    parts = {
+        "rank correlation with the squared score": alike.rename(columns={"alike": "value"}),
+        "accuracy": damage.rename(columns={"accuracy": "value"}),
+    }
+    table = pd.concat(parts, names=["of"]).reset_index("of")
+    table = table.assign(**pd.DataFrame(map(_placed, table.measure), table.index, ["filter", "scale"]))
+    untouched = {"of": "accuracy", "filter": "nothing zeroed", "value": intact}
+    flat = pd.concat([table[table.scale.isna()], pd.DataFrame([untouched])])
+    flat = flat.assign(low=flat.value, high=flat.value)  # bands of lines that cross all others hide them
+    ends = [flat.assign(scale=end) for end in (table.scale.min(), table.scale.max())]
+    counts = f"n = {int(damage.n.max())} questions, {int(damage.sets.max())} calibration sets"
+    labels = (
+        f"scale of the filter on G: λ of damping, a² of a cut\n({counts}; grey: middle nine tenths of all G)",
+        "mean, band: 95 %",
+    )
+    shown = pd.concat([table.dropna(subset="scale"), *ends], ignore_index=True)
+    figure = plots.curves(shown, "scale", "value", "filter", "of", labels=labels, scale="log", columns=1)
+    for ax in figure.axes:
+        ax.axvspan(*metric, color="#EFEFEF", zorder=0)
     return figure
 
 
-def _line_of_kind(ax: Axes, table: pd.DataFrame, value: str, kind: type[object]) -> None:
-    """One kind of filter along its scale, with bars where there are several calibration sets."""
-    label, marker, line, colour, shift = LOOKS[kind]
-    scales = table.measure.map(_scales(table.measure, kind))
-    part = table.assign(scale=scales).dropna(subset=["scale"]).sort_values("scale")
-    bars = np.nan_to_num([part[value] - part.low, part.high - part[value]])
-    xs, ys = shift * part.scale, part[value]
-    ax.errorbar(xs, ys, bars, label=label, marker=marker, linestyle=line, color=colour, capsize=3)
-
-
-def _scales(measures: Sequence[str], kind: type[object]) -> Mapping[str, float]:
-    """Where on the axis of G each filter of a kind begins to let pass: a cut acts on the root of G."""
-    named = [name for name in measures if name.startswith("FI ")]
-    filters = {name: spectral_of(name.removeprefix("FI ")) for name in named}
-    return {
-        name: f.lam if isinstance(f, Damped) else f.atol**2
-        for name, f in filters.items()
-        if isinstance(f, kind) and isinstance(f, Damped | Cut)
-    }
+def _placed(measure: str) -> tuple[str, float]:
+    """A measure's line, and where on the axis of G it begins to let pass: a cut acts on the root of G."""
+    spectral = spectral_of(measure.removeprefix("FI ")) if measure.startswith("FI ") else None
+    if isinstance(spectral, Damped):
+        return "FI damped by λ", spectral.lam
+    if isinstance(spectral, Cut):
+        return "FI cut at a", round(spectral.atol**2, 12)
+    return measure, np.nan
 
 
 def contributions(

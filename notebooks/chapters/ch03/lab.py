@@ -7,7 +7,6 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -21,6 +20,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from fichapters.papers import published
+from fichapters.tables import measures_of
 from fihelpers.answers import Answers, Top, usual_answers
 from fihelpers.evaluate.questions import Outcome, answer_all
 from fihelpers.evaluate.stats import mean_interval, spearman
@@ -153,12 +153,8 @@ def in_dtype(model: LanguageModel, dtype: torch.dtype) -> LanguageModel:
     return replace(model, network=copy.deepcopy(model.network).to(dtype))  # type: ignore[arg-type]
 
 
-@contextmanager
-def unwarned() -> Iterator[None]:
-    """Saturation is what the chapter counts, so it does not have itself warned of it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SaturationWarning)
-        yield
+# saturation is what the chapter counts, so it does not have itself warned of it
+unwarned = partial(warnings.catch_warnings, action="ignore", category=SaturationWarning)
 
 
 # --- saturation
@@ -282,11 +278,10 @@ def paired(sweep: Trials, pairs: Iterable[tuple[str, str]], seed: int) -> pd.Dat
 
     Columns as there, and "of": log P of the right answer, or accuracy.
     """
-    measures = dict.fromkeys(trial.labels["measure"] for trial in sweep.tried)
     one = []
-    for m in measures:
-        right, log_p = (sweep.answers(value, measure=m).mean(0) for value in ("accuracy", "log_prob"))
-        one.append(Trial(0, {"measure": m}, {"correct": right, "log_prob": log_p}))
+    for m in measures_of(sweep):
+        means = {value: sweep.answers(value, measure=m).mean(0) for value in ("correct", "log_prob")}
+        one.append(Trial(0, {"measure": m}, means))
     of = {"log P of the right answer": "log_prob", "accuracy": "accuracy"}
     pairs = list(pairs)
     found = [Trials([], one).compare(pairs, value=v, seed=seed).assign(of=name) for name, v in of.items()]
@@ -333,20 +328,11 @@ def invariance(model: LanguageModel, examples: Sequence[Example], share: float, 
     moved, lines = float((second - first).abs().max()), []
     for m in measures:
         old, new = (flatten(found[m].values).double() for found in (before, after))
-        kept = overlap(top(before[m], share, seed), top(after[m], share, seed))
+        tops = [select(found[m], share, seed=seed) for found in (before, after)]
+        both = [np.intersect1d(*(top[n] for top in tops)) for n in names]
+        kept = sum(map(len, both)) / max(1, sum(map(len, tops[0].values())))
         lines.append((m, float((new - old).norm() / old.norm()), kept, moved))
     return pd.DataFrame(lines, columns=["measure", "change", "kept", "log_prob"]).assign(n=len(examples))
-
-
-def top(scores: Scores | Mapping[str, Tensor], share: float, seed: int = 0) -> set[int]:
-    """Places of the top weights in `flatten`'s order."""
-    values = scores.values if isinstance(scores, Scores) else scores
-    return set(select({"all": flatten(values)}, share, seed=seed)["all"].tolist())
-
-
-def overlap(a: set[int], b: set[int]) -> float:
-    """Share of one set of weights that is also in the other; the sets have one size."""
-    return len(a & b) / max(1, len(a))
 
 
 # --- ties, averages, and a printed value

@@ -11,9 +11,7 @@ from fichapters.exercises import Wrong, equal, exercise, tensor, whole
 from fichapters.noises import information_loss
 from fihelpers.evaluate.stats import mean_interval, paired_difference
 
-ENDS = (
-    0.3  # how far the end of an interval may be off, as a part of its half width: other seeds are right too
-)
+ENDS = 0.3  # of half its width, by which an interval's end may be off: other seeds are right too
 
 
 @exercise
@@ -40,11 +38,9 @@ def fewest_tokens(for_pixel: object, for_square: object, channels: int, side: in
 def mean_height(answer: object, shares: Sequence[float], log_p: Sequence[float]) -> str:
     """The area under a deletion curve over its width, by straight lines between the points."""
     x, y = np.array(shares), np.array(log_p)
-    area = float(((y[1:] + y[:-1]) / 2 * np.diff(x)).sum())
+    area, mean = float(np.trapezoid(y, x)), float(y.mean())
     slips = {
-        "That is the mean of the points; they are not evenly spaced, so wide steps count more.": float(
-            y.mean()
-        ),
+        "That is the mean of the points; they are not evenly spaced, so wide steps count more.": mean,
         "That is the area itself; divide it by the width to get a height.": area,
         "That is the curve's last point.": float(y[-1]),
     }

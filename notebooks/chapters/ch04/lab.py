@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import avg_pool2d
 from tqdm import tqdm
 
 from fichapters import tables
@@ -67,22 +67,18 @@ class Pictures(PixelBatch):
     def likeliest(self) -> Pictures:
         """The same pictures under the likeliest tokens and the rest as classes."""
         (made,) = pixel_batches(self.model, self.examples, Top(CLASSES), len(self.examples))
-        return _quiet(made)
+        return Pictures(**vars(made))
 
     def scores(self, *args: Any, **settings: Any) -> dict[str, Tensor]:
         """As of :class:`fihelpers.scores.pixels.PixelBatch`."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SaturationWarning)
+        with warnings.catch_warnings(action="ignore", category=SaturationWarning):
             return super().scores(*args, **settings)
 
 
 def batches_of(model: VisionModel, examples: Sequence[Example], size: int) -> Iterator[Pictures]:
     """The pictures in batches, as `pixel_batches` makes them; none of no examples."""
-    yield from map(_quiet, pixel_batches(model, examples, None, size) if examples else ())
-
-
-def _quiet(batch: PixelBatch) -> Pictures:
-    return Pictures(batch.model, batch.index, batch.examples, batch.images, batch.answers)
+    for batch in pixel_batches(model, examples, None, size) if examples else ():
+        yield Pictures(**vars(batch))
 
 
 def load_pictures(
@@ -103,11 +99,6 @@ def draw_pictures(examples: Sequence[Example], n: int, seed: int) -> tuple[list[
     return [e for e in examples if e.id in drawn], [e for e in examples if e.id not in drawn]
 
 
-def probabilities(model: VisionModel, example: Example, images: Sequence[Tensor]) -> Tensor:
-    """P of the options (len(images), K) of one question about several pictures."""
-    return answer_images(model, [example] * len(images), images=images).log_probs.exp()
-
-
 def typical(outcome: Outcome) -> int:
     """The place of the picture of median log P among those answered rightly; among all where none is."""
     right = outcome.correct if outcome.correct.any() else torch.ones_like(outcome.correct)
@@ -116,10 +107,8 @@ def typical(outcome: Outcome) -> int:
 
 
 def patch_sums(maps: Tensor, patch: int = PATCH) -> Tensor:
-    """Sums over squares of `patch` pixels: (..., H, W) to (..., rows, columns), smaller at the far edges."""
-    down, across = (-side % patch for side in maps.shape[-2:])
-    whole = pad(maps, (0, across, 0, down))
-    return whole.unflatten(-1, (-1, patch)).unflatten(-3, (-1, patch)).sum((-3, -1))
+    """Sums over squares of `patch` pixels: (N, H, W) to (N, rows, columns), smaller at the far edges."""
+    return avg_pool2d(maps, patch, ceil_mode=True, divisor_override=1)
 
 
 Score = Callable[[Pictures, str, Grouping], Tensor]  # maps (N, *groups) of a batch by a measure
@@ -145,8 +134,22 @@ def describe(batches: Iterable[Pictures], score: Score) -> pd.DataFrame:
     held: share of the total that the highest hundredth of the groups holds; drawn and ground: mean score on
     drawn things, and beside them, over the mean of the map.
     """
-    made = [_describe(batch, score) for batch in tqdm(batches, desc="maps", unit="batch")]
-    return pd.concat(made, ignore_index=True)
+    lines = []
+    for batch in tqdm(batches, desc="maps", unit="batch"):
+        things = [drawn_things(image) for image in batch.images.cpu()]
+        for name, (measure, over) in SETTINGS.items():
+            values = score(batch, measure, over).cpu().double()
+            grads = _classes(batch, measure).grads
+            full = saturated(values, grads.probs.cpu(), grads.predicted.cpu()).double().flatten(1).mean(1)
+            if measure not in FI or measure == FI_SUMMED:
+                full *= np.nan
+            spread = _spread_out(values, over, things[0].shape)
+            for i, example in enumerate(batch.examples):
+                # a map of zeros ranks nothing
+                level = spread[i] / spread[i].mean() if spread[i].mean() > 0 else torch.ones_like(spread[i])
+                on, beside = float(level[things[i]].mean()), float(level[~things[i]].mean())
+                lines.append((name, example.id, float(full[i]), _held(values[i]), on, beside))
+    return pd.DataFrame(lines, columns=["setting", "id", "at_ceiling", "held", "drawn", "ground"])
 
 
 def saturation(maps: pd.DataFrame, seed: int) -> pd.DataFrame:
@@ -189,24 +192,6 @@ def drawn_things(image: Tensor) -> Tensor:
 
 def _classes(batch: Pictures, measure: str) -> Pictures:
     return batch.likeliest if measure == FI_TOP else batch
-
-
-def _describe(batch: Pictures, score: Score) -> pd.DataFrame:
-    lines = []
-    things = [drawn_things(image) for image in batch.images.cpu()]
-    for name, (measure, over) in SETTINGS.items():
-        values = score(batch, measure, over).cpu().double()
-        grads = _classes(batch, measure).grads
-        full = saturated(values, grads.probs.cpu(), grads.predicted.cpu()).double().flatten(1).mean(1)
-        if measure not in FI or measure == FI_SUMMED:
-            full *= np.nan
-        spread = _spread_out(values, over, things[0].shape)
-        for i, example in enumerate(batch.examples):
-            # a map of zeros ranks nothing
-            level = spread[i] / spread[i].mean() if spread[i].mean() > 0 else torch.ones_like(spread[i])
-            on, beside = float(level[things[i]].mean()), float(level[~things[i]].mean())
-            lines.append((name, example.id, float(full[i]), _held(values[i]), on, beside))
-    return pd.DataFrame(lines, columns=["setting", "id", "at_ceiling", "held", "drawn", "ground"])
 
 
 def _spread_out(values: Tensor, over: Grouping, size: Sequence[int]) -> Tensor:
@@ -379,7 +364,7 @@ def look_at(batches: Sequence[PixelBatch], name: str, measure: str, counts: Sequ
     scores = maps[place].cpu()
     masks = {n: top_pixels(scores, min(n, scores.numel()), seed=seed) for n in sorted(counts)}
     seen = [image, *(masked(image, mask) for mask in masks.values())]
-    probs = probabilities(batch.model, example, seen)
+    probs = answer_images(batch.model, [example] * len(seen), images=seen).log_probs.exp()
     return Case(example, image, measure, scores, masks, dict(zip((0, *masks), probs, strict=True)))
 
 

@@ -38,22 +38,16 @@ def bonferroni(level: object, by_chance: object, comparisons: int, family: float
     truth = 1 - missed / comparisons
     hint = "All intervals together may miss as often as one plain interval; share that out."
     if abs(value - truth) > 0.02 * (1 - truth):  # levels are all near one, so what they miss is compared
-        equal(
-            1 - value, 1 - truth, {t: 1 - s for t, s in slips.items()}, name="What `level` misses", hint=hint
-        )
+        missing = {text: 1 - slip for text, slip in slips.items()}
+        equal(1 - value, 1 - truth, missing, name="What `level` misses", hint=hint)
     slips = {
         "That many hold; how many do not?": comparisons * family,
         "That is the share for one interval.": missed,
         "That is the chance of at least one; what is asked for is how many to expect.": 1
         - family**comparisons,
     }
-    equal(
-        by_chance,
-        comparisons * missed,
-        slips,
-        name="`by_chance`",
-        hint="Each one misses with the same chance.",
-    )
+    hint = "Each one misses with the same chance."
+    equal(by_chance, comparisons * missed, slips, name="`by_chance`", hint=hint)
     return "Many plain intervals always bring finds. Correct them, or say how many chance would bring."
 
 
@@ -110,9 +104,8 @@ def slope_and_metric(
         "That is the factor of G again; divide each G by its 1 - Σ P².": G[1] / G[0],
         "That is the new slope; compare it with the old one.": slope[1],
     }
-    equal(
-        slope_factor, slope[1] / slope[0], slips, name="`slope_factor`", hint="It is 2 G / (1 - Σ P²) twice."
-    )
+    hint = "It is 2 G / (1 - Σ P²) twice."
+    equal(slope_factor, slope[1] / slope[0], slips, name="`slope_factor`", hint=hint)
     return (
         "The logits answer to the pixel exactly as before. G fell because the model is surer; the slope "
         "moved far less, and only because it weighs pairs of answers by their probabilities."

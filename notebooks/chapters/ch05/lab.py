@@ -14,6 +14,7 @@ import yaml
 from torch import Tensor, nn
 
 from fichapters.attributions import feature_maps
+from fichapters.tables import average
 from fihelpers.data import check_file, data_folder
 from fihelpers.evaluate.stats import paired_difference, spearman, wilson
 from fihelpers.models.vision import VisionModel
@@ -36,7 +37,6 @@ STATISTICS = (  # of claim 13, under the letters
 TOP_STATISTICS = ("top mean", "top max", "top share mean", "top share max")
 LOWEST, HIGHEST, BINS = -12, 2, 140  # of log10 FI, for the distributions
 RESAMPLES = 20_000  # tails of corrected intervals need many
-FEWER = 2000  # of an interval that is not corrected
 SMALLEST = 1e-30  # below every value met; keeps the logarithm of a pixel without gradient finite
 
 
@@ -163,7 +163,10 @@ def contrasts(found: pd.DataFrame, seed: int) -> pd.DataFrame:
     rows = [(kind, group, s) for group, names in wanted for kind in (AGGRESSIVE, SAFE) for s in names]
     lines = []
     for kind, group, statistic in rows:
-        change = _log_change(found, statistic, kind, group)
+        # of each picture the mean over a kind's wordings, or the first wording of each kind alone
+        chosen = found.prompt.isin(FIRSTS) if group == FIRST else found.group == group
+        logs = _logs(found[chosen], statistic, "kind")
+        change = (logs[kind] - logs[NEUTRAL]).to_numpy()
         values = _factor(change, seed, len(rows))
         lines.append((kind, group, statistic, *values, (change > 0).mean(), len(change), len(rows)))
     names = ["kind", "group", "statistic", "factor", "low", "high", "rises", "n", "family"]
@@ -186,17 +189,6 @@ def against_none(found: pd.DataFrame, statistics: Sequence[str], seed: int) -> p
             lines.append((*prompt, statistic, *values, len(change)))
     names = ["prompt", "kind", "group", "statistic", "factor", "low", "high", "n"]
     return pd.DataFrame(lines, columns=names)
-
-
-def _log_change(found: pd.DataFrame, statistic: str, kind: str, group: str) -> np.ndarray:
-    """Mean log under a kind's wordings less that under the neutral ones, for each picture.
-
-    group: "trained", "unseen", or "first", the first wording of each kind alone.
-    """
-    logs = _logs(
-        found[found.prompt.isin(FIRSTS) if group == FIRST else found.group == group], statistic, "kind"
-    )
-    return (logs[kind] - logs[NEUTRAL]).to_numpy()
 
 
 def _logs(found: pd.DataFrame, statistic: str, by: str) -> pd.DataFrame:
@@ -260,10 +252,10 @@ def closeness_correlations(
     logs = _logs(found, statistic, "prompt")
     names = [name for name in near if name != NONE]
     x, y = ((t[names].sub(t[NONE], axis=0)).loc[logs.index].to_numpy() for t in (near, logs))
-    forms = {
+    forms = {  # pandas leaves out a picture or a wording whose values are all alike
         "all pairs": lambda a, b: float(spearman(a.ravel(), b.ravel())),
-        "wordings within a picture": lambda a, b: _mean(spearman(a, b)),
-        "pictures within a wording": lambda a, b: _mean(spearman(a.T, b.T)),
+        "wordings within a picture": lambda a, b: pd.Series(spearman(a, b)).mean(),
+        "pictures within a wording": lambda a, b: pd.Series(spearman(a.T, b.T)).mean(),
     }
     draws = np.random.default_rng(seed).integers(len(x), size=(resamples, len(x)))
     lines = []
@@ -271,12 +263,6 @@ def closeness_correlations(
         low, high = np.nanquantile([form(x[d], y[d]) for d in draws], [0.025, 0.975])
         lines.append((over, form(x, y), low, high, x.size))
     return pd.DataFrame(lines, columns=["over", "value", "low", "high", "n"])
-
-
-def _mean(values: np.ndarray) -> float:
-    """Mean of what is not NaN; NaN of nothing, without a warning."""
-    kept = values[~np.isnan(values)]
-    return float(kept.mean()) if kept.size else float("nan")
 
 
 # --- masks
@@ -321,8 +307,7 @@ def readings(found: pd.DataFrame, moved: pd.DataFrame, damped: str, seed: int) -
         share = (count / len(safe), *wilson(count, len(safe)))
         lines.append(("pictures with outliers", measure, *share, len(safe)))
     for measure, held in ((damped, safe["damped held"]), ("FI exact, top 8", safe["top held"])):
-        mean = paired_difference(held, 0 * held, seed=seed, resamples=FEWER)
-        lines.append(("held by the highest hundredth", measure, *mean, len(held)))
+        lines.append(("held by the highest hundredth", measure, *average(held, seed), len(held)))
     missed = float(((moved.low > 1) | (moved.high < 1)).sum())
     lines.append(("prompts and statistics that moved", damped, missed, missed, missed, len(moved)))
     return pd.DataFrame(lines, columns=["reading", "measure", "value", "low", "high", "n"])

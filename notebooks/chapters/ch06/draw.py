@@ -6,9 +6,16 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from fichapters import plots
-from fichapters.ch06.lab import FI, INTACT, JACOBIAN, RANDOM, published
+from fichapters.ch06.lab import DAMPED, EXACT, FI, INTACT, JACOBIAN, RANDOM
+from fichapters.papers import published
 
-DAMPED = "FI damped 0.0001"
+PUBLISHED = {  # accuracies of the paper's second table, means over its models, by the row they stand beside
+    INTACT: "embeddings_original",
+    EXACT: "embeddings_fi",
+    JACOBIAN: "embeddings_jacobian",
+    "SNIP": "embeddings_snip",
+    RANDOM: "embeddings_random",
+}
 BUDGETS = "budget, in lengths of the prompt"
 
 
@@ -19,7 +26,8 @@ def accuracies(table: pd.DataFrame, of: str) -> Figure:
     """
     (start,) = table.accuracy[table.measure == INTACT]
     label = f"accuracy, {of}; hollow: the paper's"
-    return plots.forest(table, "measure", "accuracy", label=label, line=start, marks=published())
+    marks = {name: published(key).value for name, key in PUBLISHED.items()}
+    return plots.forest(table, "measure", "accuracy", label=label, line=start, marks=marks)
 
 
 def budget_curves(table: pd.DataFrame, start: float) -> Figure:
@@ -51,7 +59,7 @@ def duel_curves(duels: pd.DataFrame, attacked: pd.DataFrame) -> Figure:
         "minus random": duels[duels.other == RANDOM],
     }
     table = pd.concat(panels, names=["panel"]).reset_index("panel")
-    names = ["FI exact", "FI damped 1e-06", DAMPED]
+    names = [EXACT, "FI damped 1e-06", DAMPED]
     figure = plots.curves(
         table[table.fi.isin(names)],
         "budget",
@@ -67,25 +75,10 @@ def duel_curves(duels: pd.DataFrame, attacked: pd.DataFrame) -> Figure:
     return figure
 
 
-def directions(ways: pd.DataFrame) -> Figure:
-    """log P after the gradient's direction minus after a random one, by measure and budget.
-
-    ways: of `Trials.compare` by measure and budget.
-    """
-    label = "log P along the gradient minus in a random direction, nats"
-    table = ways.assign(budget=ways.budget.map("budget {:g}".format))
-    return plots.forest(table, "measure", by="budget", label=label)
-
-
-def few_against_all(few: pd.DataFrame) -> Figure:
-    """log P after a few dimensions minus after all of them, by measure. few: of `lab.few_against_all`."""
-    return plots.forest(few, "measure", "value", label="log P, few dimensions minus all, nats")
-
-
 def kinds_of_attack(duels: pd.DataFrame) -> Figure:
     """log P after exact and damped FI's dimensions minus after the Jacobian norm's, by kind of attack.
 
     duels: of `lab.attack_duels`.
     """
-    shown = duels[duels.fi.isin(["FI exact", DAMPED]) & (duels.other == JACOBIAN)]
+    shown = duels[duels.fi.isin([EXACT, DAMPED]) & (duels.other == JACOBIAN)]
     return plots.forest(shown, "attack", by="fi", label="log P, FI minus Jacobian norm, nats")

@@ -14,16 +14,14 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from fichapters import papers
 from fichapters.ch06.regions import question_region
 from fichapters.tables import average, compare
 from fihelpers.answers import Top
-from fihelpers.filters import EXACT, Spectral
 from fihelpers.influence import SaturationWarning, saturated
 from fihelpers.measures import MEASURES as REGISTERED
-from fihelpers.measures import Measure, Random
+from fihelpers.measures import Random
 from fihelpers.models.language import LanguageModel
-from fihelpers.scores.inputs import EmbeddingBatch, EmbeddingGrouping, embedding_batches
+from fihelpers.scores.inputs import EmbeddingBatch, embedding_batches
 from fihelpers.tasks import Example, load_task
 from fihelpers.trials import Trials
 
@@ -32,32 +30,15 @@ ON_TOP = f", top {CLASSES}"  # what a measure is called where these are the clas
 RANDOM = "random"
 INTACT = "intact"
 ALL = "all"  # what moving every dimension is called, whatever the measure
-JACOBIAN = "Jacobian norm"
+EXACT, DAMPED, JACOBIAN = "FI exact", "FI damped 0.0001", "Jacobian norm"
 FI = tuple(name for name in REGISTERED if name.startswith("FI"))
 EVERY_FI = (*FI, *(name + ON_TOP for name in FI))
 PAPER = (JACOBIAN, "saliency", "SNIP", RANDOM)  # what the paper's second table sets FI against
 OPPONENTS = (JACOBIAN, "SNIP", RANDOM)  # of the paper's, where not every measure is run
-EIGHT = (
-    *("FI exact", "FI cut 0.01", "FI damped 1e-06", "FI damped 0.0001"),
-    *(JACOBIAN, "SNIP", "information length", RANDOM),
-)  # of the measures, where a few dimensions are set against all
-GUIDED = ("FI exact", "FI damped 0.0001", JACOBIAN, "information length")  # that claim 10 is judged by
-TOKEN_SETTINGS = (
-    "FI exact",
-    f"FI exact{ON_TOP}",
-    "FI exact summed",
-    "FI damped 0.0001",
-    JACOBIAN,
-    "SNIP",
-    RANDOM,
-)
-PUBLISHED = {  # the figures of the paper's second table, by the name of the row that they stand beside
-    INTACT: "embeddings_original",
-    "FI exact": "embeddings_fi",
-    JACOBIAN: "embeddings_jacobian",
-    "SNIP": "embeddings_snip",
-    RANDOM: "embeddings_random",
-}
+# the measures whose few dimensions are set against all
+EIGHT = (EXACT, "FI cut 0.01", "FI damped 1e-06", DAMPED, JACOBIAN, "SNIP", "information length", RANDOM)
+GUIDED = (EXACT, DAMPED, JACOBIAN, "information length")  # that claim 10 is judged by
+TOKEN_SETTINGS = (EXACT, EXACT + ON_TOP, "FI exact summed", DAMPED, JACOBIAN, "SNIP", RANDOM)
 TEXTS = ("id", "subject")  # what an answer holds beside numbers, of the question itself
 
 Answer = Mapping[str, Any]
@@ -99,18 +80,12 @@ class OnTop(EmbeddingBatch):
 
     @cached_property
     def top(self) -> EmbeddingBatch:
+        # sorted by length, as the examples of a batch are: their order stays
         (batch,) = embedding_batches(self.model, self.examples, Top(CLASSES), len(self.examples))
         return batch
 
-    def scores(
-        self,
-        measures: Sequence[str | Measure],
-        over: EmbeddingGrouping = "dimension",
-        spectral: Spectral = EXACT,
-    ) -> dict[str, list[Tensor]]:
-        found = self.top.scores(measures, over, spectral)
-        places = [self.top.index.index(i) for i in range(len(self.examples))]
-        return {name: [values[i] for i in places] for name, values in found.items()}
+    def scores(self, *args: Any, **settings: Any) -> dict[str, list[Tensor]]:
+        return self.top.scores(*args, **settings)
 
 
 def on_top(batches: Iterable[EmbeddingBatch]) -> list[OnTop]:
@@ -131,10 +106,9 @@ def first_order(batch: EmbeddingBatch, embeddings: Tensor) -> Tensor:
 
     embeddings: (B, T, hidden), as they were changed.
     """
-    grads = batch.grads
-    rows = grads.predicted.reshape(1, -1, 1, 1).expand(1, *grads.value.shape)
-    change = grads.class_grads.gather(0, rows)[0] * (embeddings - batch.embeddings)
-    return change.flatten(1).sum(1).cpu()
+    said = batch.grads.predicted
+    own = batch.grads.class_grads[said, torch.arange(len(said))]
+    return (own * (embeddings - batch.embeddings)).flatten(1).sum(1).cpu()
 
 
 def mean(answers: Sequence[Answer]) -> Answer:
@@ -174,13 +148,7 @@ def directions(guided: Trials, astray: Trials, seed: int) -> pd.DataFrame:
 def by_subject(trials: Trials) -> pd.DataFrame:
     """Accuracy of each measure (row) in each subject (column), in the order in which they were asked."""
     rows = trials.rows().astype({"correct": float})
-    grid = rows.groupby(["measure", "subject"], sort=False).correct.mean().unstack()
-    return grid.loc[list(dict.fromkeys(rows.measure)), list(dict.fromkeys(rows.subject))]
-
-
-def published() -> dict[str, float]:
-    """The accuracies of the paper's second table, each the mean over its models and subjects, by measure."""
-    return {name: papers.published(key).value for name, key in PUBLISHED.items()}
+    return rows.pivot_table("correct", "measure", "subject", sort=False)
 
 
 def promises(trials: Trials, names: Sequence[str]) -> pd.DataFrame:
@@ -253,9 +221,10 @@ def token_saturation(batches: Sequence[EmbeddingBatch], seed: int) -> pd.DataFra
     the mean of its tokens), held (share of the total that the highest token holds); and of joint FI
     at_ceiling, the share of the tokens at the ceiling, with its bootstrap interval (low, high).
     """
-    lines, pairs = [], list(zip(batches, on_top(batches), strict=True))
+    lines, tops = [], [batch.top for batch in on_top(batches)]
     for name in TOKEN_SETTINGS:
-        each = pd.DataFrame(line for pair in pairs for line in _token_lines(*pair, name))
+        of = tops if name.endswith(ON_TOP) else batches
+        each = pd.DataFrame(line for batch in of for line in _token_lines(batch, name))
         line = {"setting": name, "n": len(each), **each.drop(columns="at_ceiling").mean()}
         if each.at_ceiling.notna().all():
             ends = average(each.at_ceiling, seed)
@@ -264,22 +233,18 @@ def token_saturation(batches: Sequence[EmbeddingBatch], seed: int) -> pd.DataFra
     return pd.DataFrame(lines)
 
 
-def _token_lines(batch: EmbeddingBatch, top: OnTop, name: str) -> list[dict[str, float]]:
+def _token_lines(batch: EmbeddingBatch, name: str) -> list[dict[str, float]]:
     """What `token_saturation` averages, of each question of a batch."""
     joint = name.startswith("FI") and not name.endswith("summed")
-    of = top if name.endswith(ON_TOP) else batch
     measure = Random(0) if name == RANDOM else name.removesuffix(ON_TOP)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SaturationWarning)  # which is what is counted here
-        (found,) = of.scores([measure], "token").values()
-    grads = top.top.grads if of is top else batch.grads
-    order = top.top.index if of is top else range(len(found))
+    # saturation is what is counted here
+    with warnings.catch_warnings(action="ignore", category=SaturationWarning):
+        (found,) = batch.scores([measure], "token").values()
     lines = []
     for i, values in enumerate(v.cpu().double() for v in found):
-        row = list(order).index(i)
         over_mean = values / values.mean() if values.sum() > 0 else torch.ones_like(values)
         low, high = np.quantile(over_mean.numpy(), [0.05, 0.95])
         line = {"lowest": low, "highest": high, "held": float(values.max() / values.sum())}
-        near = saturated(values[None], grads.probs[:, [row]].cpu(), grads.predicted[[row]].cpu())
+        near = saturated(values[None], batch.grads.probs[:, [i]].cpu(), batch.grads.predicted[[i]].cpu())
         lines.append({**line, "at_ceiling": float(near.double().mean()) if joint else np.nan})
     return lines

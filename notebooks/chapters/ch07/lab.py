@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
@@ -14,10 +13,8 @@ import torch
 
 from fichapters.ch07.judges import (
     ApiJudge,
-    Judge,
     LikelihoodJudge,
     length_controlled_win_rates,
-    published_difficulties,
     rouge1,
 )
 from fichapters.results import Chapter
@@ -27,12 +24,11 @@ from fihelpers.models.generate import Response, greedy
 from fihelpers.models.language import LanguageModel, in_chat
 from fihelpers.scores.store import Scores
 from fihelpers.tasks import Example, load_task
-from fihelpers.tasks.instructions import ALPACA, SUBJECT, instruction_prompt, load_instructions
+from fihelpers.tasks.instructions import SUBJECT, instruction_prompt, load_instructions
 from fihelpers.trials import Trials
 
-log = logging.getLogger(__name__)
-
-SCORES = ("rouge1", "win_rate", "length_controlled")
+# of written answers, and what the intact model's is of: its answers are as long as themselves
+SCORES = {"rouge1": "rouge1", "win_rate": "win_rate", "length_controlled": "win_rate"}
 SIDES = ("below", "above")
 
 
@@ -145,14 +141,14 @@ def concentration(scores: Mapping[str, Scores], points: int = 200) -> pd.DataFra
 # --- text
 
 
-def judge_of(model: LanguageModel, text: Mapping[str, Any], run: Chapter) -> Judge:
+def judge_of(model: LanguageModel, text: Mapping[str, Any], run: Chapter) -> LikelihoodJudge | ApiJudge:
     """The judge behind an API where TEXT has its address, else the likelihood under the intact model.
 
     An API's verdicts are kept, whatever becomes of the run.
     """
     if not text["judge_url"]:
         return LikelihoodJudge(model)
-    return ApiJudge(text["judge_url"], text["judge_model"], cache=run.kept("judge").folder / "verdicts.jsonl")
+    return ApiJudge(text["judge_url"], text["judge_model"], run.kept("judge").folder / "verdicts.sqlite")
 
 
 def framed(model: LanguageModel, example: Example) -> Example:
@@ -174,13 +170,12 @@ def instructions(
 
 def what_it_can(
     model: LanguageModel, asked: Sequence[Example], intact: Sequence[Response], length: int
-) -> pd.DataFrame:
+) -> pd.Series:
     """ROUGE-1 of the intact model's answers: against references, after other words, and of unrelated ones.
 
-    Rows, with columns rouge1, same (answers equal but for space around them) and n: "reference"; "asked in
-    other words", of bundled instructions in a wording that the bundled model never saw; and "answer to
-    another prompt", what two answers share anyway. Raises ValueError where the model ends an answer at once:
-    there is nothing to compare with.
+    Names: "reference"; "asked in other words", of bundled instructions in a wording that the bundled model
+    never saw; and "answer to another prompt", what two answers share anyway. Raises ValueError where the
+    model ends an answer at once: there is nothing to compare with.
     """
     texts = [answer.text for answer in intact]
     for example, text in zip(asked, texts, strict=True):
@@ -196,11 +191,7 @@ def what_it_can(
         "asked in other words": (unseen, first),
         "answer to another prompt": (texts[1:] + texts[:1], texts),
     }
-    lines = {
-        name: (rouge1(a, b).mean(), sum(x.strip() == y.strip() for x, y in zip(a, b, strict=True)), len(a))
-        for name, (a, b) in pairs.items()
-    }
-    return pd.DataFrame.from_dict(lines, orient="index", columns=["rouge1", "same", "n"])
+    return pd.Series({name: rouge1(*both).mean() for name, both in pairs.items()})
 
 
 def _answers_to(model: LanguageModel, wordings: Sequence[str], length: int) -> list[str]:
@@ -209,36 +200,19 @@ def _answers_to(model: LanguageModel, wordings: Sequence[str], length: int) -> l
     return [answer.text for answer in greedy(model, prompts, length)]
 
 
-def at_equal_length(
-    trials: Trials, intact: Sequence[Response], task: str, examples: Sequence[Example]
-) -> tuple[Trials, str]:
+def at_equal_length(trials: Trials, intact: Sequence[Response]) -> tuple[Trials, str]:
     """The trials with `length_controlled`, fitted over all of them together, and how that was done.
 
-    Every trial is a setting: a measure, a rate and a calibration set; the intact model is one more. The
-    difficulties of prompts are estimated, or the published ones where the task is AlpacaEval's and the hub
-    answers.
+    Every trial is a setting: a measure, a rate and a calibration set; the intact model is one more.
     """
-    known, source = _known_difficulties(task, examples)
     settings = [*trials.intact, *trials.tried]
     found = length_controlled_win_rates(
         [trial.values["win_rate"] for trial in settings],
         [trial.values["characters"] for trial in settings],
         [len(answer.text) for answer in intact],
-        known,
     )
     start = len(trials.intact)
-    return trials.with_values("length_controlled", found.win_rates[start:]), found.fit + source
-
-
-def _known_difficulties(task: str, examples: Sequence[Example]) -> tuple[np.ndarray | None, str]:
-    if task != ALPACA:
-        return None, ""
-    try:
-        known, commit = published_difficulties(examples)
-    except ConnectionError as error:
-        log.warning("difficulties of instructions are estimated from the sweep: %s", error)
-        return None, " (the published difficulties could not be had)"
-    return known, f" ({ALPACA} at {commit})"
+    return trials.with_values("length_controlled", found.win_rates[start:]), found.fit
 
 
 def text_tables(trials: Trials) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -248,13 +222,11 @@ def text_tables(trials: Trials) -> tuple[pd.DataFrame, pd.DataFrame]:
     bootstrap of a few sets would be too sure of itself.
     """
     tables, versus = {}, {}
-    for score in SCORES:
+    for score, start in SCORES.items():
         table = trials.table("measure", "rate", value=score)
         pairs = [(name, "random") for name in dict.fromkeys(table.measure) if name != "random"]
-        start = np.nan if score == "length_controlled" else trials.start(score).mean()
-        tables[score] = table.rename(columns={score: "value"}).assign(intact=start)
+        tables[score] = table.rename(columns={score: "value"}).assign(intact=trials.start(start).mean())
         versus[score] = trials.compare(pairs, "rate", value=score, over_sets=True)
-    tables["length_controlled"]["intact"] = tables["win_rate"]["intact"]  # an answer as long as itself
     joined = [pd.concat(found, names=["score"]).reset_index(0) for found in (tables, versus)]
     return joined[0].reset_index(drop=True), joined[1].reset_index(drop=True)
 

@@ -7,11 +7,9 @@ stored (bits a weight); one without protection has matrices, bits, group (0 for 
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,18 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from fichapters.ch07.lab import draw_of
-from fichapters.estimates import estimate_quantization
-from fichapters.packed import quantize_model
 from fichapters.papers import published
-from fichapters.stored import open_quantized, save_quantized
+from fichapters.stored import open_packed, packed_bytes, save_packed
 from fichapters.tables import RESAMPLES
 from fihelpers.answers import usual_answers
 from fihelpers.evaluate.questions import Evaluator
 from fihelpers.evaluate.stats import crossed_difference, resampled
 from fihelpers.jobs.preflight import estimate_scores
-from fihelpers.models.language import WEIGHTS, LanguageModel
+from fihelpers.models.language import LanguageModel
 from fihelpers.models.linear import as_rows, from_rows, linear_names, turned_names
-from fihelpers.perturb.quantize import Packed, Scheme, code_bytes, quantized
+from fihelpers.perturb.quantize import Packed, Scheme, quantized
 from fihelpers.perturb.sparsify import Which, changed
 from fihelpers.scores.class_gradients import class_gradients
 from fihelpers.tasks import Example
@@ -75,9 +71,7 @@ def check(p: SimpleNamespace, measures: Sequence[str]) -> None:
         drawn(p, split, n, p.SEED)
     settings = {"revision": p.REVISION, "dtype": p.DTYPE, "device": p.DEVICE}
     settings |= {"layers": None if ALL in p.MATRICES else p.MATRICES}
-    scheme, share = Scheme(max(p.BITS["tried"])), max(p.KEPT["rows"])
-    estimate_scores(p.MODEL, measures=measures, **settings).check()
-    estimate_quantization(p.MODEL, scheme, share=share, **settings).check()
+    estimate_scores(p.MODEL, measures=measures, **settings).check()  # more than packed weights take
 
 
 def _check_bits(bits: Mapping[str, Sequence[int]]) -> None:
@@ -103,25 +97,16 @@ def drawn(
     return [e for s in p.SUBJECTS for e in draw_of(p.TASK, s, split, n, seed, model)]
 
 
-def names_of(model: LanguageModel, matrices: str, groups: Iterable[int] = ()) -> list[str]:
+def names_of(model: LanguageModel, matrices: str) -> list[str]:
     """The weights of the linear layers of this name, such as "o_proj"; all of them for "all".
 
-    groups: how many weights are to share a scale. Raises ValueError for a name that the model does not have,
-    and for a group that does not divide its rows.
+    Raises ValueError for a name that the model does not have.
     """
     linear = linear_names(model.network)
     names = [n for n in linear if matrices == ALL or n.split(".")[-2] == matrices]
     if not names:
         known = ", ".join(dict.fromkeys(n.split(".")[-2] for n in linear))
         raise ValueError(f"The model has no matrices {matrices!r}; known: {ALL}, {known}.")
-    for name in names:
-        width = matrix(model, name).shape[1]
-        bad = [group for group in groups if group < 1 or width % group]
-        if bad:
-            raise ValueError(
-                f"The rows of {name} have {width} weights, which no group of {bad[0]} divides; "
-                "choose a divisor in GROUPS."
-            )
     return names
 
 
@@ -207,10 +192,8 @@ def over_shares(trials: Trials) -> Trials:
         groups.setdefault((trial.set, names), []).append(trial)
     tried = []
     for (k, names), group in groups.items():
-        means = {
-            v: np.mean([_digits(trial.values[v]) for trial in group], 0) for v in ("correct", "log_prob")
-        }
-        tried.append(replace(group[0], set=k, labels=dict(zip(LABELS, names, strict=True)), values=means))
+        means = {v: np.mean([_digits(t.values[v]) for t in group], 0) for v in ("correct", "log_prob")}
+        tried.append(Trial(k, dict(zip(LABELS, names, strict=True)), means))
     return Trials(trials.intact, tried)
 
 
@@ -335,33 +318,28 @@ def _digits(values: np.ndarray) -> np.ndarray:
 
 
 def on_disk(ask: Evaluator, packed: Mapping[str, Packed]) -> tuple[int, bool]:
-    """The bytes of a quantized copy's file of weights, and whether it answers the same when opened again."""
+    """The bytes of a file of packed weights, and whether the model answers the same once they are opened."""
     model = ask.model
+    with tempfile.TemporaryDirectory() as place:
+        file = Path(place) / "protected.safetensors"
+        save_packed(file, packed, model)
+        size, again = file.stat().st_size, open_packed(file, model)
     with quantized(model.network, packed):
         before = ask().log_probs
-    small = replace(model, network=copy.deepcopy(model.network))
-    quantize_model(small.network, packed)
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place) / "protected"
-        save_quantized(small, folder)
-        after = Evaluator(open_quantized(folder, str(model.device)), ask.examples)().log_probs
-        return (folder / WEIGHTS).stat().st_size, torch.equal(after, before)
-
-
-def extra_bytes(shape: tuple[int, int], bits: int, share: float) -> int:
-    """What it costs to keep a share of the rows of a matrix (out, in) in 16 bits, with a scale a row.
-
-    A kept row stores its weights in 16 bits and its position, instead of its codes and its scale.
-    """
-    rows = round(share * shape[0])
-    spared = code_bytes(bits, shape[0] * shape[1]) - code_bytes(bits, (shape[0] - rows) * shape[1])
-    return rows * (2 * shape[1] + 4 - 2) - spared
+    with quantized(model.network, again):
+        return size, torch.equal(ask().log_probs, before)
 
 
 def claimed(key: str) -> float:
     """A figure of the earlier version's claim: "kept_" and this key in the data file; percent as shares."""
     figure = published(f"kept_{key}")
     return figure.value / 100 if figure.unit == "%" else figure.value
+
+
+def extra_bytes(shape: tuple[int, int], bits: int, share: float) -> int:
+    """What it costs to keep a share of the rows of a matrix (out, in) in 16 bits, with a scale a row."""
+    scheme = Scheme(bits)
+    return packed_bytes(scheme, shape, round(share * shape[0])) - packed_bytes(scheme, shape)
 
 
 def published_sizes() -> pd.DataFrame:
@@ -375,7 +353,6 @@ def published_sizes() -> pd.DataFrame:
     shapes[ALL] = [(wide, wide)] * 2 + [(kv, wide)] * 2 + [(inner, wide)] * 2 + [(wide, inner)]
     kept, lines = claimed("share"), []
     for name, matrices in shapes.items():
-        extra = {b: QWEN2_7B_LAYERS * sum(extra_bytes(s, b, kept) for s in matrices) for b in (1, 4)}
-        share = kept * claimed("memory") * 1e9 / extra[4]
-        lines.append((name, extra[4] / 1e6, extra[1] / 1e6, share, 1))
+        one, four = (QWEN2_7B_LAYERS * sum(extra_bytes(s, b, kept) for s in matrices) for b in (1, 4))
+        lines.append((name, four / 1e6, one / 1e6, kept * claimed("memory") * 1e9 / four, 1))
     return pd.DataFrame(lines, columns=["matrices", "megabytes_4", "megabytes_1", "share", "n"])

@@ -82,12 +82,11 @@ ROWS: dict[str, tuple[str, Mapping[str, Any]]] = {
 CURVES = ("average", "task arithmetic", "TIES I")
 HELPS, BEST, BEHIND = "protection helps", "TIES I is best", "DARE is behind"  # topics of `Results.paired`
 RISES, FALLS, DOMAIN = "rises", "and falls", "beats random, follows the domain"
-OWN, OTHER = "its own domain", "the other domain"
-ELSEWHERE = {
-    "neither domain": {"task": "bundled", "subjects": ("business", "culture", "geography", "law")},
-}
+OWN, OTHER, NEITHER = "its own domain", "the other domain", "neither domain"  # whose questions calibrate
+PLACES = (OWN, OTHER, NEITHER)
+ELSEWHERE = ("bundled", ("business", "culture", "geography", "law"))  # task and subjects of neither domain
 NEEDED = ("densities", "wide", "compared")  # of OPTIONS; the others and what stands for them:
-USUAL = {"validation": None, "elect": "mean", "choices": tuple(CHOICES), "elsewhere": ELSEWHERE}
+USUAL = {"validation": None, "elect": "mean", "choices": tuple(CHOICES)}
 ALONE_SHARE = 0.1  # of A's weights that the earlier version of the paper keeps
 
 Questions = Mapping[str, Sequence[Example]]  # by domain
@@ -102,8 +101,7 @@ def options(p: SimpleNamespace) -> dict[str, Any]:
 
     densities: what TIES keeps, to search. wide: further shares for the curve. validation: questions of each
     domain to search with (None takes all). elect: TIES' election. choices: what to compare, names of CHOICES
-    or FI with any filter, at the share `compared`. elsewhere: further questions to calibrate on, {name:
-    {"task", "subjects"}}.
+    or FI with any filter, at the share `compared`.
     """
     return {**USUAL, **p.OPTIONS}
 
@@ -154,8 +152,7 @@ def check(p: SimpleNamespace) -> None:
             raise ValueError(f"the domain {domain!r} needs a list of subjects, not {subjects!r}.")
     questions(p, "val")
     questions(p, "test")
-    for name in options(p)["elsewhere"]:
-        calibration(p, "a", p.SEEDS - 1, name)
+    calibration(p, "a", p.SEEDS - 1, NEITHER)
     for needed in needs(p):
         needed.check()
 
@@ -165,7 +162,7 @@ def needs(p: SimpleNamespace) -> tuple[Estimate, ...]:
     place = tempfile.gettempdir()
     merge = estimate_merge(p.BASE, p.MODEL_A, p.MODEL_B, method="TIES", protected=False, out=place)
     own, other = (len({score_of(by) for by in wanted(p, where)}) for where in (OWN, OTHER))
-    files = p.SEEDS * (2 * own + (1 + len(options(p)["elsewhere"])) * other)
+    files = p.SEEDS * 2 * (own + other)
     settings = {"dtype": p.DTYPE, "device": p.DEVICE, "out": place}
     experts = (p.MODEL_A, p.MODEL_B)
     return (merge, *(estimate_scores(expert, files=files // 2, **settings) for expert in experts))
@@ -179,14 +176,11 @@ def calibration(
 ) -> list[Example]:
     """Calibration set k of an expert, "a" or "b": sets share no question with each other or with the search.
 
-    place: OWN, OTHER or a name among the option `elsewhere`. Raises ValueError for too few questions.
+    place: one of PLACES. Raises ValueError for too few questions.
     """
-    domain = list(p.DOMAINS)["ab".index(which) ^ (place == OTHER)]
-    known = options(p)["elsewhere"]
-    of = {OWN: (p.TASK, p.DOMAINS[domain]), OTHER: (p.TASK, p.DOMAINS[domain])}
-    of |= {name: (given["task"], given["subjects"]) for name, given in known.items()}
-    if place not in of:
-        raise ValueError(f"There are no questions {place!r} to calibrate on; known: {', '.join(known)}.")
+    own = "ab".index(which)
+    domains = list(p.DOMAINS.values())
+    of = {OWN: (p.TASK, domains[own]), OTHER: (p.TASK, domains[1 - own]), NEITHER: ELSEWHERE}
     chosen = _drawn(p, *of[place], "val", model)[k * p.N_CALIBRATION : (k + 1) * p.N_CALIBRATION]
     if len(chosen) < p.N_CALIBRATION:
         raise ValueError(f"Of {place!r} there are too few questions for {p.SEEDS} sets of {p.N_CALIBRATION}.")
@@ -402,18 +396,16 @@ def nearby(p: SimpleNamespace, chosen: Mapping[str, Setting]) -> Pairs:
     for name, setting in chosen.items():
         method = setting.method
         if setting.by and isinstance(method, TaskArithmetic | Ties):
-            place = grid.index(method.task_weight)
-            near = [method.task_weight, *grid[max(0, place - 1) : place], *grid[place + 1 : place + 2]]
+            i = grid.index(method.task_weight)
+            near = [grid[i], *grid[max(0, i - 1) : i], *grid[i + 1 : i + 2]]
             found += [(name, replace(setting, method=replace(method, task_weight=w))) for w in near]
     return found
 
 
 def dropped(chosen: Mapping[str, Setting]) -> dict[str, Setting]:
     """DARE, with the gamma and density of the method that it is put before."""
-    task, ties = chosen["task arithmetic"].method, chosen["TIES"].method
-    assert isinstance(task, TaskArithmetic) and isinstance(ties, Ties)
-    second = DareTies(task_weight=ties.task_weight, density=ties.density, elect=ties.elect)
-    return {"DARE task": Setting(Dare(task_weight=task.task_weight)), "DARE TIES": Setting(second)}
+    task, ties = (vars(chosen[row].method) for row in ("task arithmetic", "TIES"))
+    return {"DARE task": Setting(Dare(**task)), "DARE TIES": Setting(DareTies(**ties))}
 
 
 def curves_of(chosen: Mapping[str, Setting]) -> dict[str, Setting]:
@@ -456,13 +448,11 @@ def to_test(p: SimpleNamespace, chosen: Mapping[str, Setting], peaks: Mapping[st
     compared = [(f"average by {by}", Setting(by=by, share=p.OPTIONS["compared"])) for by in choices(p)]
     kept = Setting(share=ALONE_SHARE, protects="a")
     alone = [
-        (f"A kept by {by}, {place}", replace(kept, by=by, place=place))
-        for by in FILTERS
-        for place in (OWN, OTHER, *options(p)["elsewhere"])
+        (f"A kept by {by}, {place}", replace(kept, by=by, place=place)) for by in FILTERS for place in PLACES
     ]
-    others = [by for by in ("Jacobian norm", "SNIP") if by in choices(p)]
-    alone += [(f"A kept by {by}, {OWN}", replace(kept, by=by)) for by in others]
-    alone += [(f"A kept by {by}", replace(kept, by=by)) for by in (STEP, RANDOM) if by in choices(p)]
+    others = {"Jacobian norm": f", {OWN}", "SNIP": f", {OWN}", STEP: "", RANDOM: ""}
+    named = [(by, place) for by, place in others.items() if by in choices(p)]
+    alone += [(f"A kept by {by}{place}", replace(kept, by=by)) for by, place in named]
     ends = [(f"{row}, all kept", everything(replace(chosen[ROWS[row][0]], **ROWS[row][1]))) for row in CURVES]
     return [*models(p).items(), *chosen.items(), *peaks.items(), *ends, *compared, *alone]
 
@@ -513,10 +503,9 @@ class Results:
         """A row for each name and set: the labels, set, the accuracy in each domain, their mean, and n."""
         lines = []
         for trial in self.trials.tried:
-            found = by_domain(trial.values["correct"], self.questions)
-            domains = dict(zip(found.domain, found.accuracy, strict=True))
-            about = {"mean": float(found.accuracy.mean()), "n": found.n.sum()}
-            lines.append({**trial.labels, "set": trial.set, **domains, **about})
+            found = by_domain(trial.values["correct"], self.questions).set_index("domain")
+            about = {"mean": found.accuracy.mean(), "n": found.n.sum()}
+            lines.append({**trial.labels, "set": trial.set, **found.accuracy, **about})
         return pd.DataFrame(lines)
 
     def by_domain(self) -> pd.DataFrame:
@@ -529,33 +518,33 @@ class Results:
 
     def best(self, asked: Pairs) -> dict[str, Any]:
         """Of what was asked under each name, once each, that of the highest mean; the first among equals."""
-        found: dict[str, tuple[float, Any]] = {}
-        for (name, setting), mean in zip(asked, self.means()["mean"], strict=True):
-            if name not in found or mean > found[name][0]:
-                found[name] = (mean, setting)
-        return {name: setting for name, (_, setting) in found.items()}
+        places = self.means()["mean"].groupby([name for name, _ in asked], sort=False).idxmax()
+        return {name: asked[place][1] for name, place in places.items()}
 
     def peaks(self, curves: Mapping[str, Setting]) -> dict[str, Setting]:
         """The best share of each of the curves by FI that protects something and not everything."""
         means = self.means().groupby("name")["mean"].mean()
-        found: dict[str, Setting] = {}
-        for name, setting in curves.items():
-            start = f"{name}, "
-            own = {float(n.removeprefix(start)): x for n, x in means.items() if n.startswith(start)}
-            best = max((share for share in sorted(own) if 0 < share < 1), key=own.__getitem__)
-            found |= {f"{name}, at the peak": replace(setting, share=best)} if setting.by != RANDOM else {}
+        found = {}
+        for curve, setting in curves.items():
+            points = {share: means[name] for share, name in self._points(curve).items() if 0 < share < 1}
+            if setting.by != RANDOM:
+                found[f"{curve}, at the peak"] = replace(setting, share=max(points, key=points.__getitem__))
         return found
 
     def added(self, curves: Mapping[str, Setting]) -> pd.DataFrame:
         """What protection adds along the curves: columns method, by, share, and those of `differences`."""
         parts = []
-        for name, setting in curves.items():
-            own = [t.labels["name"] for t in self.trials.tried if t.labels["name"].startswith(f"{name}, ")]
-            pairs = [(other, f"{name}, 0") for other in dict.fromkeys(own)]
-            places = [float(other.rpartition(", ")[2]) for other, _ in pairs]
-            row = name.removesuffix(f", {setting.by}")
-            parts.append(self.differences(pairs).assign(method=row, by=setting.by, share=places))
+        for curve, setting in curves.items():
+            points = self._points(curve)
+            found = self.differences([(name, points[0]) for name in points.values()])
+            row = curve.removesuffix(f", {setting.by}")
+            parts.append(found.assign(method=row, by=setting.by, share=list(points)))
         return pd.concat(parts, ignore_index=True)
+
+    def _points(self, curve: str) -> dict[float, str]:
+        """The names that were asked along a curve, by the protected share, in ascending order."""
+        names = [t.labels["name"] for t in self.trials.tried if t.labels["name"].startswith(f"{curve}, ")]
+        return {float(name.rpartition(", ")[2]): name for name in names}
 
     def accuracy(self, names: Iterable[str]) -> pd.DataFrame:
         """Columns name, domain (the mean, too), accuracy, low, high, n."""
@@ -636,7 +625,7 @@ def _claimed(p: SimpleNamespace, by: str) -> list[tuple[str, list[tuple[str, str
     best = [(f"TIES I, {by}", other) for other in others if not any(name in other for name in rest)]
     kept = f"A kept by {by}, "
     places = [(kept + OWN, f"A kept by {RANDOM}"), (kept + OWN, "average")]
-    places += [(kept + OWN, kept + place) for place in (OTHER, *options(p)["elsewhere"])]
+    places += [(kept + OWN, kept + place) for place in (OTHER, NEITHER)]
     return [
         (HELPS, with_without, "mean"),
         (BEST, best, "mean"),

@@ -7,13 +7,8 @@ linear layers, T the tokens of a prompt, K the number of classes (method 4.7).
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import json
 import math
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,24 +25,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, PreTrainedConfig
 
-from fichapters.bench import FILTER, Questions, Size, fi_by_stored_gradients, jacobian_norm, resident
-from fichapters.bench_pixels import FILTERS, plain_jacobian
+from fichapters import peers
 from fichapters.papers import published
-from fihelpers.answers import Groups
+from fichapters.peers import FI, FILTER, FILTERS, FORWARD, JACOBIAN, LLAMA, STORED, Questions, Size
 from fihelpers.influence import fi
 from fihelpers.jobs.preflight import Estimate, estimate_scores
 from fihelpers.models.language import WEIGHTS, LanguageModel
 from fihelpers.models.vision import VisionModel
-from fihelpers.perturb.sparsify import linear_names
 from fihelpers.scores import hooks
 from fihelpers.scores import weights as scores_of_weights
 from fihelpers.scores.hooks import frozen
 from fihelpers.scores.inputs import class_grads_of_inputs
-from fihelpers.scores.pixels import image_of, option_letters
-from fihelpers.scores.weights import score_contexts
+from fihelpers.scores.pixels import image_of
 from fihelpers.tasks import Example, load_task
 
-FORWARD, JACOBIAN, FI, STORED = "forward pass", "Jacobian norm", "FI", "K backward passes, .grad kept"
 WORKS = (FORWARD, JACOBIAN, FI, STORED)
 PRODUCT, GRADIENTS = "matrix product", "class gradients alone"
 
@@ -67,10 +58,10 @@ def check(p: SimpleNamespace) -> None:
     pictures(p)
     if p.LARGE not in LARGE:
         raise ValueError(f"LARGE knows no {p.LARGE!r}, but {', '.join(LARGE)}.")
-    for device, peaks in p.HARDWARE.items():
-        if not isinstance(peaks, list) or len(peaks) != 3 or not all(peak > 0 for peak in peaks):
+    for device, rates in p.HARDWARE.items():
+        if not isinstance(rates, list) or len(rates) != 3 or not all(rate > 0 for rate in rates):
             needed = "three numbers, 10^12 operations/s, GB/s and GB"
-            raise ValueError(f"HARDWARE needs of {device!r} {needed}, not {peaks}.")
+            raise ValueError(f"HARDWARE needs of {device!r} {needed}, not {rates}.")
 
 
 def pictures(p: SimpleNamespace) -> list[Example]:
@@ -81,25 +72,6 @@ def pictures(p: SimpleNamespace) -> list[Example]:
 # --- the full count
 
 
-def block(config: Any) -> dict[str, int]:
-    """The weights of each linear layer of one transformer block of a Llama or Qwen2."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    keys = hidden * (hidden * config.num_key_value_heads // config.num_attention_heads)
-    square, wide = hidden**2, hidden * inner
-    return {"q": square, "k": keys, "v": keys, "o": square, "gate": wide, "up": wide, "down": wide}
-
-
-def linear(config: Any) -> int:
-    """N, without biases and norms: they are less than a thousandth of the weights."""
-    return int(config.num_hidden_layers * sum(block(config).values()))
-
-
-def passes(work: str, classes: int = 4) -> tuple[int, int, int]:
-    """How often a work goes forward, back to the inputs of the layers, and to their weights."""
-    times = {FORWARD: 0, JACOBIAN: 1, FI: classes - 1, STORED: classes}[work]
-    return 1, times, times
-
-
 def operations(config: Any, tokens: int, work: str, classes: int = 4) -> dict[str, int]:
     """All operations in matrix products that one prompt costs, by part.
 
@@ -107,8 +79,8 @@ def operations(config: Any, tokens: int, work: str, classes: int = 4) -> dict[st
     without a gradient: in the last block only the last position has one, but for k and v, and elsewhere the
     first position's query has none, since it attends to itself alone.
     """
-    _, back, formed = passes(work, classes)
-    b, unit, depth = block(config), 2 * linear(config) * tokens, config.num_hidden_layers
+    _, back, formed = peers.passes(work, classes)
+    b, unit, depth = peers.block(config), 2 * peers.linear(config) * tokens, config.num_hidden_layers
     begin = 2 * tokens * (b["q"] + b["k"] + b["v"])
     late = 2 * (tokens - 1) * (sum(b.values()) - b["k"] - b["v"])
     spared = late + 2 * (depth - 1) * b["q"] if work == FI else 0
@@ -122,9 +94,8 @@ def operations(config: Any, tokens: int, work: str, classes: int = 4) -> dict[st
 
 
 def count_table(model: LanguageModel, tokens: int) -> pd.DataFrame:
-    """Every work's operations in forward passes (2NT): by passes, in full by hand, and by torch's counter.
-
-    And the full count in Jacobian norms.
+    """Every work's operations in forward passes (2NT), by passes, in full by hand and by torch's counter, and
+    in full in Jacobian norms.
 
     FI first compares its hooks with autograd on a short prompt, once; what a second prompt adds is counted.
     The products of its tiles are none of torch's: the counter sees them where gradients are written out.
@@ -133,13 +104,15 @@ def count_table(model: LanguageModel, tokens: int) -> pd.DataFrame:
     one, two = (Questions.draw(model, tokens, n) for n in (1, 2))
     runs = {
         FORWARD: counted_by_torch(lambda: forward(one)),
-        JACOBIAN: counted_by_torch(lambda: jacobian_norm(one)),
+        JACOBIAN: counted_by_torch(lambda: peers.jacobian_norm(one)),
         FI: counted_by_torch(lambda: fi_written_out(two)) - counted_by_torch(lambda: fi_written_out(one)),
-        STORED: counted_by_torch(lambda: fi_by_stored_gradients(one)),
+        STORED: counted_by_torch(lambda: peers.fi_by_stored_gradients(one)),
     }
-    unit = 2 * linear(config) * tokens
+    unit = 2 * peers.linear(config) * tokens
     full = {work: sum(operations(config, tokens, work).values()) for work in WORKS}
-    lines = [(w, sum(passes(w)), full[w] / unit, runs[w] / unit, full[w] / full[JACOBIAN]) for w in WORKS]
+    lines = [
+        (w, sum(peers.passes(w)), full[w] / unit, runs[w] / unit, full[w] / full[JACOBIAN]) for w in WORKS
+    ]
     columns = ["work", "passes", "in full", "by torch", "Jacobian norms"]
     return pd.DataFrame(lines, columns=columns).set_index("work")
 
@@ -163,52 +136,20 @@ def forward(questions: Questions) -> None:
 
 def layers(model: LanguageModel, tokens: int) -> list[tuple[Tensor, Tensor]]:
     """Random inputs (tokens, inputs) and the weights (outputs, inputs) of each linear layer."""
-    weights = [model.network.get_parameter(name).detach() for name in linear_names(model.network)]
+    weights = [weight.detach() for weight in peers.weights_of(model).values()]
     return [(torch.randn(tokens, w.shape[1]), w) for w in weights]
-
-
-def fi_of(
-    questions: Questions, batch_size: int = 1, classes: int = 4, save_memory: bool = False
-) -> dict[str, Tensor]:
-    """Mean damped FI of every linear weight, for any number of classes: {name: (outputs, inputs)}."""
-    names, tokens = [str(k) for k in range(classes)], [(k + 1,) for k in range(classes)]
-    model = questions.model
-    contexts = [(b, torch.ones(len(b.index))) for b in questions.batches(batch_size)]
-    examples = [Example(str(i), "random", "", tuple(names), None, "") for i in range(len(questions.ids))]
-    scores = score_contexts(
-        model,
-        contexts,
-        examples,
-        ["FI"],
-        FILTER,
-        Groups(tuple(names), tuple(tokens)),
-        linear_names(model.network),
-        save_memory=save_memory,
-    )
-    return dict(scores[f"FI {FILTER}"].values)
 
 
 def fi_written_out(questions: Questions) -> dict[str, Tensor]:
     """FI of weights whose class gradients are written out, a matrix at a time and by torch, not in tiles."""
     tiled = mock.patch.object(scores_of_weights, "TILED", frozenset[str]())
     with tiled, mock.patch.object(hooks, "BLOCK", 2**40):
-        return fi_of(questions)
+        return peers.fi_of_weights(questions)
 
 
 def class_grads(model: VisionModel, images: Tensor, prompts: Sequence[str], options: int) -> Tensor:
     """The class gradients (K, B, 3, H, W) of grey levels in [0, 255] alone, of which FI of pixels is made."""
-    return class_grads_of_inputs(_pixel_log_probs(model, prompts, options), images / 255)[0]
-
-
-def _pixel_log_probs(model: VisionModel, prompts: Sequence[str], options: int) -> Callable[[Tensor], Tensor]:
-    """From images in [0, 1] to log-probabilities of the letters; one prompt serves any number of images."""
-    answers = option_letters(model.tokenizer, options)
-
-    def log_probs(x: Tensor) -> Tensor:
-        asked = list(prompts) if len(prompts) == len(x) else [prompts[0]] * len(x)
-        return answers.log_probs(model.last_logits(x * 255, asked))
-
-    return log_probs
+    return class_grads_of_inputs(peers.pixel_log_probs(model, prompts, options), images / 255)[0]
 
 
 # --- ratios
@@ -289,21 +230,15 @@ def claimed_ratios(
 # --- pixels
 
 
-def asked(model: VisionModel, examples: Sequence[Example]) -> tuple[VisionModel, Tensor, list[str], int]:
-    """What the works are given: model, images (B, 3, H, W), prompts, and the number of options."""
-    images = torch.stack([image_of(example) for example in examples])
-    return model, images, [example.prompt for example in examples], len(examples[0].options)
-
-
 def count_pixels(model: VisionModel, example: Example) -> dict[str, float]:
     """FI's operations over those of the Jacobian norm, one image, by torch's counter of matrix products.
 
     The same for class gradients alone as for each filter, as the algebra is no matrix product.
     """
-    given = asked(model, [example])
+    given = peers.asked(model, [example])
     with frozen(model.network):
         ratio = counted_by_torch(lambda: class_grads(*given)) / counted_by_torch(
-            lambda: plain_jacobian(*given)
+            lambda: peers.plain_jacobian(*given)
         )
     return dict.fromkeys([GRADIENTS, *(f"FI {spectral}" for spectral in FILTERS)], ratio)
 
@@ -317,7 +252,7 @@ def by_differences(model: VisionModel, example: Example, pixels: int, levels: Se
     passes_all (that all pixels of the image would take).
     """
     image = (image_of(example)[None] / 255).to(model.network.dtype)
-    ask = _pixel_log_probs(model, [example.prompt], len(example.options))
+    ask = peers.pixel_log_probs(model, [example.prompt], len(example.options))
     with frozen(model.network):
         grads, probs, predicted = class_grads_of_inputs(ask, image)
     probs, chosen = probs[:, 0], int(predicted[0])
@@ -352,65 +287,32 @@ RUNS = {"FI, at once": False, "FI, block by block": True}  # save_memory
 
 
 def foreseen(size: Size, tokens: int, prompts: int) -> pd.DataFrame:
-    """Bytes and seconds of each of RUNS, as preflight predicts and as a fresh process measures them.
+    """Bytes and seconds of each of RUNS, as preflight predicts and as they are measured.
 
-    Rows by run and "memory, MB" or "time, s"; columns predicted, measured, ratio (measured / predicted)
-    and, of memory, over_least: the peak over weights and results, which no way of computing can do without.
-
-    Raises RuntimeError where the process fails, with its last line.
+    Rows by run and "memory, MB" or "time, s"; columns predicted, measured, over_least (of memory: the peak
+    over weights and results, which no way of computing can do without) and ratio (measured / predicted).
     """
-    settings = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**16)}
-    code = (
-        "import torch; from fichapters.bench import Size; from fichapters.ch10.lab import print_runs; "
-        f"torch.set_num_threads({torch.get_num_threads()}); print_runs({size!r}, {tokens}, {prompts})"
-    )
-    done = subprocess.run([sys.executable, "-c", code], env=settings, capture_output=True, text=True)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["it was killed"])[-1]
-        raise RuntimeError(f"memory and time could not be measured: {last}")
-    found = pd.DataFrame(json.loads(done.stdout.splitlines()[-1]))
-    return found.assign(ratio=found.measured / found.predicted).set_index(["run", "what"])
-
-
-def print_runs(size: Size, tokens: int, prompts: int) -> None:
-    """Print what `foreseen` returns, as JSON, but for the ratios; in a process that does nothing else."""
     model = size.model()
-    questions = Questions.draw(model, tokens, prompts)
-    fi_of(Questions.draw(Size(64, 128, 2, 2).model(), 8, 1), save_memory=True)  # loads the libraries
-    held = 4 * sum(w.numel() for w in model.network.parameters())  # float32
-    least = held + 4 * linear(model.network.config)
-    lines: list[dict[str, Any]] = []
+    questions, lines = Questions.draw(model, tokens, prompts), list[tuple[Any, ...]]()
     with tempfile.TemporaryDirectory() as folder:
         model.network.save_pretrained(folder)
         for run, save in RUNS.items():
-            peak, seconds = _taken(questions, save)
-            asked: dict[str, Any] = {"measures": ["FI"], "save_memory": save, "batch_size": 1}
-            estimate = estimate_scores(folder, lengths=[tokens] * prompts, out=folder, **asked)
-            memory = {"predicted": estimate.memory_bytes / 1e6, "measured": (held + peak) / 1e6}
-            memory["over_least"] = (held + peak) / least
-            lines.append({"run": run, "what": "memory, MB", **memory})
-            lines.append({"run": run, "what": "time, s", "predicted": estimate.seconds, "measured": seconds})
-    print(json.dumps(lines))
-
-
-def _taken(questions: Questions, save_memory: bool) -> tuple[int, float]:
-    """Peak bytes beyond what this process held before (the model), and seconds."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-    try:  # the highest use of memory so far starts from what is used now
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError as error:
-        raise RuntimeError("this system does not tell a process's peak memory; use Linux.") from error
-    before, start = resident("VmRSS"), time.perf_counter()
-    fi_of(questions, save_memory=save_memory)
-    seconds = time.perf_counter() - start
-    return resident("VmHWM") - before, seconds
+            peak, start = peers.peak_bytes(questions, save), time.perf_counter()
+            peers.fi_of_weights(questions, save_memory=save)
+            seconds = time.perf_counter() - start
+            settings: dict[str, Any] = {"measures": ["FI"], "save_memory": save, "batch_size": 1}
+            estimate = estimate_scores(folder, lengths=[tokens] * prompts, out=folder, **settings)
+            over = peak / peers.least_bytes(model)
+            lines.append((run, "memory, MB", estimate.memory_bytes / 1e6, peak / 1e6, over))
+            lines.append((run, "time, s", estimate.seconds, seconds, math.nan))
+    found = pd.DataFrame(lines, columns=["run", "what", "predicted", "measured", "over_least"])
+    return found.assign(ratio=found.measured / found.predicted).set_index(["run", "what"])
 
 
 # --- larger models, by their configurations
 
 LARGE: dict[str, PreTrainedConfig] = {
-    "Llama-2-7B": LlamaConfig(dtype="bfloat16"),  # the library's own defaults
+    "Llama-2-7B": LLAMA,
     "Llama-2-70B": LlamaConfig(
         hidden_size=8192,
         intermediate_size=28672,

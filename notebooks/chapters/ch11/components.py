@@ -7,14 +7,13 @@ whole components and published attributions can be held against one and the same
 
 from __future__ import annotations
 
+import itertools
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -22,16 +21,15 @@ from tqdm import tqdm
 from fihelpers.answers import usual_answers
 from fihelpers.evaluate.questions import Evaluator
 from fihelpers.filters import Damped, Exact
-from fihelpers.influence import SaturationWarning, fi_from_gram, gram, moments_of_others
+from fihelpers.influence import SaturationWarning, fi_from_gram, fi_of_moments, gram, moments_of_others
 from fihelpers.measures import Random
-from fihelpers.models.language import Batch, LanguageModel
+from fihelpers.models.language import LanguageModel
 from fihelpers.scores.hooks import class_grad_blocks, frozen, missed_by_hooks, named_parameters
 from fihelpers.tasks import Example
 
 READERS = {"o_proj": "head", "down_proj": "neurons"}  # the matrix that reads a component, and its kind
 JOINT, JOINT_DAMPED = "joint FI exact", "joint FI damped 0.0001"
 GATE_FI = "FI of the gate"
-ROWS = 128  # prompts answered at once
 
 
 @dataclass(frozen=True)
@@ -77,6 +75,20 @@ def find_components(model: LanguageModel, neurons: int) -> list[Component]:
     return found
 
 
+@contextmanager
+def removed(model: LanguageModel, parts: Iterable[Component]) -> Iterator[None]:
+    """The model without some components: the weights that read them are zero, and as before afterwards."""
+    columns = [model.network.get_parameter(c.weight).data[:, c.columns] for c in parts]
+    kept = [weights.clone() for weights in columns]
+    try:
+        for weights in columns:
+            weights.zero_()
+        yield
+    finally:
+        for weights, values in zip(columns, kept, strict=True):
+            weights.copy_(values)
+
+
 def random_scores(model: LanguageModel, names: Collection[str], seed: int) -> dict[str, Tensor]:
     """A random number for every weight of the named matrices, the same for the same seed."""
     weight = model.network.get_parameter
@@ -108,8 +120,7 @@ def whole_scores(
                     gates[:, block.index, c] += closing[..., columns].sum((-1, -2)).double().cpu()
                 others[:, block.index] = block.others.double().cpu()
                 chosen[block.index] = block.chosen.double().cpu()
-    m = moments_of_others(gates, others, chosen)
-    of_gates = torch.where(m.metric > 0, m.score.square() / m.metric, 0)
+    of_gates = fi_of_moments(moments_of_others(gates, others, chosen))
     return {**_joint(grams, others, chosen), GATE_FI: of_gates.mean(0)}
 
 
@@ -119,8 +130,8 @@ def _joint(grams: Tensor, others: Tensor, chosen: Tensor) -> dict[str, Tensor]:
     whole[1:, 1:] = grams  # the predicted class is class 0, whose row follows from the others
     probs = torch.cat([chosen[None], others])
     first = torch.zeros(len(chosen), dtype=torch.long)
-    with warnings.catch_warnings():  # that it saturates is what the chapter shows
-        warnings.simplefilter("ignore", SaturationWarning)
+    # that it saturates is what the chapter shows
+    with warnings.catch_warnings(action="ignore", category=SaturationWarning):
         return {
             name: fi_from_gram(whole, probs, predicted=first, spectral=spectral).mean(0)
             for name, spectral in ((JOINT, Exact(1e-6)), (JOINT_DAMPED, Damped(1e-4)))
@@ -165,47 +176,6 @@ def _loss_gradients(
     return total
 
 
-@contextmanager
-def gated(model: LanguageModel, parts: Sequence[Component], gates: Tensor) -> Iterator[None]:
-    """Multiply each component by its gate: gates (B, components), a row for each prompt of the batch."""
-    modules = dict(model.network.named_modules())
-    factors = {
-        name: gates.new_ones(len(gates), 1, model.network.get_parameter(name).shape[1])
-        for name in dict.fromkeys(c.weight for c in parts)
-    }
-    for gate, c in zip(gates.T, parts, strict=True):
-        factors[c.weight][:, 0, c.columns] = gate[:, None]
-
-    def times(factor: Tensor) -> Callable[..., Any]:
-        return lambda _, inputs: (inputs[0] * factor, *inputs[1:])
-
-    handles = [
-        modules[name.removesuffix(".weight")].register_forward_pre_hook(times(factor))
-        for name, factor in factors.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def answers_under(
-    model: LanguageModel, example: Example, parts: Sequence[Component], gates: Tensor
-) -> Tensor:
-    """Log-probabilities (M, K) of the answers to one question under M settings of the gates (M, parts)."""
-    classes = usual_answers(model.tokenizer, [example])
-    (one,) = model.batches([example.prompt], 1)
-    found = []
-    for some in gates.split(ROWS):
-        first = torch.zeros(len(some), dtype=torch.long)
-        same = [x.expand(len(some), -1) for x in (one.input_ids, one.attention_mask, one.position_ids)]
-        with torch.no_grad(), gated(model, parts, some.to(model.device, model.network.dtype)):
-            logits = model.last_logits(Batch(torch.arange(len(some)), *same))
-            found.append(classes.rows(first).log_probs(logits).double().cpu())
-    return torch.cat(found)
-
-
 def attribution(
     model: LanguageModel,
     examples: Sequence[Example],
@@ -216,37 +186,35 @@ def attribution(
     ablations: int,
     held: int,
     attributed: int,
-) -> tuple[Tensor, pd.DataFrame]:
+) -> tuple[Tensor, np.ndarray]:
     """Component attribution (COAR, Shah et al. 2024): a linear model of what random ablations do.
 
     For each of the first `attributed` questions, log P of the right answer is regressed on which components
-    are out: a share `ablated` of them in each of `ablations` forward passes; `held` more judge the fit.
+    are out: a share `ablated` of them in each of `ablations` removals; `held` more judge the fit.
     Returns the mean over questions of each component's coefficient (components,), its sign turned so that
-    more means more needed, and for each question how the fit does on what was held out (`linear_fit`).
+    more means more needed, and R2 of the fit on what was held out, for each question.
     """
     rng = np.random.default_rng(seed)
     m, out = ablations + held, max(1, round(ablated * len(parts)))
     gone = np.argsort(rng.random((m, len(parts))), axis=1) < out
-    gates = torch.cat([torch.ones(1, len(parts)).double(), torch.tensor(~gone, dtype=torch.float64)])
-    coefficients, fits = [], []
-    for example in tqdm(examples[:attributed], desc="ablations", leave=False, delay=3):
-        log_p = answers_under(model, example, parts, gates)
-        right = int(log_p[0].argmax()) if example.answer is None else example.answer
-        slopes, fit = linear_fit(gone, log_p[1:, right].numpy(), held)
-        coefficients.append(-slopes)
-        fits.append(fit)
-    return torch.tensor(np.mean(coefficients, axis=0)), pd.DataFrame(fits)
+    ask = Evaluator(model, examples[:attributed])
+    ask()  # the intact model, whose choice counts where no answer is right
+    log_p = []
+    for row in tqdm(gone, desc="ablations", leave=False, delay=3):
+        with removed(model, itertools.compress(parts, row)):
+            log_p.append(ask().log_prob.double())
+    fits = [linear_fit(gone, of.numpy(), held) for of in torch.stack(log_p, 1)]
+    slopes, r2 = zip(*fits, strict=True)
+    return -torch.tensor(np.mean(slopes, axis=0)), np.array(r2)
 
 
-def linear_fit(gone: np.ndarray, outcome: np.ndarray, held: int) -> tuple[np.ndarray, dict[str, float]]:
+def linear_fit(gone: np.ndarray, outcome: np.ndarray, held: int) -> tuple[np.ndarray, float]:
     """Least squares of outcome (M,) on what is gone (M, parts); the last `held` rows judge the fit.
 
-    Returns a slope for each part, and the share of the variance that is told (r2) and the correlation of told
-    and true outcomes in the rows held out.
+    Returns a slope for each part, and R2 in the rows held out, the share of their variance that is told.
     """
     design = np.column_stack([np.ones(len(gone)), gone])
     train, test = slice(None, len(gone) - held), slice(len(gone) - held, None)
     found = np.linalg.lstsq(design[train], outcome[train], rcond=None)[0]
-    told, truth = design[test] @ found, outcome[test]
-    missed = ((truth - told) ** 2).sum() / ((truth - truth.mean()) ** 2).sum()
-    return found[1:], {"r2": float(1 - missed), "correlation": float(np.corrcoef(told, truth)[0, 1])}
+    missed = outcome[test] - design[test] @ found
+    return found[1:], float(1 - (missed**2).sum() / ((outcome[test] - outcome[test].mean()) ** 2).sum())

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from fichapters import plots
+from fichapters.ch11.lab import SOURCES
 from fichapters.style import WIDTH, new_figure
 
 KINDS = {"attention head": ("D", "#C2377A"), "group of neurons": ("o", "#2F6DB5")}
@@ -36,19 +37,11 @@ def score_and_damage(scores: pd.DataFrame, falls: np.ndarray, heads: Tensor, nam
 
 
 def calibrations(table: pd.DataFrame, minus: str) -> Figure:
-    """log P by what the scores were calibrated on, minus that by `minus`: a panel a test (`lab.against`).
-
-    A source has the same colour in every figure, so what is subtracted stands there, too, at zero.
-    """
+    """log P by what the scores were calibrated on, minus that by `minus`: a panel a test (`lab.against`)."""
     part = table[table.minus == minus]
-    if minus in set(table.source):
-        itself = part.drop_duplicates(["test", "share", "measure"])
-        itself = itself.assign(source=minus, difference=0.0, low=0.0, high=0.0)
-        part = pd.concat([itself, part]).sort_values(
-            ["test", "share"], ascending=[False, True], kind="stable"
-        )
     texts = {"zero": "{:.0%} zeroed", "protect": "{:.0%} protected"}
     tests = [texts[test].format(share) for test, share in zip(part.test, part.share, strict=True)]
     shown = part.assign(test=tests, measure=part.measure.str.replace(" 0.0001", ""))
     label = f"log P of the right answer, minus {minus} (nats)"
-    return plots.forest(shown, "measure", by="source", panels="test", label=label)
+    # a source has one colour in every figure, even one that is subtracted
+    return plots.forest(shown, "measure", by="source", panels="test", label=label, first=SOURCES)

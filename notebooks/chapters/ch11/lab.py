@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from types import SimpleNamespace
@@ -10,9 +10,8 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fichapters.ch04.digits import Digits
 from fichapters.ch11 import components
 from fichapters.claims import of_run
 from fihelpers.evaluate.stats import spearman
@@ -85,21 +84,19 @@ def rank_agreement(scores: np.ndarray, damage: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Agreement:
-    """Rank agreement of m scores with a damage: `value` (m,) and `draws` (resamples, m) of the bootstrap.
+    """Rank agreement of scores with a damage: `value`, and `draws` of the bootstrap (resamples, scores).
 
     Both components and questions are resampled, so that intervals cover the choice of both. n: components.
     """
 
-    names: tuple[str, ...]
-    value: np.ndarray
-    draws: np.ndarray
+    value: pd.Series
+    draws: pd.DataFrame
     n: int
 
     def table(self) -> pd.DataFrame:
         """Columns relative, agreement, low, high, n."""
-        ends = [_interval(v, d) for v, d in zip(self.value, self.draws.T, strict=True)]
-        made = pd.DataFrame(ends, columns=["agreement", "low", "high"])
-        return made.assign(relative=self.names, n=self.n)[["relative", "agreement", "low", "high", "n"]]
+        lines = [(name, *_interval(self.value[name], self.draws[name]), self.n) for name in self.value.index]
+        return pd.DataFrame(lines, columns=["relative", "agreement", "low", "high", "n"])
 
     def duels(self, pairs: Iterable[tuple[str, str]]) -> pd.DataFrame:
         """Differences in agreement: above zero the first relative of a pair orders the damage better.
@@ -108,31 +105,56 @@ class Agreement:
         """
         lines = []
         for first, minus in pairs:
-            i, j = self.names.index(first), self.names.index(minus)
-            found = _interval(self.value[i] - self.value[j], self.draws[:, i] - self.draws[:, j])
-            lines.append((first, minus, self.n, *found))
+            value, draws = (of[first] - of[minus] for of in (self.value, self.draws))
+            lines.append((first, minus, self.n, *_interval(value, draws)))
         return pd.DataFrame(lines, columns=["first", "minus", "n", "difference", "low", "high"])
 
 
 def agreement(scores: pd.DataFrame, falls: np.ndarray, seed: int) -> Agreement:
     """How scores (parts, m) rank the mean of falls (parts, questions): Spearman's rank correlation."""
-    values = scores.to_numpy(dtype=float)
+    values, names = scores.to_numpy(dtype=float), scores.columns
     rng = np.random.default_rng(seed)
     parts, n = falls.shape
     draws = []
     for _ in range(RESAMPLES):
         c, q = rng.integers(parts, size=parts), rng.integers(n, size=n)
         draws.append(rank_agreement(values[c], falls[c][:, q].mean(1)))
-    return Agreement(tuple(scores.columns), rank_agreement(values, falls.mean(1)), np.array(draws), parts)
+    value = pd.Series(rank_agreement(values, falls.mean(1)), names)
+    return Agreement(value, pd.DataFrame(draws, columns=names), parts)
 
 
-def _interval(value: float, draws: np.ndarray) -> tuple[float, float, float]:
+def _interval(value: float, draws: pd.Series) -> tuple[float, float, float]:
     """A percentile interval, widened to its value where the bootstrap's ties have moved it away."""
     low, high = np.quantile(draws, [0.025, 0.975])
     return float(value), float(min(low, value)), float(max(high, value))
 
 
 # --- a network that is no language model
+
+
+Digits = tuple[nn.Sequential, Tensor, Tensor]  # a classifier, test digits (N, 64) and their classes (N,)
+
+
+def train(n: int, seed: int, steps: int = 400) -> Digits:
+    """Train a small network on the first 1300 of scikit-learn's 8 x 8 digits, in [0, 1]; test on the last n.
+
+    n: at most 497.
+    """
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    x = torch.tensor(data.data, dtype=torch.float32) / 16
+    y = torch.tensor(data.target)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10))
+    optimiser = torch.optim.Adam(network.parameters(), 0.01)
+    loss = nn.CrossEntropyLoss(label_smoothing=0.05)
+    for _ in range(steps):
+        optimiser.zero_grad()
+        loss(network(x[:1300]), y[:1300]).backward()
+        optimiser.step()
+    return network.eval().requires_grad_(False), x[-n:], y[-n:]
 
 
 def digit_scores(digits: Digits, n: int, seed: int) -> tuple[pd.DataFrame, np.ndarray]:
@@ -142,9 +164,9 @@ def digit_scores(digits: Digits, n: int, seed: int) -> tuple[pd.DataFrame, np.nd
     weights. Returns the scores (units, relatives) and the falls of log P of the right digit when a unit is
     zeroed (units, tested digits).
     """
-    first, act, last = digits.network.children()
-    hidden = act(first(digits.x.flatten(1))).double()
-    weight, bias = (q.double() for q in last.parameters())
+    network, x, y = digits
+    hidden = network[:-1](x).double()
+    weight, bias = (q.double() for q in network[-1].parameters())
 
     def log_p(h: Tensor) -> Tensor:
         return (h @ weight.T + bias).log_softmax(-1)
@@ -159,22 +181,14 @@ def digit_scores(digits: Digits, n: int, seed: int) -> tuple[pd.DataFrame, np.nd
         name: MEASURES[name](grads, p.T, value=weight.expand(n, -1, -1)).sum(1).mean(0)
         for name in (EXACT, DAMPED, "Jacobian norm", LENGTH, "SNIP", "magnitude")
     }
-    falls = _falls(log_p, hidden, digits.y)
+    place = torch.arange(len(y))
+    intact = log_p(hidden)[place, y]
+    without = [log_p(hidden * others)[place, y] for others in 1 - torch.eye(units)]
+    falls = (intact - torch.stack(without)).numpy()
     random = torch.rand(units, generator=torch.Generator().manual_seed(seed))
     made |= {components.GATE_FI: MEASURES[EXACT](gates, p.T).mean(0), RANDOM: random}
     table = pd.DataFrame({name: scores.numpy() for name, scores in made.items()})
     return table.assign(**{ABLATION: falls[:, :n].mean(1)}), falls[:, n:]
-
-
-def _falls(log_p: Callable[[Tensor], Tensor], hidden: Tensor, y: Tensor) -> np.ndarray:
-    place = torch.arange(len(y))
-    intact = log_p(hidden)[place, y]
-    falls = []
-    for unit in range(hidden.shape[1]):
-        without = hidden.clone()
-        without[:, unit] = 0
-        falls.append(intact - log_p(without)[place, y])
-    return torch.stack(falls).numpy()
 
 
 # --- calibration on sense and on nonsense

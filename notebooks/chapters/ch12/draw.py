@@ -20,10 +20,10 @@ STEP = 0.25  # inches a claim
 
 
 def verdict_grid(condensed: pd.DataFrame, cells: pd.DataFrame, title: str) -> Figure:
-    """A row a claim, a column a filter: how many of the deciding settings hold, and the verdict beside them.
+    """A row a claim, a column a filter: how many of the deciding settings hold, and both verdicts.
 
-    condensed: from `claims.condense`; cells: from `claims.counts` by id and filter. A cell reads "2/5": two
-    of five settings hold.
+    condensed: from `claims.condense`, with a column real, the verdict on a real model; cells: from
+    `claims.counts` by id and filter. A cell reads "2/5": two of five settings hold.
     """
     rows = len(condensed)
     figure, axes = new_figure(size=(WIDTH, STEP * rows + 1.3))
@@ -32,14 +32,16 @@ def verdict_grid(condensed: pd.DataFrame, cells: pd.DataFrame, title: str) -> Fi
         for x, name in enumerate(FILTERS):
             if (line.id, name) in cells.index:
                 _cell(ax, x, y, cells.loc[(line.id, name)])
-        ax.text(len(FILTERS) - 0.35, y, line.verdict, va="center", fontsize=9)
+        for x, verdict in enumerate((line.verdict, line.real)):
+            ax.text(len(FILTERS) - 0.35 + 1.5 * x, y, verdict, va="center", fontsize=9)
     ax.set(
-        xlim=(-0.5, len(FILTERS) + 1.5),
+        xlim=(-0.5, len(FILTERS) + 2.7),
         ylim=(rows - 0.5, -0.5),
         xlabel=f"filter; each cell: settings that hold / settings that decide; {rows} claims",
         title=title,
     )
-    ax.set_xticks([*range(len(FILTERS)), len(FILTERS) + 0.4], [*FILTERS, "verdict"])
+    places = [*range(len(FILTERS)), len(FILTERS) + 0.2, len(FILTERS) + 1.7]
+    ax.set_xticks(places, [*FILTERS, "miniatures", "real model"])
     ax.set_yticks(range(rows), [f"{line.short}  {line.id}" for line in condensed.itertuples()])
     ax.tick_params(length=0)
     ax.grid(False)

@@ -1,0 +1,132 @@
+"""A real model beside the miniatures: the profile ``real``, run chapter by chapter, and the tables it keeps.
+
+``python -m fihelpers real`` runs the chapters that the profile has minutes for, one after the other. What is
+finished is kept, to the last calibration set, so that an interrupted or killed run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from fichapters.parameters import declared, read_minutes, read_profile, settle
+from fichapters.results import KEPT, RAW, Chapter
+from fichapters.runs import RECORDS, find_chapter, run_chapter
+from fichapters.schedule import say
+from fihelpers.data import data_folder, write_atomically
+from fihelpers.jobs.preflight import tokenizer_of
+from fihelpers.tasks import load_task
+
+PROFILE = "real"
+FEWEST = 20  # questions of a subject, below which a model's tokenizer leaves too few
+
+
+def kept_folder() -> Path:
+    """Where the tables of the project's own run of a real model lie."""
+    return data_folder() / KEPT / PROFILE
+
+
+def table(chapter: Chapter, name: str) -> pd.DataFrame:
+    """A table of a running chapter as it was kept on a real model; under the profile ``real`` its own.
+
+    Raises FileNotFoundError where none is kept.
+    """
+    folder = chapter.folder if chapter.p.PROFILE == PROFILE else kept_folder()
+    path = folder / f"{chapter.name}.{name}.csv"
+    if not path.is_file():
+        raise FileNotFoundError(f"no table {path.name} of a real model is kept; run make real.")
+    return pd.read_csv(path)
+
+
+def beside(chapter: Chapter, name: str, own: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """A running chapter's table, which it keeps, and the one kept of a real model, by the models' names."""
+    chapter.keep(name, own)
+    model = getattr(chapter.p, "MODEL", None) or chapter.p.BASE
+    if chapter.p.PROFILE == PROFILE:
+        return {model: own}
+    kept = table(chapter, name)
+    return {model: own, f"{next(iter(_models(chapter)), PROFILE)}, kept": kept}
+
+
+def models(chapter: Chapter) -> str:
+    """The models of a chapter's kept run, in words: name, weights, first digits of the SHA-256."""
+    return "\n".join(
+        f"{name}: {about['weights']:,} weights, SHA-256 {about['sha256'][:16]}…"
+        for name, about in _models(chapter).items()
+    )
+
+
+def _models(chapter: Chapter) -> dict[str, Any]:
+    """What the kept run had open, by name; nothing yet in the first such run."""
+    path = kept_folder() / f"{chapter.name}.json"
+    return json.loads(path.read_text(encoding="utf-8"))["models"] if path.is_file() else {}
+
+
+def run(
+    notebooks: Path, out: Path, given: Mapping[str, Any], only: Sequence[str] = (), threads: int | None = None
+) -> list[Path]:
+    """Run the chapters of the profile into `out`, those of `only` or all, and return the notebooks.
+
+    given: parameters of all chapters that declare them, before the profile's (a MODEL, a TASK). Where none is
+    given, the tables become the book's after each chapter. Raises ValueError for a chapter that the profile
+    has no minutes for and for too few questions, before anything runs, and what `run_chapter` raises.
+    """
+    profiles = notebooks / "profiles"
+    minutes = read_minutes(profiles, PROFILE)
+    wanted = [find_chapter(notebooks, name) for name in only] or [find_chapter(notebooks, n) for n in minutes]
+    for path in wanted:
+        if path.stem not in minutes:
+            raise ValueError(f"the profile {PROFILE} has no {path.stem}; it has {', '.join(minutes)}.")
+    settings = {path: _told(declared(path), given) for path in wanted}
+    for path in wanted:
+        profile = read_profile(profiles, PROFILE)
+        _enough_questions(settle(path.stem, declared(path), profile, {"PROFILE": PROFILE, **settings[path]}))
+    done = []
+    for place, path in enumerate(wanted):
+        left = sum(minutes[other.stem] for other in wanted[place:])
+        say(f"{path.stem}: about {minutes[path.stem]} of {left} minutes that are left on two quiet cores")
+        done.append(run_chapter(path, PROFILE, settings[path], out, threads))
+        if not given:
+            _keep(out, path.stem)
+    return done
+
+
+def _told(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What of the given parameters a chapter takes; a task only together with its subjects."""
+    told = {name: value for name, value in given.items() if name in defaults}
+    if not {"SUBJECT", "SUBJECTS"} & set(defaults):
+        told.pop("TASK", None)
+    return told
+
+
+def _enough_questions(p: Mapping[str, Any]) -> None:
+    """Raise ValueError where a model's tokenizer leaves fewer than `FEWEST` questions of a subject."""
+    model, subjects = p.get("MODEL") or p.get("BASE"), [*p.get("SUBJECTS", []), p.get("SUBJECT")]
+    if not model or "TASK" not in p:
+        return
+    if isinstance(p.get("DOMAINS"), dict):  # of the chapter's own task
+        subjects += [subject for domain in p["DOMAINS"].values() for subject in domain]
+    tokenizer = tokenizer_of(model, p.get("REVISION"))
+    for subject in dict.fromkeys(filter(None, subjects)):
+        for split in ("val", "test"):
+            found = len(load_task(p["TASK"], subject, split, tokenizer=tokenizer).examples)
+            if found < FEWEST:
+                raise ValueError(
+                    f"the tokenizer of {model!r} leaves {found} {split} questions of {subject!r} whose "
+                    f"options it tells apart; {FEWEST} are needed, so name another task (--task) or model."
+                )
+
+
+def _keep(out: Path, chapter: str) -> None:
+    """Make a chapter's records and tables of the run in `out` those that the book shows."""
+    found = [path for pattern in RECORDS for path in out.glob(pattern) if path.name.startswith(f"{chapter}.")]
+    kept = {path.name: path.read_bytes() for path in found if not path.name.endswith(RAW)}
+    for old in kept_folder().glob(f"{chapter}.*"):
+        if old.name not in kept:
+            old.unlink()
+    for name, content in kept.items():
+        write_atomically(kept_folder() / name, content)
