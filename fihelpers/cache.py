@@ -1,7 +1,7 @@
-"""What is kept for a user from run to run: converted models, fetched files, and hashes of large files.
+"""What is kept for a user from run to run: converted, fetched and fine-tuned models, and hashes of files.
 
-It lies in the folder that FIHELPERS_HOME names, else in fihelpers/ of the user's cache. Converted and fetched
-models together take at most FIHELPERS_HOME_GB gigabytes, 20 by default: those not used for longest go first.
+It lies in the folder that FIHELPERS_HOME names, else in fihelpers/ of the user's cache. Its models
+together take at most FIHELPERS_HOME_GB gigabytes, 20 by default: those not used for longest go first.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 HOME, LIMIT = "FIHELPERS_HOME", "FIHELPERS_HOME_GB"
 GIGABYTES = 20.0
-MODELS, FILES, HASHES = "models", "files", "hashes"
+MODELS, FILES, EXPERTS, HASHES = "models", "files", "experts", "hashes"
 SETTLED = 2.0  # seconds after which a file's time tells that it was changed
 
 
@@ -105,12 +105,12 @@ def contents() -> dict[str, int]:
 
 def empty() -> None:
     """Remove all that is kept."""
-    for name in (MODELS, FILES, HASHES):
+    for name in (MODELS, FILES, EXPERTS, HASHES):
         shutil.rmtree(home() / name, ignore_errors=True)
 
 
 def _entries() -> list[Path]:
-    return sorted(path for name in (MODELS, FILES) for path in (home() / name).glob("*"))
+    return sorted(path for name in (MODELS, FILES, EXPERTS) for path in (home() / name).glob("*"))
 
 
 def _size(path: Path) -> int:

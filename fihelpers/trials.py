@@ -314,13 +314,16 @@ def _in_order(parts: Sequence[Values], name: str) -> np.ndarray:
 
 
 def _mean(values: np.ndarray, name: str) -> dict[str, float]:
-    """The mean of values (sets, questions) and its interval, which no share leaves."""
+    """The mean of values (sets, questions) and its interval, which no share leaves.
+
+    Sets that answer alike, as where no question chose the weights, count as one (Wilson's interval).
+    """
     means = values.mean(1)
     low = high = math.nan
-    if len(means) > 1:
+    if name in RIGHT and (values == values[0]).all():
+        low, high = wilson(round(values[0].sum()), values.shape[1])
+    elif len(means) > 1:
         _, low, high = mean_interval(means)
-    elif name in RIGHT:
-        low, high = wilson(round(values.sum()), values.size)
     if values.min() >= 0 and values.max() <= 1:
         low, high = np.clip([low, high], 0, 1).tolist()
     return {name: float(means.mean()), "low": low, "high": high}

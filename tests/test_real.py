@@ -29,6 +29,7 @@ def ran(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, dict
         return out / f"{path.stem}.ipynb"
 
     monkeypatch.setattr(real, "run_chapter", run)
+    monkeypatch.setattr(real, "read_minutes", lambda *_: dict.fromkeys([*NAMES, "09_merging"], 5))
     monkeypatch.setattr(real, "kept_folder", lambda: tmp_path / "kept")
     monkeypatch.setattr(real, "tokenizer_of", lambda *_: None)
     return seen

@@ -80,6 +80,7 @@ LESSONS = {  # chapters that are lessons, and have to stay so
     "10_cost": Bounds(),
     "11_relatives": Bounds(),
     "12_claims": Bounds(),
+    "13_a_real_model": Bounds(),
 }
 
 

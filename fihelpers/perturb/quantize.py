@@ -232,8 +232,7 @@ def pack_model(
 def quantized(network: nn.Module, packed: Mapping[str, Packed]) -> Iterator[nn.Module]:
     """The network with its weights as the packed ones stand for; on leaving they are as before, bit for bit.
 
-    Without gradients, its logits are those of a network that holds the packed weights, bit for bit, without
-    unpacking at every call.
+    Packed weights are unpacked once, on entering.
     """
     weights = own_weights(network, packed)
     before: dict[Tensor, Tensor] = {weight.parameter: weight.parameter.data for weight in weights.values()}

@@ -133,7 +133,11 @@ def invariance(family: Family) -> pd.DataFrame:
     """
     rows = {}
     for name, phi in COORDINATES.items():
-        here = local(lambda nu, phi=phi: family.log_probs(phi(nu)), torch.zeros(2, dtype=torch.float64))
+
+        def log_probs(nu: Tensor, phi: Map = phi) -> Tensor:
+            return family.log_probs(phi(nu))
+
+        here = local(log_probs, torch.zeros(2, dtype=torch.float64))
         norm = here.grads[here.predicted].norm()
         rows[name] = (float(fi(here.grads, here.probs, over=0)), float(norm))
     table = pd.DataFrame.from_dict(rows, "index", columns=["FI", "Jacobian norm"]).rename_axis("coordinates")

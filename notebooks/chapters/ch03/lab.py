@@ -329,7 +329,7 @@ def invariance(model: LanguageModel, examples: Sequence[Example], share: float, 
     for m in measures:
         old, new = (flatten(found[m].values).double() for found in (before, after))
         tops = [select(found[m], share, seed=seed) for found in (before, after)]
-        both = [np.intersect1d(*(top[n] for top in tops)) for n in names]
+        both = [np.intersect1d(tops[0][n].numpy(), tops[1][n].numpy()) for n in names]
         kept = sum(map(len, both)) / max(1, sum(map(len, tops[0].values())))
         lines.append((m, float((new - old).norm() / old.norm()), kept, moved))
     return pd.DataFrame(lines, columns=["measure", "change", "kept", "log_prob"]).assign(n=len(examples))

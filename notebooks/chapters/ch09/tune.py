@@ -25,7 +25,7 @@ from torch.optim import AdamW
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from fihelpers.cache import home, make_room
+from fihelpers.cache import EXPERTS, home, make_room
 from fihelpers.data import new_folder
 from fihelpers.identity import identity
 from fihelpers.jobs.preflight import Source, estimate_of, source_of
@@ -44,7 +44,7 @@ from fihelpers.tasks.mcq import SPLITS, open_header
 
 TUNED = "tuned:"
 TASK = "cloze:bundled-experts"  # those questions, asked without options
-EXPERTS, CHECKPOINT = "experts", "checkpoint.safetensors"
+CHECKPOINT = "checkpoint.safetensors"
 KEPT_EVERY = 25  # steps
 FLOAT32 = 4  # bytes
 COPIES = 6  # of all weights that are in memory while a batch of 16 texts is learned, as measured

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from fichapters.ch13.lab import ends_of_mlps, rows_of
 from fichapters.exercises import Wrong, choice, equal, exercise, tensor
@@ -33,10 +32,10 @@ def first_by(
 
 
 @exercise
-def finer_steps(answer: object, row: Tensor, bits: int) -> str:
+def finer_steps(answer: object, row: Sequence[float], bits: int) -> str:
     """How many times finer the steps of a row's ladder become when its largest weight is kept apart."""
-    sizes = row.abs().sort(descending=True).values
-    truth = float(sizes[0] / sizes[1])
+    sizes = sorted((abs(weight) for weight in row), reverse=True)
+    truth = sizes[0] / sizes[1]
     slips = {
         "That is how many steps the ladder has; both ladders have as many.": float(2**bits),
         "You divided the other way round.": 1 / truth,

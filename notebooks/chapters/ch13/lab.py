@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fichapters.ch07.lab import questions
-from fihelpers.evaluate.questions import Evaluator
 from fihelpers.evaluate.stats import wilson
 from fihelpers.models.files import ModelWeights
 from fihelpers.models.language import LanguageModel
@@ -40,21 +39,13 @@ def check(p: SimpleNamespace) -> None:
     if len(p.DOMAINS) != 2:
         raise ValueError(f"DOMAINS names the domains of the two experts, not {len(p.DOMAINS)} domains.")
     for domain in p.DOMAINS:
-        load_task(p.EXPERTS, domain, "test", p.N_TEST, p.SEED)
+        load_task(p.EXPERTS, domain)
 
 
 def together(p: SimpleNamespace, split: str, n: int, seed: int, model: LanguageModel) -> list[Example]:
     """Examples of all SUBJECTS, n altogether."""
     each = max(1, n // len(p.SUBJECTS))
     return [*chain(*questions(p, split, each, seed, model).values())]
-
-
-def domains(model: LanguageModel, p: SimpleNamespace) -> dict[str, Evaluator]:
-    """What asks the questions of each of the two experts' domains."""
-    draws = {
-        d: load_task(p.EXPERTS, d, "test", p.N_TEST, p.SEED, tokenizer=model.tokenizer) for d in p.DOMAINS
-    }
-    return {domain: Evaluator(model, task.examples) for domain, task in draws.items()}
 
 
 # --- inside the model
@@ -147,7 +138,7 @@ def ranks(scores: Scores, chosen: pd.DataFrame) -> np.ndarray:
     """
     found = []
     for row in chosen.itertuples():
-        own = scores[str(row.name)].flatten()[int(row.place)]  # type: ignore[arg-type]
+        own = scores[str(row.name)].flatten()[int(row.place)]
         above = sum(int((values > own).sum()) for values in scores.values.values())
         tied = sum(int((values == own).sum()) for values in scores.values.values())
         found.append(above + (tied + 1) / 2)
