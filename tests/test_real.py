@@ -81,7 +81,7 @@ def test_what_cannot_be_run_is_refused_before_anything_runs(
         (few / split).mkdir(parents=True)
         for subject in ("geography", "culture", "business", "law"):
             (few / split / f"{subject}_{split}.csv").write_text("Which?,a,b,c,d,A\nWhat?,a,b,c,d,B\n")
-    with pytest.raises(ValueError, match=r"leaves 2 val questions of 'geography' .* 20 are needed"):
+    with pytest.raises(ValueError, match=r"leaves 2 val questions of 'business' .* 20 are needed"):
         real.run(notebooks, tmp_path, {"TASK": str(few)}, ["7"])
     assert ran == []
 

@@ -21,7 +21,6 @@ import yaml
 from fichapters.papers import published
 from fichapters.results import KEPT
 from fihelpers.data import check_file, data_folder
-from fihelpers.evaluate.stats import wilson
 
 FILE = "claims.yaml"
 WEB = Path(__file__).parent / "web"
@@ -31,7 +30,6 @@ IN_PART = "holds in part"  # of whole claims only
 HEADLINES = (HOLDS, IN_PART, FAILS, OPEN, NOT_MEASURED)
 NO_FILTER = "no filter"
 FILTERS = ("exact", "cut", "damped", NO_FILTER)
-OWN = ("12_claims", "carried")  # the table that is made of verdicts, and itself judged
 COLUMNS = ["id", "chapter", "part", "setting", "filter", "n", "value", "low", "high", "verdict"]
 Read = Callable[[str, str], pd.DataFrame]  # a chapter's table, empty where there is none
 
@@ -269,37 +267,6 @@ def condense(claims: Mapping[str, Claim], rows: pd.DataFrame) -> pd.DataFrame:
         about = (claim.id, claim.short, claim.kind, headline(claim, own), len(own))
         lines.append((*about, " ".join(tested), " ".join(missing)))
     return pd.DataFrame(lines, columns=["id", "short", "kind", "verdict", "settings", "tested", "missing"])
-
-
-def carried(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
-    """What of the verdicts on settings carries over to other models; both of `judged`, for the same claims.
-
-    Of the deciding settings that were judged twice: the share with the same verdict, and that with opposite
-    ones, of which one holds and the other does not. Columns: reading, value, low, high (Wilson), n.
-    """
-    place = ["id", "chapter", "part", "setting"]
-    both = deciding(first).merge(deciding(second), on=place, suffixes=("", "_there"))
-    both = both[(both.verdict != ANSWERED) & (both.verdict_there != ANSWERED)]
-    pairs = [{a, b} for a, b in zip(both.verdict, both.verdict_there, strict=True)]
-    readings = {
-        "same verdict": [len(pair) == 1 for pair in pairs],
-        "opposite verdict": [pair == {HOLDS, FAILS} for pair in pairs],
-    }
-    lines = []
-    for reading, hits in readings.items():
-        ends = wilson(sum(hits), len(hits)) if hits else (math.nan, math.nan)
-        lines.append((reading, sum(hits) / len(hits) if hits else math.nan, *ends, len(hits)))
-    return pd.DataFrame(lines, columns=["reading", "value", "low", "high", "n"])
-
-
-def judged_twice(
-    claims: Mapping[str, Claim], read: Read, there: Read
-) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """All settings judged by two sets of tables, and what carries over, which one of the claims is about."""
-    first, second = (judged(claims, tables) for tables in (read, there))
-    found = carried(*(rows[rows.chapter != OWN[0]] for rows in (first, second)))
-    again = judged(claims, lambda chapter, table: found if (chapter, table) == OWN else read(chapter, table))
-    return again, second, found
 
 
 # --- the page
