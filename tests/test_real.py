@@ -29,7 +29,7 @@ def ran(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, dict
         return out / f"{path.stem}.ipynb"
 
     monkeypatch.setattr(real, "run_chapter", run)
-    monkeypatch.setattr(real, "read_minutes", lambda *_: dict.fromkeys([*NAMES, "09_merging"], 5))
+    monkeypatch.setattr(real, "read_minutes", lambda *_: dict.fromkeys(NAMES, 5))
     monkeypatch.setattr(real, "kept_folder", lambda: tmp_path / "kept")
     monkeypatch.setattr(real, "tokenizer_of", lambda *_: None)
     return seen
@@ -61,10 +61,10 @@ def test_a_chapters_tables_become_the_books_as_soon_as_it_is_done(
 def test_another_model_is_told_to_the_chapters_and_leaves_the_book_alone(
     ran: list[tuple[str, dict[str, Any]]], tmp_path: Path
 ) -> None:
-    given = {"MODEL": "mini-lm", "BASE": "mini-lm", "TASK": "bundled"}
-    real.run(ROOT / "notebooks", tmp_path / "out", given, ["1", "9"])
-    assert ran[0] == ("01_first_look", {"MODEL": "mini-lm", "TASK": "bundled"})
-    assert ran[1] == ("09_merging", {"BASE": "mini-lm"})  # its task holds the domains of the experts
+    given = {"MODEL": "mini-lm", "TASK": "bundled", "SUBJECT": "law"}
+    real.run(ROOT / "notebooks", tmp_path / "out", given, ["1", "7"])
+    assert ran[0] == ("01_first_look", given)
+    assert ran[1] == ("07_sparsification", {"MODEL": "mini-lm", "TASK": "bundled"})
     assert not (tmp_path / "kept").exists()
 
 

@@ -116,7 +116,7 @@ def _real(options: argparse.Namespace) -> None:
 
     folder = runs.notebooks_folder()
     subjects = options.subjects or [None]
-    given = {"MODEL": options.model, "BASE": options.model, "TASK": options.task}
+    given = {"MODEL": options.model, "TASK": options.task}
     given |= {"SUBJECTS": options.subjects, "SUBJECT": subjects[0]}
     given = {name: value for name, value in given.items() if value}
     out = options.out or runs.runs_folder(folder, real.PROFILE)

@@ -45,11 +45,10 @@ def table(chapter: Chapter, name: str) -> pd.DataFrame:
 def beside(chapter: Chapter, name: str, own: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """A running chapter's table, which it keeps, and the one kept of a real model, by the models' names."""
     chapter.keep(name, own)
-    model = getattr(chapter.p, "MODEL", None) or chapter.p.BASE
     if chapter.p.PROFILE == PROFILE:
-        return {model: own}
+        return {chapter.p.MODEL: own}
     kept = table(chapter, name)
-    return {model: own, f"{next(iter(_models(chapter)), PROFILE)}, kept": kept}
+    return {chapter.p.MODEL: own, f"{next(iter(_models(chapter)), PROFILE)}, kept": kept}
 
 
 def models(chapter: Chapter) -> str:
@@ -81,7 +80,7 @@ def run(
     for path in wanted:
         if path.stem not in minutes:
             raise ValueError(f"the profile {PROFILE} has no {path.stem}; it has {', '.join(minutes)}.")
-    settings = {path: _told(declared(path), given) for path in wanted}
+    settings = {path: {k: v for k, v in given.items() if k in declared(path)} for path in wanted}
     for path in wanted:
         profile = read_profile(profiles, PROFILE)
         _enough_questions(settle(path.stem, declared(path), profile, {"PROFILE": PROFILE, **settings[path]}))
@@ -95,22 +94,10 @@ def run(
     return done
 
 
-def _told(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """What of the given parameters a chapter takes; a task only together with its subjects."""
-    told = {name: value for name, value in given.items() if name in defaults}
-    if not {"SUBJECT", "SUBJECTS"} & set(defaults):
-        told.pop("TASK", None)
-    return told
-
-
 def _enough_questions(p: Mapping[str, Any]) -> None:
     """Raise ValueError where a model's tokenizer leaves fewer than `FEWEST` questions of a subject."""
-    model, subjects = p.get("MODEL") or p.get("BASE"), [*p.get("SUBJECTS", []), p.get("SUBJECT")]
-    if not model or "TASK" not in p:
-        return
-    if isinstance(p.get("DOMAINS"), dict):  # of the chapter's own task
-        subjects += [subject for domain in p["DOMAINS"].values() for subject in domain]
-    tokenizer = tokenizer_of(model, p.get("REVISION"))
+    model, subjects = p["MODEL"], [*p.get("SUBJECTS", []), p.get("SUBJECT")]
+    tokenizer = tokenizer_of(model, p["REVISION"])
     for subject in dict.fromkeys(filter(None, subjects)):
         for split in ("val", "test"):
             found = len(load_task(p["TASK"], subject, split, tokenizer=tokenizer).examples)
