@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from fichapters import plots
 from fichapters.style import INK, WIDTH, new_figure
@@ -22,11 +23,12 @@ def spikes(tables: Tables) -> Figure:
     """The largest output of each MLP, and the largest term of that sum, over the blocks; a panel a model."""
     figure, axes = new_figure(1, len(tables), size=(WIDTH, 3.4), sharey=True)
     for ax, (model, table) in zip(axes[0], tables.items(), strict=True):
-        ordered = table.sort_index()
-        blocks = range(len(ordered))
-        ax.plot(blocks, ordered.output.abs(), "o-", color=INK, label="largest output")
-        ax.plot(blocks, ordered.term.abs(), "D", color="#D55E00", label="its largest term")
+        block = table.name.str.extract(r"(\d+)")[0].astype(int)  # as every architecture numbers its weights
+        ordered = table.assign(block=block).sort_values("block")
+        ax.plot(ordered.block, ordered.output.abs(), "o-", color=INK, label="largest output")
+        ax.plot(ordered.block, ordered.term.abs(), "D", color="#D55E00", label="its largest term")
         ax.set(title=model, yscale="log", xlabel="block")
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes[0, 0].set_ylabel("size, one prompt")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncol=2)
     return figure
