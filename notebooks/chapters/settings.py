@@ -56,13 +56,16 @@ _NAMES = {
     Rule(count=2, repeats=True): "MATRICES",
     Rule(above=0): "BUDGET COMPONENTS.radius",
     Rule(above=0, rising=True): "BUDGETS BLIND.levels",
+    Rule(least=1, rising=True): "COUNTS HELD",
+    Rule(least=2, most=8): "WIDTHS",
+    Rule(count=2): "EXPERT_SUBJECTS",
     Rule(above=0, most=1): """SHARE HEADLINE_RATE MASK_SHARE KEPT.rows KEPT.columns OPTIONS.compared
         OPTIONS.densities OPTIONS.wide COAR.ablated NONSENSE.shares NONSENSE.kept""",
     Rule(above=0, most=1, rising=True): """SHARES RATES MASK_SHARES PRUNING.top PRUNING.bottom
         TEXT.rates""",
     Rule(above=0, most=1, count=2, repeats=True): "PRUNING.compared",
     Rule(least=1): """N_CALIBRATION N_TEST N_LOOK N_DIRECTIONS N_CASES N_IMAGES N_SWEPT N_MAPS N_ASKED
-        N_QUESTIONS SEEDS DRAWS STEPS BATCH ROUNDS MASK_PATCHES MASKED BATCHES PRUNING.test BITS.tried
+        N_QUESTIONS SEEDS SPIKES DRAWS STEPS BATCH ROUNDS MASK_PATCHES MASKED BATCHES PRUNING.test BITS.tried
         TEXT.n_calibration TEXT.n_test TEXT.seeds TEXT.length TEXT.horizon TEXT.samples OPTIONS.validation
         LONG.tokens LONG.prompts SHORT.tokens SHORT.prompts GROWTH.tokens GROWTH.prompts BLIND.pixels
         COMPONENTS.neurons COAR.ablations COAR.held NONSENSE.n NONSENSE.n_test

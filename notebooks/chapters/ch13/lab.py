@@ -36,9 +36,11 @@ def check(p: SimpleNamespace) -> None:
     """
     questions(p, "val", p.N_CALIBRATION, p.SEED)
     questions(p, "test", p.N_TEST, p.SEED)
-    if len(p.DOMAINS) != 2:
-        raise ValueError(f"DOMAINS names the domains of the two experts, not {len(p.DOMAINS)} domains.")
-    for domain in p.DOMAINS:
+    if len(p.EXPERT_SUBJECTS) != 2:
+        raise ValueError(
+            f"EXPERT_SUBJECTS names a subject for each of the two experts, not {len(p.EXPERT_SUBJECTS)}."
+        )
+    for domain in p.EXPERT_SUBJECTS:
         load_task(p.EXPERTS, domain)
 
 
