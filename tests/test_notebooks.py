@@ -30,6 +30,7 @@ SHOWN = {  # what scores, chooses and perturbs in a lesson's functions, where no
     "08_quantization": ("score_weights(", "select(", "with quantized("),
     "09_merging": ("scores_of(", "merge(", "with experts.holding("),
     "11_relatives": ("score_weights(", "with zeroed(", "select("),
+    "13_a_real_model": ("score_weights(", "select(", "with zeroed(", "with lab.holding("),
 }
 
 each_chapter = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
