@@ -54,7 +54,7 @@ LOOKS: dict[str, Look] = {
     "Wanda": Look("#111111", "", "x"),
     "SparseGPT": Look("#007C91", (4, 1.5), "+"),
     "Taylor": Look("#E0457B", (1.5, 1), "1"),
-    "activation spikes": Look("#111111", "", "*"),
+    "activation spikes": Look("#111155", "", "2"),
     "random": Look(GREY, (1, 1), "."),
 }
 FAMILY = {"exact": 0.60, "cut": 0.58, "damped": 0.76}  # hues of the filters that have no look of their own
