@@ -1,7 +1,6 @@
 """Chapter 13: where an MLP ends, which weight lifts its output, ranks among many weights, what is kept."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import nbformat
@@ -75,8 +74,7 @@ def test_the_first_rows_are_the_highest_scores_and_their_ranks_count_up() -> Non
 
 def test_weights_with_equal_scores_share_a_rank() -> None:
     values = {"a": torch.tensor([[3.0, 1.0], [1.0, 0.0]]), "b": torch.tensor([1.0, 2.0])}
-    scores: Any = SimpleNamespace(values=values, __getitem__=None)
-    scores = type("Flat", (), {"values": values, "__getitem__": lambda self, name: values[name]})()
+    scores: Any = type("Flat", (), {"values": values, "__getitem__": lambda self, name: values[name]})()
     rows = pd.DataFrame({"name": ["a", "a", "b", "a"], "place": [0, 1, 0, 3]})
     assert lab.ranks(scores, rows).tolist() == [1, 4, 4, 6]
 

@@ -81,8 +81,8 @@ def run(
         if path.stem not in minutes:
             raise ValueError(f"the profile {PROFILE} has no {path.stem}; it has {', '.join(minutes)}.")
     settings = {path: {k: v for k, v in given.items() if k in declared(path)} for path in wanted}
+    profile = read_profile(profiles, PROFILE)
     for path in wanted:
-        profile = read_profile(profiles, PROFILE)
         _enough_questions(settle(path.stem, declared(path), profile, {"PROFILE": PROFILE, **settings[path]}))
     done = []
     for place, path in enumerate(wanted):
