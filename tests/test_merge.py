@@ -591,13 +591,17 @@ def synthetic(folder: Path, layers: int, experts: bool) -> None:
 def test_memory_grows_with_the_largest_tensor_and_not_with_the_model(
     tmp_path: Path, experts: bool, layers: tuple[int, int, int]
 ) -> None:
-    """A pair of 1 GB together against one of a quarter of that; a tensor has 16 MB, with experts 32."""
+    """A pair of 1 GB together against one of a quarter of that; a tensor has 16 MB, with experts 32.
+
+    The highest use holds pages of mapped files too, which the kernel drops when it likes: runs of one merge differ
+    by four tensors. One that holds its models would grow by 384 MB, with experts 288.
+    """
     try:
         for name, count in zip(("tiny", "small", "large"), layers, strict=True):
             synthetic(tmp_path / name, count, experts)
         run = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
         small, large, ties = map(float, run.stdout.split())
-        assert max(small, large, ties) < 320 * (1 + experts) and large < small + 48 * (1 + experts)
+        assert max(small, large, ties) < 320 * (1 + experts) and large < small + 96 * (1 + experts)
     finally:
         shutil.rmtree(tmp_path, ignore_errors=True)
