@@ -1,6 +1,8 @@
 """Tasks: prompts with or without images and right answers, all as the same dataclass."""
 
+import contextlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -83,12 +85,28 @@ def _told_apart(
     kept, unclear = [], []
     for example in examples:
         try:
-            if example.in_words:
-                first_tokens(tokenizer, example)
-            kept.append(example)
+            kept.append(_as_asked(example, tokenizer) if example.in_words else example)
         except ValueError as error:
             unclear.append(str(error))
     return kept, unclear
+
+
+def _as_asked(example: Example, tokenizer: PreTrainedTokenizerBase) -> Example:
+    """An example whose options the tokenizer tells apart, with the space before them in the prompt if need be.
+
+    Some tokenizers make that space a token of its own before a digit, and then all numbers begin alike.
+    """
+    try:
+        first_tokens(tokenizer, example)
+        return example
+    except ValueError:
+        if example.prompt[-1:].isspace():
+            raise
+        spaced = replace(example, prompt=f"{example.prompt} ")
+        with contextlib.suppress(ValueError):
+            first_tokens(tokenizer, spaced)
+            return spaced
+        raise
 
 
 def _label(name: str) -> str:

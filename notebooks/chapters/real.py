@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +97,11 @@ def run(
 
 def _enough_questions(p: Mapping[str, Any]) -> None:
     """Raise ValueError where a model's tokenizer leaves fewer than `FEWEST` questions of a subject."""
-    model, subjects = p["MODEL"], [*p.get("SUBJECTS", []), p.get("SUBJECT")]
-    tokenizer = tokenizer_of(model, p["REVISION"])
+    if "TASK" not in p:
+        return
+    model = p.get("MODEL", p.get("BASE"))
+    subjects = [*p.get("SUBJECTS", []), p.get("SUBJECT"), *chain(*p.get("DOMAINS", {}).values())]
+    tokenizer = tokenizer_of(model, p.get("REVISION"))
     for subject in dict.fromkeys(filter(None, subjects)):
         for split in ("val", "test"):
             found = len(load_task(p["TASK"], subject, split, tokenizer=tokenizer).examples)

@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from fichapters.ch09.tune import place as made
 from fichapters.estimates import estimate_merge
 from fichapters.parameters import nearest
 from fichapters.tables import RESAMPLES, with_verdict
@@ -50,6 +51,7 @@ from fihelpers.tasks import Example, load_task
 from fihelpers.trials import Trials
 
 IN_MEMORY = 2**30  # bytes of a model up to which its tensors are held rather than read again for each merge
+SCORES_IN_MEMORY = 2**28  # of one score of all its weights; a chapter has dozens of them
 
 EXACT, DAMPED, RANDOM = "FI exact", "FI damped 0.0001", "random"
 FILTERS = (EXACT, DAMPED)
@@ -84,7 +86,7 @@ HELPS, BEST, BEHIND = "protection helps", "TIES I is best", "DARE is behind"  # 
 RISES, FALLS, DOMAIN = "rises", "and falls", "beats random, follows the domain"
 OWN, OTHER, NEITHER = "its own domain", "the other domain", "neither domain"  # whose questions calibrate
 PLACES = (OWN, OTHER, NEITHER)
-ELSEWHERE = ("bundled", ("business", "culture", "geography", "law"))  # task and subjects of neither domain
+ELSEWHERE = ("business", "culture", "geography", "law")  # subjects of neither domain
 NEEDED = ("densities", "wide", "compared")  # of OPTIONS; the others and what stands for them:
 USUAL = {"validation": None, "elect": "mean", "choices": tuple(CHOICES)}
 ALONE_SHARE = 0.1  # of A's weights that the earlier version of the paper keeps
@@ -160,11 +162,11 @@ def check(p: SimpleNamespace) -> None:
 def needs(p: SimpleNamespace) -> tuple[Estimate, ...]:
     """What a run needs of memory and disk: to merge, and to score both experts on every calibration set."""
     place = tempfile.gettempdir()
-    merge = estimate_merge(p.BASE, p.MODEL_A, p.MODEL_B, method="TIES", protected=False, out=place)
+    experts = experts_of(p)
+    merge = estimate_merge(p.BASE, *experts, method="TIES", protected=False, out=place)
     own, other = (len({score_of(by) for by in wanted(p, where)}) for where in (OWN, OTHER))
     files = p.SEEDS * 2 * (own + other)
     settings = {"dtype": p.DTYPE, "device": p.DEVICE, "out": place}
-    experts = (p.MODEL_A, p.MODEL_B)
     return (merge, *(estimate_scores(expert, files=files // 2, **settings) for expert in experts))
 
 
@@ -180,7 +182,8 @@ def calibration(
     """
     own = "ab".index(which)
     domains = list(p.DOMAINS.values())
-    of = {OWN: (p.TASK, domains[own]), OTHER: (p.TASK, domains[1 - own]), NEITHER: ELSEWHERE}
+    general = "cloze" if p.TASK.startswith("cloze") else "bundled"
+    of = {OWN: (p.TASK, domains[own]), OTHER: (p.TASK, domains[1 - own]), NEITHER: (general, ELSEWHERE)}
     chosen = _drawn(p, *of[place], "val", model)[k * p.N_CALIBRATION : (k + 1) * p.N_CALIBRATION]
     if len(chosen) < p.N_CALIBRATION:
         raise ValueError(f"Of {place!r} there are too few questions for {p.SEEDS} sets of {p.N_CALIBRATION}.")
@@ -219,6 +222,11 @@ def _drawn(
 # --- models
 
 
+def experts_of(p: SimpleNamespace) -> list[str]:
+    """The names of both experts; those that a run makes by itself ("tuned:math") are made where need be."""
+    return [made(name, p.BASE) for name in (p.MODEL_A, p.MODEL_B)]
+
+
 class Experts:
     """The base and its two experts, and one network, which has the base's weights unless it holds others.
 
@@ -230,7 +238,7 @@ class Experts:
     def __init__(self, p: SimpleNamespace) -> None:
         self.model = open_model(p.BASE, None, p.DEVICE, p.DTYPE)
         opened = {"base": open_weights(p.BASE, self.model.revision)}
-        opened |= {"a": open_weights(p.MODEL_A), "b": open_weights(p.MODEL_B)}
+        opened |= dict(zip("ab", map(open_weights, experts_of(p)), strict=True))
         self.weights = {which: _held(weights) for which, weights in opened.items()}
         Merger(self.weights["base"], self.weights["a"], self.weights["b"], Ties())
         self.linear = linear_names(self.model.network)
@@ -288,13 +296,13 @@ class Experts:
             steps = {name: (own(name) - base(name)).abs() for name in self.linear}
             yield STEP, self._laid_down(Scores(steps, provenance(model, examples) | {"measure": STEP}), size)
             names.remove(STEP)
-        for part in [[name] for name in names] if size > IN_MEMORY else [names]:
+        for part in [[name] for name in names] if size > SCORES_IN_MEMORY else [names]:
             measures = [Random(seed) if name == RANDOM else find_measure(name) for name in part]
             for name, scores in score_weights(model, examples, measures, only=self.linear).items():
                 yield name, self._laid_down(scores, size)
 
     def _laid_down(self, scores: Scores, size: int) -> AnyScores:
-        if size <= IN_MEMORY:
+        if size <= SCORES_IN_MEMORY:
             return replace(scores, values={name: value.cpu() for name, value in scores.values.items()})
         path = self._folder / f"{len(list(self._folder.iterdir()))}.safetensors"
         scores.save(path)
