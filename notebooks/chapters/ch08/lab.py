@@ -26,7 +26,7 @@ from fichapters.tables import RESAMPLES
 from fihelpers.answers import usual_answers
 from fihelpers.evaluate.questions import Evaluator
 from fihelpers.evaluate.stats import crossed_difference, resampled
-from fihelpers.jobs.preflight import estimate_scores
+from fihelpers.jobs.preflight import estimate_scores, prompt_lengths
 from fihelpers.models.language import LanguageModel
 from fihelpers.models.linear import as_rows, from_rows, linear_names, turned_names
 from fihelpers.perturb.quantize import Packed, Scheme, quantized
@@ -67,10 +67,11 @@ def check(p: SimpleNamespace, measures: Sequence[str]) -> None:
             f"The share of channels to keep must lie in (0, 0.5], since FI-low draws from half of them, "
             f"not {bad[0] if bad else 'nothing'}."
         )
-    for split, n in (("val", p.N_CALIBRATION), ("test", p.N_TEST)):
-        drawn(p, split, n, p.SEED)
+    drawn(p, "test", p.N_TEST, p.SEED)
+    prompts = [example.prompt for example in drawn(p, "val", p.N_CALIBRATION, p.SEED)]
     settings = {"revision": p.REVISION, "dtype": p.DTYPE, "device": p.DEVICE}
     settings |= {"layers": None if ALL in p.MATRICES else p.MATRICES}
+    settings |= {"tokens": max(prompt_lengths(p.MODEL, prompts, p.REVISION))}
     estimate_scores(p.MODEL, measures=measures, **settings).check()  # more than packed weights take
 
 

@@ -25,7 +25,7 @@ from fichapters.estimates import estimate_merge
 from fichapters.parameters import nearest
 from fichapters.tables import RESAMPLES, with_verdict
 from fihelpers.evaluate.stats import crossed_difference, wilson
-from fihelpers.jobs.preflight import Estimate, estimate_scores
+from fihelpers.jobs.preflight import Estimate, estimate_scores, prompt_lengths
 from fihelpers.measures import FISHER, SQUARED_SCORE, Influence, Random, find_measure
 from fihelpers.models.files import ModelWeights, open_weights
 from fihelpers.models.language import LanguageModel, open_model
@@ -166,7 +166,9 @@ def needs(p: SimpleNamespace) -> tuple[Estimate, ...]:
     merge = estimate_merge(p.BASE, *experts, method="TIES", protected=False, out=place)
     own, other = (len({score_of(by) for by in wanted(p, where)}) for where in (OWN, OTHER))
     files = p.SEEDS * 2 * (own + other)
-    settings = {"dtype": p.DTYPE, "device": p.DEVICE, "out": place}
+    prompts = [e.prompt for k in range(p.SEEDS) for which in "ab" for e in calibration(p, which, k)]
+    tokens = max(prompt_lengths(p.BASE, prompts))
+    settings = {"dtype": p.DTYPE, "device": p.DEVICE, "out": place, "tokens": tokens}
     return (merge, *(estimate_scores(expert, files=files // 2, **settings) for expert in experts))
 
 
