@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import tiny_examples, tiny_model
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from fihelpers.answers import Options, options
@@ -83,6 +83,29 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab=letters, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def digit_tokenizer() -> PreTrainedTokenizerFast:
+    """One for which the space before a word belongs to it, but before a digit is a token of its own."""
+    pieces = [*"?0123456789 ", "The", " sum", " is", " year", " was", " in", " May"]
+    tokenizer = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, "?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?[A-Za-z]+|\d| "), "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def test_a_space_that_all_options_share_belongs_to_the_prompt(tmp_path: Path) -> None:
+    (tmp_path / "val").mkdir()
+    told_apart, alike, mixed = "The sum is,12,24,36,48,B", "The year was,1912,1924,1936,1948,B", "The sum is"
+    rows = [told_apart, alike, f"{mixed},12,in May,36,48,B"]
+    (tmp_path / "val" / "sums_val.csv").write_text("\n".join(rows) + "\n")
+    tokenizer = digit_tokenizer()
+    task = load_task(f"cloze:{tmp_path}", None, "val", tokenizer=tokenizer)
+    (example,) = task.examples
+    assert len(task.skipped) == 2 and example.prompt.endswith("The sum is\nAnswer: ")
+    found = tokenizer.convert_ids_to_tokens(first_tokens(tokenizer, example))
+    assert found == ["1", "2", "3", "4"] and example.answer == 1
+    plain = load_task(f"cloze:{tmp_path}", None, "val").examples[0]
+    assert example.prompt == f"{plain.prompt} " and example.options == plain.options
 
 
 def test_options_that_tokens_do_not_tell_apart_are_refused(model: LanguageModel) -> None:

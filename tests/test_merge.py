@@ -593,8 +593,8 @@ def test_memory_grows_with_the_largest_tensor_and_not_with_the_model(
 ) -> None:
     """A pair of 1 GB together against one of a quarter of that; a tensor has 16 MB, with experts 32.
 
-    The highest use holds pages of mapped files too, which the kernel drops when it likes: runs of one merge differ
-    by four tensors. One that holds its models would grow by 384 MB, with experts 288.
+    The highest use holds pages of mapped files too, which the kernel drops when it likes: runs of one merge
+    differ by four tensors. One that holds its models would grow by 384 MB, with experts 288.
     """
     try:
         for name, count in zip(("tiny", "small", "large"), layers, strict=True):

@@ -1,5 +1,6 @@
 """The profile of a real model: its chapters one after the other, what is refused before, and what is kept."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -65,6 +66,7 @@ def test_another_model_is_told_to_the_chapters_and_leaves_the_book_alone(
     real.run(ROOT / "notebooks", tmp_path / "out", given, ["1", "7"])
     assert ran[0] == ("01_first_look", given)
     assert ran[1] == ("07_sparsification", {"MODEL": "mini-lm", "TASK": "bundled"})
+    assert real._of_chapter(given, {"BASE": "", "TASK": ""}, {"TASK": "cloze-experts"}) == {"BASE": "mini-lm"}
     assert not (tmp_path / "kept").exists()
 
 
@@ -104,9 +106,11 @@ def test_a_chapter_draws_its_own_table_beside_the_kept_one(
     kept = tmp_path / "kept"
     kept.mkdir()
     (kept / "01_first_look.curves.csv").write_text("n\n9\n")
-    about = '{"models": {"smollm2": {"weights": 1234567, "sha256": "%s"}}}' % ("ab" * 32)
-    (kept / "01_first_look.json").write_text(about)
+    opened = {"smollm2": {"weights": 1234567, "sha256": "ab" * 32}}
+    about = {"models": opened, "parameters": {"MODEL": "smollm2"}}
+    (kept / "01_first_look.json").write_text(json.dumps(about))
     both = real.beside(chapter("embedded"), "curves", own)
     assert {name: table.n.item() for name, table in both.items()} == {"mini-lm": 5, "smollm2, kept": 9}
     assert tables["curves"] is own
+    assert real.both(chapter("embedded"), "curves", own).model.tolist() == ["mini-lm", "smollm2, kept"]
     assert real.models(chapter("embedded")) == "smollm2: 1,234,567 weights, SHA-256 abababababababab…"

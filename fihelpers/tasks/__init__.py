@@ -92,7 +92,7 @@ def _told_apart(
 
 
 def _as_asked(example: Example, tokenizer: PreTrainedTokenizerBase) -> Example:
-    """An example whose options the tokenizer tells apart, with the space before them in the prompt if need be.
+    """An example whose options the tokenizer tells apart, the space before them in its prompt if need be.
 
     Some tokenizers make that space a token of its own before a digit, and then all numbers begin alike.
     """

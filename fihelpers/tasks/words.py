@@ -12,8 +12,8 @@ def first_tokens(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[i
     """The first token of each option of an example, as it continues its prompt.
 
     After a word a space parts the two. Raises ValueError for an example without two options, and where the
-    tokens say nothing: two are the same, all are single characters of longer words, or the tokens of the
-    prompt change with what follows.
+    tokens say nothing: two are the same, all are single characters of longer words (digits of a number say
+    something), or the tokens of the prompt change with what follows.
     """
     whose = f"{label_of(tokenizer)} for example {example.id!r}"
     if len(example.options) < 2:
@@ -35,7 +35,7 @@ def first_tokens(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[i
         )
     spelled = [str(tokenizer.decode([token])).strip() for token in found]
     pairs = zip(spelled, example.options, strict=True)
-    if all(len(start) < 2 <= len(option.split(maxsplit=1)[0]) for start, option in pairs):
+    if all(len(start) < 2 <= len(word.split(maxsplit=1)[0]) and not start.isdigit() for start, word in pairs):
         raise ValueError(f"the tokenizer of {whose} splits the first letters of the options off; {INSTEAD}.")
     return found
 

@@ -46,24 +46,35 @@ def table(chapter: Chapter, name: str) -> pd.DataFrame:
 def beside(chapter: Chapter, name: str, own: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """A running chapter's table, which it keeps, and the one kept of a real model, by the models' names."""
     chapter.keep(name, own)
+    asked = _asked(vars(chapter.p))
     if chapter.p.PROFILE == PROFILE:
-        return {chapter.p.MODEL: own}
+        return {asked: own}
     kept = table(chapter, name)
-    return {chapter.p.MODEL: own, f"{next(iter(_models(chapter)), PROFILE)}, kept": kept}
+    return {asked: own, f"{_asked(_record(chapter)['parameters'])}, kept": kept}
+
+
+def both(chapter: Chapter, name: str, own: pd.DataFrame) -> pd.DataFrame:
+    """The tables of `beside` one below the other, with the name of the model in the column model."""
+    return pd.concat(beside(chapter, name, own), names=["model"]).reset_index("model")
 
 
 def models(chapter: Chapter) -> str:
     """The models of a chapter's kept run, in words: name, weights, first digits of the SHA-256."""
     return "\n".join(
         f"{name}: {about['weights']:,} weights, SHA-256 {about['sha256'][:16]}…"
-        for name, about in _models(chapter).items()
+        for name, about in _record(chapter)["models"].items()
     )
 
 
-def _models(chapter: Chapter) -> dict[str, Any]:
-    """What the kept run had open, by name; nothing yet in the first such run."""
+def _asked(parameters: Mapping[str, Any]) -> str:
+    """The model that a chapter is about; one about a network's size alone needs none."""
+    return str(parameters.get("MODEL") or parameters.get("BASE") or "random weights")
+
+
+def _record(chapter: Chapter) -> dict[str, Any]:
+    """What the kept run had open, by name, and its parameters; nothing yet in the first such run."""
     path = kept_folder() / f"{chapter.name}.json"
-    return json.loads(path.read_text(encoding="utf-8"))["models"] if path.is_file() else {}
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"models": {}}
 
 
 def run(
@@ -81,8 +92,8 @@ def run(
     for path in wanted:
         if path.stem not in minutes:
             raise ValueError(f"the profile {PROFILE} has no {path.stem}; it has {', '.join(minutes)}.")
-    settings = {path: {k: v for k, v in given.items() if k in declared(path)} for path in wanted}
     profile = read_profile(profiles, PROFILE)
+    settings = {path: _of_chapter(given, declared(path), profile.get(path.stem, {})) for path in wanted}
     for path in wanted:
         _enough_questions(settle(path.stem, declared(path), profile, {"PROFILE": PROFILE, **settings[path]}))
     done = []
@@ -93,6 +104,12 @@ def run(
         if not given:
             _keep(out, path.stem)
     return done
+
+
+def _of_chapter(given: Mapping[str, Any], names: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """What of `given` a chapter declares: its experts come from the MODEL, and ask what they learned."""
+    told = {k: v for k, v in given.items() if k in names and not (k == "TASK" and k in own)}
+    return {**told, "BASE": given["MODEL"]} if "BASE" in names and "MODEL" in given else told
 
 
 def _enough_questions(p: Mapping[str, Any]) -> None:
