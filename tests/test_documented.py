@@ -54,8 +54,8 @@ NOT_RUN = {  # and why
     "conda env create -f environment.yml": "downloads an environment; test_project checks its versions",
     "python -m fihelpers fetch smollm2": "gets 92 MB; test_gguf fetches it where there is an index",
     "python -m fihelpers run 1 -p MODEL smollm2 -p TASK cloze": "needs that model, and minutes",
-    "make real": "takes an hour; test_real runs its command without the chapters",
-    "python -m fihelpers real": "takes an hour; test_real runs it without the chapters",
+    "make real": "takes an evening; test_real runs its command without the chapters",
+    "python -m fihelpers real": "takes an evening; test_real runs it without the chapters",
     "python -m fihelpers real --model path/to/model.gguf": "takes long; test_real gives it another model",
     "python -m fihelpers real 13 --model path/to/model.gguf --out build/mine": "takes long, as the last one",
     "python -m fihelpers real 1 --model Qwen/Qwen2.5-1.5B --task cais/mmlu --subjects "

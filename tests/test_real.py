@@ -112,5 +112,7 @@ def test_a_chapter_draws_its_own_table_beside_the_kept_one(
     both = real.beside(chapter("embedded"), "curves", own)
     assert {name: table.n.item() for name, table in both.items()} == {"mini-lm": 5, "smollm2, kept": 9}
     assert tables["curves"] is own
-    assert real.both(chapter("embedded"), "curves", own).model.tolist() == ["mini-lm", "smollm2, kept"]
+    titles = ["mini-lm", "smollm2, kept\n1,234,567 weights, abababab…"]
+    assert real.both(chapter("embedded"), "curves", own).model.tolist() == titles
+    assert real.both(chapter("real"), "curves", own).model.tolist() == ["mini-lm"]
     assert real.models(chapter("embedded")) == "smollm2: 1,234,567 weights, SHA-256 abababababababab…"

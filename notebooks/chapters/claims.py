@@ -21,6 +21,7 @@ import yaml
 from fichapters.papers import published
 from fichapters.results import KEPT
 from fihelpers.data import check_file, data_folder
+from fihelpers.evaluate.stats import wilson
 
 FILE = "claims.yaml"
 WEB = Path(__file__).parent / "web"
@@ -255,6 +256,25 @@ def headline(claim: Claim, rows: pd.DataFrame) -> str:
     if (cells[HOLDS] > cells.sum(axis=1) / 2).any():
         return IN_PART
     return FAILS if (counted.verdict == FAILS).mean() > 0.5 else OPEN
+
+
+def carried(rows: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
+    """How often two models say the same of a setting: columns of, n, value, low, high (Wilson, 95 %).
+
+    rows, others: of `judged`. of: a chapter, or "all". n: settings that hold or do not on both, and decide on
+    both. value: the share of them with one verdict. Settings share models and questions, so the interval
+    says less than it seems to.
+    """
+    keys = ["id", "chapter", "part", "setting", "filter"]
+    both = deciding(rows).merge(deciding(others), on=keys, suffixes=("", "_there"))
+    sure = both[both.verdict.isin((HOLDS, FAILS)) & both.verdict_there.isin((HOLDS, FAILS))]
+    alike = sure.verdict == sure.verdict_there
+    lines = []
+    for name in ("all", *dict.fromkeys(sure.chapter)):
+        own = alike if name == "all" else alike[sure.chapter == name]
+        ends = wilson(int(own.sum()), len(own)) if len(own) else (math.nan, math.nan)
+        lines.append((name, len(own), own.mean(), *ends))
+    return pd.DataFrame(lines, columns=["of", "n", "value", "low", "high"])
 
 
 def condense(claims: Mapping[str, Claim], rows: pd.DataFrame) -> pd.DataFrame:

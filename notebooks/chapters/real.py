@@ -15,14 +15,15 @@ from typing import Any
 import pandas as pd
 
 from fichapters.parameters import declared, read_minutes, read_profile, settle
-from fichapters.results import KEPT, RAW, Chapter
-from fichapters.runs import RECORDS, find_chapter, run_chapter
+from fichapters.results import KEPT, Chapter
+from fichapters.runs import find_chapter, keep_results, run_chapter
 from fichapters.schedule import say
-from fihelpers.data import data_folder, write_atomically
+from fihelpers.data import data_folder
 from fihelpers.jobs.preflight import tokenizer_of
 from fihelpers.tasks import load_task
 
 PROFILE = "real"
+KEPT_MARK = ", kept"  # after the name of a model whose table was kept
 FEWEST = 20  # questions of a subject, below which a model's tokenizer leaves too few
 
 
@@ -50,12 +51,16 @@ def beside(chapter: Chapter, name: str, own: pd.DataFrame) -> dict[str, pd.DataF
     if chapter.p.PROFILE == PROFILE:
         return {asked: own}
     kept = table(chapter, name)
-    return {asked: own, f"{_asked(_record(chapter)['parameters'])}, kept": kept}
+    return {asked: own, _asked(_record(chapter)["parameters"]) + KEPT_MARK: kept}
 
 
 def both(chapter: Chapter, name: str, own: pd.DataFrame) -> pd.DataFrame:
-    """The tables of `beside` one below the other, with the name of the model in the column model."""
-    return pd.concat(beside(chapter, name, own), names=["model"]).reset_index("model")
+    """The tables of `beside` one below the other; the column model names it, and says what was kept."""
+    tables = beside(chapter, name, own)
+    about = _record(chapter)["models"].get(next(reversed(tables)).removesuffix(KEPT_MARK))
+    size = f"\n{about['weights']:,} weights, {about['sha256'][:8]}…" if about else ""
+    titles = [title + size * title.endswith(KEPT_MARK) for title in tables]
+    return pd.concat(list(tables.values()), keys=titles, names=["model"]).reset_index("model")
 
 
 def models(chapter: Chapter) -> str:
@@ -102,7 +107,7 @@ def run(
         say(f"{path.stem}: about {minutes[path.stem]} of {left} minutes that are left on two quiet cores")
         done.append(run_chapter(path, PROFILE, settings[path], out, threads))
         if not given:
-            _keep(out, path.stem)
+            keep_results(out, kept_folder(), path.stem)
     return done
 
 
@@ -127,14 +132,3 @@ def _enough_questions(p: Mapping[str, Any]) -> None:
                     f"the tokenizer of {model!r} leaves {found} {split} questions of {subject!r} whose "
                     f"options it tells apart; {FEWEST} are needed, so name another task (--task) or model."
                 )
-
-
-def _keep(out: Path, chapter: str) -> None:
-    """Make a chapter's records and tables of the run in `out` those that the book shows."""
-    found = [path for pattern in RECORDS for path in out.glob(pattern) if path.name.startswith(f"{chapter}.")]
-    kept = {path.name: path.read_bytes() for path in found if not path.name.endswith(RAW)}
-    for old in kept_folder().glob(f"{chapter}.*"):
-        if old.name not in kept:
-            old.unlink()
-    for name, content in kept.items():
-        write_atomically(kept_folder() / name, content)

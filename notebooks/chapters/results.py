@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 KEPT = "results"  # in the data folder: the results of the book's own run
-RAW = ".raw.csv"  # how the names of tables end that are not kept
 
 
 class Chapter:

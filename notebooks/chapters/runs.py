@@ -22,7 +22,7 @@ from typing import Any
 
 from fichapters.kernels import ChapterError, execute
 from fichapters.parameters import NOTEBOOKS, declared, nearest, read_profile, settle
-from fichapters.results import RAW, results_beside
+from fichapters.results import results_beside
 from fihelpers.data import (
     MANIFEST,
     PACKAGE,
@@ -134,18 +134,19 @@ def runs_folder(notebooks: Path, profile: str) -> Path:
     return notebooks.parent / "build" / "runs" / profile
 
 
-def keep_results(out: Path, results: Path) -> None:
-    """Make the files and tables of a run the ones in `results`; what it holds of earlier runs goes.
-
-    Raw tables stay with the run.
-    """
-    found = [path for pattern in RECORDS for path in sorted(out.glob(pattern))]
-    kept = [path for path in found if not path.name.endswith(RAW)]
-    for path in kept:
-        write_atomically(results / path.name, path.read_bytes())
-    for pattern in RECORDS:
-        for old in set(results.glob(pattern)) - {results / path.name for path in kept}:
+def keep_results(out: Path, results: Path, chapter: str = "") -> None:
+    """Make a run's files and tables, or those of one chapter, the ones in `results`; earlier ones go."""
+    kept = {path.name: path.read_bytes() for path in _records(out, chapter)}
+    for old in _records(results, chapter):
+        if old.name not in kept:
             old.unlink()
+    for name, content in kept.items():
+        write_atomically(results / name, content)
+
+
+def _records(folder: Path, chapter: str) -> list[Path]:
+    found = [path for pattern in RECORDS for path in sorted(folder.glob(pattern))]
+    return [path for path in found if path.name.startswith(f"{chapter}." if chapter else "")]
 
 
 def _key(notebook: Path, settings: Mapping[str, Any], out: Path) -> str:

@@ -103,6 +103,13 @@ def gains(paired: pd.DataFrame, pooled: pd.DataFrame) -> Figure:
     return plots.forest(shown, "merge", by="measure", label="accuracy with minus without", marks=marks)
 
 
+def beside(both: pd.DataFrame) -> Figure:
+    """What protection adds in each method, a panel a model. both: `Results.paired` by `real.both`."""
+    own = both[both.topic == lab.HELPS]
+    shown = own.assign(merge=_rows(own["first"]))
+    return plots.forest(shown, "merge", by="measure", label="accuracy with minus without", panels="model")
+
+
 def turns(paired: pd.DataFrame) -> Figure:
     """A curve's peak minus no protection, and minus protection of everything."""
     own = paired[paired.topic.isin([lab.RISES, lab.FALLS])]
