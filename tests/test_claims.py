@@ -11,17 +11,29 @@ import yaml
 
 from fichapters import claims as judges
 from fichapters.ch12 import draw
-from fichapters.claims import FAILS, HOLDS, IN_PART, NOT_MEASURED, OPEN, Claim, condense, headline, judge
+from fichapters.claims import (
+    FAILS,
+    HOLDS,
+    IN_PART,
+    NO_FILTER,
+    NOT_MEASURED,
+    OPEN,
+    Claim,
+    condense,
+    headline,
+    judge,
+)
 from fichapters.papers import published
 from fichapters.results import results_beside
 from fichapters.runs import chapters
+from fihelpers.evaluate.stats import wilson
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "data" / "results"
 BEFORE = ROOT / "tests" / "data"
 CHAPTERS = {path.stem for path in chapters(ROOT / "notebooks")}
 WORDS = yaml.safe_load((ROOT / "tests" / "claims_words.yaml").read_text(encoding="utf-8"))
-LATER = ("O6",)  # findings that came after what is frozen
+LATER = ("O6", "O7")  # findings that came after what is frozen
 PLACE = ["id", "chapter", "part", "setting"]
 INF = math.inf
 A = Claim("7", "a", "A claim.", "somewhere")
@@ -253,3 +265,18 @@ def test_a_chapter_keeps_every_table_that_a_claim_reads(notebook: Path) -> None:
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     code = "".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     assert not [name for name in tables if f'"{name}"' not in code]
+
+
+def test_what_carries_over_counts_the_settings_that_both_models_decide() -> None:
+    columns = ["id", "chapter", "part", "setting", "filter", "verdict"]
+
+    def model(*verdicts: str) -> pd.DataFrame:
+        places = [("1", "07_a", "p", name, "exact") for name in "abcd"] + [("2", "08_b", "p", "a", NO_FILTER)]
+        lines = [(*place, said) for place, said in zip(places, verdicts, strict=True)]
+        return pd.DataFrame(lines, columns=columns)
+
+    here, there = model(HOLDS, HOLDS, FAILS, OPEN, FAILS), model(HOLDS, FAILS, FAILS, HOLDS, NOT_MEASURED)
+    table = judges.carried(here, there).set_index("of")
+    assert list(table.index) == ["all", "07_a"]
+    assert (table.n == 3).all() and table.value.tolist() == [2 / 3] * 2
+    assert table.loc["all", ["low", "high"]].tolist() == list(wilson(2, 3))
