@@ -20,7 +20,7 @@ import math
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from os import PathLike
 from pathlib import Path
 from typing import Literal
@@ -244,11 +244,16 @@ class Merger:
         counts = _counts(sizes, method.trim == "global", lambda n: int(method.density * n))
         dtype = max((self._work(name) for name in sizes), key=lambda d: d.itemsize)
 
-        def magnitudes(which: int) -> Callable[[str], Iterator[Tensor]]:
-            return lambda name: (p.deltas[which].abs() for p in self._pieces(name, None) if p.deltas)
-
-        a, b = (TopShare(sizes, magnitudes(which), counts, dtype) for which in (0, 1))
+        a, b = (TopShare(sizes, partial(self._sizes, which), counts, dtype) for which in (0, 1))
         return a, b
+
+    def _sizes(self, which: int, name: str) -> Iterator[Tensor]:
+        """The sizes of one expert's displacement of one tensor, in pieces."""
+        assert self.base is not None  # a method with a trim needs it
+        dtype, drop = self._work(name), _dropping(self.method, name, which)
+        own, base = (model.read(name).reshape(-1) for model in (self.experts[which], self.base))
+        for a, b in zip(own.split(CHUNK), base.split(CHUNK), strict=True):
+            yield drop(a.to(dtype) - b.to(dtype)).abs()
 
     def _kept(self, name: str) -> Pair | None:
         trims = self._trims
