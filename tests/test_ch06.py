@@ -40,7 +40,9 @@ def lesson(
     """
     tables: dict[str, pd.DataFrame] = {}
     p = SimpleNamespace(**settled(LESSON, {}, "smoke"))
-    run = SimpleNamespace(p=p, kept=lambda name: Kept(folder, name, "about"), keep=tables.__setitem__)
+    own = SimpleNamespace(**{**vars(p), "PROFILE": "real"})  # its tables are drawn beside no others
+    kept = {"kept": lambda name: Kept(folder, name, "about"), "keep": tables.__setitem__}
+    run = SimpleNamespace(p=own, name=LESSON, **kept)
     monkeypatch.setattr(results, "begin", lambda name: run)
     names: dict[str, Any] = {"__name__": "__main__"}
     cells = nbformat.read(NOTEBOOKS[LESSON], as_version=4).cells

@@ -115,7 +115,9 @@ def run_chapter(
 ) -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
     """What the notebook keeps, and its names, run on tiny models up to a cell of Markdown."""
     tables: dict[str, pd.DataFrame] = {}
-    run = SimpleNamespace(p=p, kept=lambda name: Kept(folder, name, ""), keep=tables.__setitem__)
+    own = SimpleNamespace(**{**vars(p), "PROFILE": "real"})  # its tables are drawn beside no others
+    kept = {"kept": lambda name: Kept(folder, name, ""), "keep": tables.__setitem__}
+    run = SimpleNamespace(p=own, name=CHAPTER, **kept)
     monkeypatch.setattr(results, "begin", lambda name: run)
     names: dict[str, Any] = {"__name__": "__main__"}
     for cell in nbformat.read(NOTEBOOKS[CHAPTER], as_version=4).cells:
@@ -297,6 +299,7 @@ def test_scores_of_a_large_model_are_files(p: SimpleNamespace, monkeypatch: pyte
     name = small.linear[0]
     expected = merger(small, setting, p).tensor(name)
     monkeypatch.setattr(lab, "IN_MEMORY", 100)
+    monkeypatch.setattr(lab, "SCORES_IN_MEMORY", 100)
     large = lab.Experts(p)
     assert isinstance(scores(large, p, "a")[lab.EXACT], Path)
     assert merger(large, setting, p).tensor(name).equal(expected)

@@ -86,7 +86,9 @@ class Lesson:
 def run_lesson(p: SimpleNamespace, model: LanguageModel, folder: Path) -> Lesson:
     """Run the cells before the exercises with a tiny model in the place of the bundled one."""
     found = Lesson(p, folder, {"__name__": "__main__"})
-    run = SimpleNamespace(p=p, kept=lambda name: Kept(folder, name, "about"), keep=found.tables.__setitem__)
+    own = SimpleNamespace(**{**vars(p), "PROFILE": "real"})  # its tables are drawn beside no others
+    kept = {"kept": lambda name: Kept(folder, name, "about"), "keep": found.tables.__setitem__}
+    run = SimpleNamespace(p=own, name="08_quantization", **kept)
     cells = nbformat.read(NOTEBOOKS["08_quantization"], as_version=4).cells
     end = next(i for i, cell in enumerate(cells) if cell.source.startswith("## Exercises"))
     code = [cell.source for cell in cells[:end] if cell.cell_type == "code"]

@@ -47,7 +47,7 @@ from fihelpers.perturb.merge_methods import (
 from fihelpers.perturb.sparsify import linear_names
 from fihelpers.scores.store import Scores, provenance
 from fihelpers.scores.weights import score_weights
-from fihelpers.tasks import Example, load_task
+from fihelpers.tasks import CLOZE, Example, load_task
 from fihelpers.trials import Trials
 
 IN_MEMORY = 2**30  # bytes of a model up to which its tensors are held rather than read again for each merge
@@ -86,7 +86,7 @@ HELPS, BEST, BEHIND = "protection helps", "TIES I is best", "DARE is behind"  # 
 RISES, FALLS, DOMAIN = "rises", "and falls", "beats random, follows the domain"
 OWN, OTHER, NEITHER = "its own domain", "the other domain", "neither domain"  # whose questions calibrate
 PLACES = (OWN, OTHER, NEITHER)
-ELSEWHERE = ("business", "culture", "geography", "law")  # subjects of neither domain
+ELSEWHERE = ("bundled", ("business", "culture", "geography", "law"))  # task and subjects of neither domain
 NEEDED = ("densities", "wide", "compared")  # of OPTIONS; the others and what stands for them:
 USUAL = {"validation": None, "elect": "mean", "choices": tuple(CHOICES)}
 ALONE_SHARE = 0.1  # of A's weights that the earlier version of the paper keeps
@@ -184,8 +184,8 @@ def calibration(
     """
     own = "ab".index(which)
     domains = list(p.DOMAINS.values())
-    general = "cloze" if p.TASK.startswith("cloze") else "bundled"
-    of = {OWN: (p.TASK, domains[own]), OTHER: (p.TASK, domains[1 - own]), NEITHER: (general, ELSEWHERE)}
+    elsewhere = (CLOZE, ELSEWHERE[1]) if p.TASK.startswith(CLOZE) else ELSEWHERE
+    of = {OWN: (p.TASK, domains[own]), OTHER: (p.TASK, domains[1 - own]), NEITHER: elsewhere}
     chosen = _drawn(p, *of[place], "val", model)[k * p.N_CALIBRATION : (k + 1) * p.N_CALIBRATION]
     if len(chosen) < p.N_CALIBRATION:
         raise ValueError(f"Of {place!r} there are too few questions for {p.SEEDS} sets of {p.N_CALIBRATION}.")
