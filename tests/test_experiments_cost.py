@@ -164,7 +164,7 @@ def test_fi_without_gradients(pictures: list[Example]) -> None:
 
 
 def test_bytes_and_seconds_are_foreseen_and_measured() -> None:
-    table = lab.foreseen(SMALL, 6, 1)
+    table = lab.foreseen(SMALL.model(), 6, 1)
     assert set(table.index) == {(run, what) for run in lab.RUNS for what in ("memory, MB", "time, s")}
     assert (table[["predicted", "measured", "ratio"]] > 0).all(axis=None)
     memory = table.xs("memory, MB", level="what")

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from opening import NOTEBOOKS, ROOT
 
-from fichapters import real
+from fichapters import real, real_runs
 from fichapters.parameters import read_minutes, read_profile
 
 NAMES = ["01_first_look", "07_sparsification"]
@@ -29,10 +29,11 @@ def ran(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, dict
         (out / f"{path.stem}.curves.csv").write_text(f"n\n{len(seen)}\n")
         return out / f"{path.stem}.ipynb"
 
-    monkeypatch.setattr(real, "run_chapter", run)
-    monkeypatch.setattr(real, "read_minutes", lambda *_: dict.fromkeys(NAMES, 5))
-    monkeypatch.setattr(real, "kept_folder", lambda: tmp_path / "kept")
-    monkeypatch.setattr(real, "tokenizer_of", lambda *_: None)
+    monkeypatch.setattr(real_runs, "run_chapter", run)
+    monkeypatch.setattr(real_runs, "read_minutes", lambda *_: dict.fromkeys(NAMES, 5))
+    for module in (real, real_runs):
+        monkeypatch.setattr(module, "kept_folder", lambda: tmp_path / "kept")
+    monkeypatch.setattr(real_runs, "tokenizer_of", lambda *_: None)
     return seen
 
 
@@ -52,9 +53,9 @@ def test_a_chapters_tables_become_the_books_as_soon_as_it_is_done(
     (tmp_path / "kept").mkdir()
     stale = tmp_path / "kept" / "07_sparsification.old.csv"
     stale.write_text("n\n1\n")
-    real.run(ROOT / "notebooks", tmp_path / "out", {}, ["7"])
+    real_runs.run(ROOT / "notebooks", tmp_path / "out", {}, ["7"])
     assert ran == [("07_sparsification", {})] and not stale.exists()
-    real.run(ROOT / "notebooks", tmp_path / "out", {}, ["1"])
+    real_runs.run(ROOT / "notebooks", tmp_path / "out", {}, ["1"])
     kept = {path.name for path in (tmp_path / "kept").iterdir()}
     assert kept == {f"{name}.{end}" for name in NAMES for end in ("json", "curves.csv")}
 
@@ -63,10 +64,11 @@ def test_another_model_is_told_to_the_chapters_and_leaves_the_book_alone(
     ran: list[tuple[str, dict[str, Any]]], tmp_path: Path
 ) -> None:
     given = {"MODEL": "mini-lm", "TASK": "bundled", "SUBJECT": "law"}
-    real.run(ROOT / "notebooks", tmp_path / "out", given, ["1", "7"])
+    real_runs.run(ROOT / "notebooks", tmp_path / "out", given, ["1", "7"])
     assert ran[0] == ("01_first_look", given)
     assert ran[1] == ("07_sparsification", {"MODEL": "mini-lm", "TASK": "bundled"})
-    assert real._of_chapter(given, {"BASE": "", "TASK": ""}, {"TASK": "cloze-experts"}) == {"BASE": "mini-lm"}
+    of_experts = real_runs._of_chapter(given, {"BASE": "", "TASK": ""}, {"TASK": "cloze-experts"})
+    assert of_experts == {"BASE": "mini-lm"}
     assert not (tmp_path / "kept").exists()
 
 
@@ -75,16 +77,16 @@ def test_what_cannot_be_run_is_refused_before_anything_runs(
 ) -> None:
     notebooks = ROOT / "notebooks"
     with pytest.raises(ValueError, match="the profile real has no 04_fragile_pixels; it has 01_first_look"):
-        real.run(notebooks, tmp_path, {}, ["1", "4"])
+        real_runs.run(notebooks, tmp_path, {}, ["1", "4"])
     with pytest.raises(ValueError, match="unknown chapter '77'"):
-        real.run(notebooks, tmp_path, {}, ["77"])
+        real_runs.run(notebooks, tmp_path, {}, ["77"])
     few = tmp_path / "few"
     for split in ("dev", "val", "test"):
         (few / split).mkdir(parents=True)
         for subject in ("geography", "culture", "business", "law"):
             (few / split / f"{subject}_{split}.csv").write_text("Which?,a,b,c,d,A\nWhat?,a,b,c,d,B\n")
     with pytest.raises(ValueError, match=r"leaves 2 val questions of 'business' .* 20 are needed"):
-        real.run(notebooks, tmp_path, {"TASK": str(few)}, ["7"])
+        real_runs.run(notebooks, tmp_path, {"TASK": str(few)}, ["7"])
     assert ran == []
 
 

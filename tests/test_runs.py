@@ -120,6 +120,14 @@ def test_the_key_sees_all_that_a_run_depends_on(
     assert len(set(reading)) == len(reading)
     assert key() == keys[-1]  # a chapter that reads no results does not mind them
 
+    own, other = (Path("data/results/real") / f"{stem}.curves.csv" for stem in (notebook.stem, "04"))
+    own.parent.mkdir()
+    making = key(PROFILE="real")
+    other.write_text("of a real model")
+    assert key() == keys[-1] and key(READS="*.claims.csv") != reading[-1]
+    own.write_text("of a real model")
+    assert key() != keys[-1] and key(PROFILE="real") == making  # it draws the table, or makes it
+
 
 def test_a_chapter_depends_on_what_it_imports_of_the_chapters(
     write_chapter: WriteChapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

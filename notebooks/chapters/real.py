@@ -1,30 +1,19 @@
-"""A real model beside the miniatures: the profile ``real``, run chapter by chapter, and the tables it keeps.
-
-``python -m fihelpers real`` runs the chapters that the profile has minutes for, one after the other. What is
-finished is kept, to the last calibration set, so that an interrupted or killed run goes on where it stopped.
-"""
+"""A real model beside the miniatures: the tables that its runs keep, as lessons draw them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from itertools import chain
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from fichapters.parameters import declared, read_minutes, read_profile, settle
 from fichapters.results import KEPT, Chapter
-from fichapters.runs import find_chapter, keep_results, run_chapter
-from fichapters.schedule import say
 from fihelpers.data import data_folder
-from fihelpers.jobs.preflight import tokenizer_of
-from fihelpers.tasks import load_task
 
 PROFILE = "real"
 KEPT_MARK = ", kept"  # after the name of a model whose table was kept
-FEWEST = 20  # questions of a subject, below which a model's tokenizer leaves too few
 
 
 def kept_folder() -> Path:
@@ -80,55 +69,3 @@ def _record(chapter: Chapter) -> dict[str, Any]:
     """What the kept run had open, by name, and its parameters; nothing yet in the first such run."""
     path = kept_folder() / f"{chapter.name}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"models": {}}
-
-
-def run(
-    notebooks: Path, out: Path, given: Mapping[str, Any], only: Sequence[str] = (), threads: int | None = None
-) -> list[Path]:
-    """Run the chapters of the profile into `out`, those of `only` or all, and return the notebooks.
-
-    given: parameters of all chapters that declare them, before the profile's (a MODEL, a TASK). Where none is
-    given, the tables become the book's after each chapter. Raises ValueError for a chapter that the profile
-    has no minutes for and for too few questions, before anything runs, and what `run_chapter` raises.
-    """
-    profiles = notebooks / "profiles"
-    minutes = read_minutes(profiles, PROFILE)
-    wanted = [find_chapter(notebooks, name) for name in only] or [find_chapter(notebooks, n) for n in minutes]
-    for path in wanted:
-        if path.stem not in minutes:
-            raise ValueError(f"the profile {PROFILE} has no {path.stem}; it has {', '.join(minutes)}.")
-    profile = read_profile(profiles, PROFILE)
-    settings = {path: _of_chapter(given, declared(path), profile.get(path.stem, {})) for path in wanted}
-    for path in wanted:
-        _enough_questions(settle(path.stem, declared(path), profile, {"PROFILE": PROFILE, **settings[path]}))
-    done = []
-    for place, path in enumerate(wanted):
-        left = sum(minutes[other.stem] for other in wanted[place:])
-        say(f"{path.stem}: about {minutes[path.stem]} of {left} minutes that are left on two quiet cores")
-        done.append(run_chapter(path, PROFILE, settings[path], out, threads))
-        if not given:
-            keep_results(out, kept_folder(), path.stem)
-    return done
-
-
-def _of_chapter(given: Mapping[str, Any], names: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """What of `given` a chapter declares: its experts come from the MODEL, and ask what they learned."""
-    told = {k: v for k, v in given.items() if k in names and not (k == "TASK" and k in own)}
-    return {**told, "BASE": given["MODEL"]} if "BASE" in names and "MODEL" in given else told
-
-
-def _enough_questions(p: Mapping[str, Any]) -> None:
-    """Raise ValueError where a model's tokenizer leaves fewer than `FEWEST` questions of a subject."""
-    if "TASK" not in p:
-        return
-    model = p.get("MODEL", p.get("BASE"))
-    subjects = [*p.get("SUBJECTS", []), p.get("SUBJECT"), *chain(*p.get("DOMAINS", {}).values())]
-    tokenizer = tokenizer_of(model, p.get("REVISION"))
-    for subject in dict.fromkeys(filter(None, subjects)):
-        for split in ("val", "test"):
-            found = len(load_task(p["TASK"], subject, split, tokenizer=tokenizer).examples)
-            if found < FEWEST:
-                raise ValueError(
-                    f"the tokenizer of {model!r} leaves {found} {split} questions of {subject!r} whose "
-                    f"options it tells apart; {FEWEST} are needed, so name another task (--task) or model."
-                )

@@ -22,6 +22,8 @@ from typing import Any
 
 from fichapters.kernels import ChapterError, execute
 from fichapters.parameters import NOTEBOOKS, declared, nearest, read_profile, settle
+from fichapters.real import PROFILE as REAL
+from fichapters.real import kept_folder
 from fichapters.results import results_beside
 from fihelpers.data import (
     MANIFEST,
@@ -152,11 +154,15 @@ def _records(folder: Path, chapter: str) -> list[Path]:
 def _key(notebook: Path, settings: Mapping[str, Any], out: Path) -> str:
     """Hash of notebook, library, what it uses of the chapters, versions, data, parameters, files these name.
 
-    For a chapter that reads others' results, those that it would find beside `out` count as well.
+    For a chapter that reads others' results, those that it would find beside `out` count as well, and for all
+    the kept ones of a real model that they may draw.
     """
     named = [Path(text).expanduser() for text in _texts(settings) if text]
     read = results_beside(out, settings[READS]) if READS in settings else {}
     others = {name: path for name, path in read.items() if not name.startswith(f"{notebook.stem}.")}
+    if settings.get("PROFILE") != REAL:  # which makes them
+        drawn = kept_folder().glob("*" if READS in settings else f"{notebook.stem}.*")
+        others |= {f"{REAL}/{path.name}": path for path in drawn}
     parts = {
         "notebook": file_sha256(notebook),
         "library": package_sha256(PACKAGE),
