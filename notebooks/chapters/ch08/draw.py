@@ -72,12 +72,6 @@ def against_random(table: pd.DataFrame, axis: str) -> Figure:
     return forest(shown, "first", panels="case", label=f"accuracy minus that with random {axis} kept")
 
 
-def beside(both: pd.DataFrame, case: str) -> Figure:
-    """Every score minus random rows in one case, a panel a model. both: of `real.both`."""
-    shown = both[both.case == case]
-    return against_random(shown.assign(case=shown.model), "rows")
-
-
 def duels(table: pd.DataFrame) -> Figure:
     """Pairs of scores, the first minus the second, a panel a case. table: of `lab.compare`."""
     shown = table[table.score == "accuracy"]

@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from fichapters import plots
 from fichapters.plots import DASHED
 from fichapters.style import INK, LOOKS, WIDTH, new_figure
 
@@ -50,12 +49,6 @@ def dots(
     figure.supxlabel(f"time, in times of the {peer} ({model})", fontsize=10)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncol=3)
     return figure
-
-
-def beside(both: pd.DataFrame) -> Figure:
-    """FI of weights in Jacobian norms and in its own products, by model. both: of `real.both`."""
-    shown = both[both.of.isin(["weights", "cost"])]
-    return plots.forest(shown, "setting", "value", by="model", label="times", line=1)
 
 
 def growth(table: pd.DataFrame, model: str) -> Figure:
