@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny import tiny_model
 
+from fihelpers.perturb import sparsify
 from fihelpers.perturb.sparsify import changed, linear_names, select, zeroed
 from fihelpers.scores.store import Scores
 
@@ -123,3 +124,24 @@ def test_chosen_weights_are_changed_by_any_function_and_come_back() -> None:
         flat = weight.detach().flatten()
         assert torch.equal(flat[[0, 3]], -2 * before.flatten()[[0, 3]]) and flat[1] == before.flatten()[1]
     assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("which", ["random", "low half"])
+def test_a_few_of_very_many_are_drawn_without_an_order_of_all(
+    which: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sparsify, "MANY", 100)
+    values = scores()
+    median = torch.cat([v.flatten() for v in values.values()]).median()
+    hits = {name: torch.zeros(v.numel()) for name, v in values.items()}
+    for seed in range(400):
+        positions = select(values, 0.04, which, seed=seed)
+        assert sum(map(len, positions.values())) == 20
+        for name, index in positions.items():
+            assert len(index.unique()) == len(index)
+            hits[name][index] += 1
+    free = torch.cat([v.flatten() for v in values.values()]) < (median if which == "low half" else 9)
+    each = torch.cat([*hits.values()])
+    expected = 400 * 20 / int(free.sum())
+    assert (each[~free] <= expected * 1.8).all() and int((each[~free] > 0).sum()) <= 1  # the median itself
+    assert (each[free] - expected).abs().max() < 5.5 * expected**0.5
