@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import chain
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from fichapters.ch07.lab import questions
@@ -18,7 +18,9 @@ from fihelpers.evaluate.stats import wilson
 from fihelpers.models.files import ModelWeights
 from fihelpers.models.language import LanguageModel
 from fihelpers.models.linear import as_rows, linear_names, turned_names
+from fihelpers.scores import watched
 from fihelpers.scores.store import Scores
+from fihelpers.scores.watched import Layers, linear_layers
 from fihelpers.tasks import Example, load_task
 from fihelpers.trials import Trials
 
@@ -53,47 +55,36 @@ def together(p: SimpleNamespace, split: str, n: int, seed: int, model: LanguageM
 # --- inside the model
 
 
-def ends_of_mlps(network: PreTrainedModel) -> dict[str, nn.Module]:
+def ends_of_mlps(network: PreTrainedModel) -> Layers:
     """The layers that lead out of the blocks' MLPs, by the names of their weights, in the blocks' order.
 
     They are known by their shape, since each architecture has its own names: of all linear layers that write
     as many numbers as the model is wide, those that read most. Raises ValueError where none reads more than
     it writes, as where experts are fused.
     """
-    wide, turned = network.config.hidden_size, turned_names(network)
-    shapes = {n: as_rows(network.get_parameter(n), n in turned).shape for n in linear_names(network)}
-    reading = {name: shape[1] for name, shape in shapes.items() if shape[0] == wide}
+    wide, linear = network.config.hidden_size, linear_layers(network, linear_names(network))
+    reading = {name: one.inputs for name, one in linear.items() if len(one.rows) == wide}
     most = max(reading.values(), default=0)
     if most <= wide:
         raise ValueError(
             f"no linear layer of this model reads more than the {wide} numbers that it writes, so the ends "
             "of its MLPs cannot be told; take a model whose experts are not fused."
         )
-    return {n: network.get_submodule(n.rpartition(".")[0]) for n, width in reading.items() if width == most}
+    return {name: linear[name] for name, width in reading.items() if width == most}
 
 
-@contextmanager
-def watching(model: LanguageModel, seen: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+def watching(
+    model: LanguageModel, seen: Callable[[str, Tensor, Tensor], None]
+) -> AbstractContextManager[None]:
     """Call `seen` for the end of each MLP, as the model reads a prompt.
 
     It gets the name of the weight, the layer's inputs (tokens, in) and its outputs (tokens, out).
     """
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        return lambda _, inputs, outputs: seen(name, inputs[0].flatten(0, -2), outputs.flatten(0, -2))
+    def see(name: str, _: int, inputs: Tensor, outputs: Tensor) -> None:
+        seen(name, inputs.flatten(0, -2), outputs.flatten(0, -2))
 
-    ends = ends_of_mlps(model.network)
-    handles = [layer.register_forward_hook(hook(name)) for name, layer in ends.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def rows_of(model: LanguageModel, name: str) -> Tensor:
-    """A weight as W (out, in), however the model keeps it."""
-    return as_rows(model.network.get_parameter(name).detach(), name in turned_names(model.network))
+    return watched.watching(model.network, ends_of_mlps(model.network), see)
 
 
 def place(model: LanguageModel, name: str, row: int, column: int) -> int:
