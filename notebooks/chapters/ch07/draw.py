@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -38,10 +37,9 @@ def damage_curves(
     drawn as a line.
     """
     share = f"share of linear weights zeroed (bands: 95 % {_over(table)})"
-    labels = (share, f"accuracy ({_questions(table)})")
-    return plots.curves(
-        table, "rate", panels=panels, start=intact, levels=_guessing(chance), labels=labels, columns=2
-    )
+    labels = (share, f"accuracy ({int(table.n.max())} test questions)")
+    levels = {} if chance is None else {"guessing": chance}
+    return plots.curves(table, "rate", panels=panels, start=intact, levels=levels, labels=labels, columns=2)
 
 
 def differences(table: pd.DataFrame, title: str) -> Figure:
@@ -52,31 +50,6 @@ def differences(table: pd.DataFrame, title: str) -> Figure:
     return plots.forest(
         table.assign(pair=table["first"] + " minus " + table.minus), "pair", label=f"difference of {title}"
     )
-
-
-def reading_by_subject(
-    table: pd.DataFrame, filters: Sequence[str], intact: Mapping[str, float], chance: float | None
-) -> Figure:
-    """The top share by FI, a random share, and a random share of the low half.
-
-    table: of `Trials.table(subject, measure, rate)`. A row for each of `filters` ("FI exact"), a panel a
-    subject. intact: the accuracy of each at share 0.
-    """
-    parts, starts = [], {}
-    for name, (subject, start) in product(filters, intact.items()):
-        readings = {name: "FI-high", "random": "random", name + LOW: "FI-low"}
-        own = table[(table.subject == subject) & table.measure.isin(readings)]
-        panel = f"{subject}\n{name}"
-        parts.append(own.assign(reading=own.measure.map(readings), panel=panel))
-        starts[panel] = start
-    labels = ("share of linear weights zeroed", f"accuracy ({_questions(table)} a subject)")
-    figure = plots.curves(
-        pd.concat(parts), "rate", by="reading", panels="panel",
-        start=starts, levels=_guessing(chance), labels=labels, columns=len(intact),
-    )  # fmt: skip
-    for ax in figure.axes:
-        ax.xaxis.set_major_locator(MaxNLocator(2))  # the panels are narrow
-    return figure
 
 
 def top_dots(table: pd.DataFrame, chance: float | None) -> Figure:
@@ -176,11 +149,3 @@ def _over(table: pd.DataFrame) -> str:
     """What the intervals of a table are over."""
     sets = int(table.sets.max())
     return f"over {sets} calibration sets" if sets > 1 else "over the questions"
-
-
-def _questions(table: pd.DataFrame) -> str:
-    return f"{int(table.n.max())} test questions"
-
-
-def _guessing(chance: float | None) -> dict[str, float]:
-    return {} if chance is None else {"guessing": chance}
