@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
 from fichapters import plots
-from fichapters.style import INK, WIDTH, legend_outside, look, new_figure
+from fichapters.style import INK, LOW_HALF, WIDTH, legend_outside, look, new_figure
 from fihelpers.measures import MEASURES
 
-LOW = ", low half"
 PANELS = {
     "FI, by spectral filter": [m for m in MEASURES if m.startswith("FI")] + ["random"],
     "Other measures": ["FI exact", *(m for m in MEASURES if not m.startswith("FI"))],
@@ -86,20 +84,12 @@ def damage_of_text(table: pd.DataFrame, floor: float) -> Figure:
 
     table: of `lab.text_tables`. floor: ROUGE-1 of unrelated answers, drawn as a line.
     """
-    figure, axes = new_figure(1, len(TEXT), size=(WIDTH, 4.2), sharex=True)
-    for ax, (score, title) in zip(axes[0], TEXT.items(), strict=True):
-        for measure, part in table[table.score == score].groupby("measure", sort=False):
-            style = _style(str(measure))
-            ax.plot([0, *part.rate], [part.intact.iloc[0], *part.value], **style)
-            ax.fill_between(part.rate, part.low, part.high, color=style["color"], alpha=0.15, linewidth=0)
-        ax.set(title=title, xlim=(0, None), ylim=(0, 1.03 if score == "rouge1" else 0.55))
-        ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        ax.xaxis.set_major_locator(MaxNLocator(5))
-    dashes = (0, (2, 2))
-    axes[0, 0].axhline(floor, color=INK, linewidth=0.8, linestyle=dashes, label="unrelated answer")
-    axes[0, 0].set_ylabel(f"against intact answers ({int(table.n.max())} prompts)")
-    axes[0, 1].set_xlabel("share of linear weights zeroed")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncol=3)
+    shown = table.assign(panel=table.score.map(TEXT))
+    starts = shown.groupby("panel").intact.first().to_dict()
+    across = "share of linear weights zeroed (dashed: ROUGE-1 of unrelated answers)"
+    labels = (across, f"against intact answers ({int(table.n.max())} prompts)")
+    figure = plots.curves(shown, "rate", "value", panels="panel", start=starts, labels=labels)
+    figure.axes[0].axhline(floor, color=INK, linewidth=0.8, linestyle=plots.DASHED)
     return figure
 
 
@@ -109,9 +99,10 @@ def text_differences(table: pd.DataFrame, label: str) -> Figure:
     table: of `Trials.compare(…, "rate")`. label: what the score is.
     """
     names = table["first"]
-    half = names.str.endswith(LOW).map({True: "FI-low", False: "top share"})
+    half = names.str.endswith(LOW_HALF).map({True: "FI-low", False: "top share"})
+    shown = table.assign(measure=names.str.removesuffix(LOW_HALF), half=half)
     return plots.curves(
-        table.assign(measure=names.str.removesuffix(LOW), half=half), "rate", "difference", "half", "measure",
+        shown, "rate", "difference", "half", "measure",
         levels={"no difference": 0}, labels=("share of linear weights zeroed", f"{label} minus random"),
     )  # fmt: skip
 
@@ -135,14 +126,6 @@ def answer_bars(probabilities: dict[str, Sequence[float]], options: Sequence[str
         ax.invert_yaxis() if ax is axes[0, 0] else None
         ax.grid(axis="y", visible=False)
     return figure
-
-
-def _style(measure: str) -> dict[str, Any]:
-    """A measure's look; the low half by it has its colour, thin and dotted, with another marker."""
-    style = look(measure.removesuffix(LOW))
-    if measure.endswith(LOW):
-        style |= {"linestyle": ":", "linewidth": 1.0, "marker": "v", "markerfacecolor": "white"}
-    return {**style, "label": measure}
 
 
 def _over(table: pd.DataFrame) -> str:

@@ -138,18 +138,16 @@ def ranks(scores: Scores, chosen: pd.DataFrame) -> np.ndarray:
     return np.array(found)
 
 
-def rank_table(trials: Trials, measures: Sequence[str]) -> pd.DataFrame:
+def rank_table(trials: Trials) -> pd.DataFrame:
     """The median rank of each spike's weight by each measure, with the extremes over sets and subjects.
 
     Columns: weight (1 is the largest spike's), measure, rank, low, high, n (how many rankings).
     """
-    lines = []
-    for measure in measures:
-        tried = trials.where(measure=measure).tried
-        found = np.stack([trial.values["rank"] for trial in tried if "rank" in trial.values])
-        for number, own in enumerate(found.T, start=1):
-            lines.append((number, measure, np.median(own), own.min(), own.max(), len(own)))
-    return pd.DataFrame(lines, columns=["weight", "measure", "rank", "low", "high", "n"])
+    rows = Trials((), [trial for trial in trials.tried if "rank" in trial.values]).rows()
+    rows["weight"] = rows.groupby(["set", "subject", "measure"]).cumcount() + 1
+    found = rows.groupby(["measure", "weight"], sort=False)["rank"].agg(["median", "min", "max", "size"])
+    found = found.set_axis(["rank", "low", "high", "n"], axis=1).reset_index()
+    return found[["weight", "measure", "rank", "low", "high", "n"]]
 
 
 def fewest(table: pd.DataFrame, chance: float) -> pd.DataFrame:
