@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from itertools import chain
 from types import SimpleNamespace
 
@@ -173,18 +174,13 @@ def gains(trials: Trials, seed: int) -> pd.DataFrame:
 
     Columns: by, kept (how many), bits, difference, low, high, n, verdict.
     """
-    lines = []
-    for bits in dict.fromkeys(trial.labels["bits"] for trial in trials.tried):
-        own = trials.where(bits=bits)
-        plain = own.where(by=NOTHING)
-        pairs = dict.fromkeys((trial.labels["by"], trial.labels["kept"]) for trial in own.tried)
-        for by, kept in pairs:
-            if by != NOTHING:
-                both = plain + own.where(by=by, kept=kept)
-                found = both.compare([(by, NOTHING)], label="by", seed=seed)
-                lines.append(found.assign(by=by, kept=kept, bits=bits))
+    ways = [(trial.labels["by"], trial.labels["kept"]) for trial in trials.tried]
+    named = [replace(t, labels={**t.labels, "way": way}) for t, way in zip(trials.tried, ways, strict=True)]
+    pairs = [(way, (NOTHING, 0)) for way in dict.fromkeys(ways) if way[0] != NOTHING]
+    found = Trials(trials.intact, named).compare(pairs, "bits", label="way", seed=seed)
+    found[["by", "kept"]] = found["first"].tolist()
     columns = ["by", "kept", "bits", "difference", "low", "high", "n", "verdict"]
-    return pd.concat(lines, ignore_index=True)[columns]
+    return found.sort_values("bits", kind="stable", ignore_index=True)[columns]
 
 
 def moved(
