@@ -11,6 +11,7 @@ import torch
 from opening import NOTEBOOKS
 from tiny import tiny_examples, tiny_model
 
+from fichapters.ch08.lab import matrix
 from fichapters.ch13 import lab
 from fihelpers.models.files import open_weights
 from fihelpers.models.linear import linear_names
@@ -22,7 +23,7 @@ LESSON = "13_a_real_model"
 
 def lesson(*names: str, **known: Any) -> dict[str, Any]:
     """Functions of the lesson's own cells."""
-    found = {"torch": torch, "pd": pd, "lab": lab, "select": select, **known}
+    found = {"torch": torch, "pd": pd, "lab": lab, "matrix": matrix, "select": select, **known}
     cells = [c.source for c in nbformat.read(NOTEBOOKS[LESSON], as_version=4).cells if c.cell_type == "code"]
     for source in cells:
         if any(f"def {name}(" in source for name in names) and "run.k" not in source:
@@ -43,7 +44,7 @@ def test_the_largest_output_is_the_sum_that_its_row_makes(kind: str) -> None:
         assert outputs.shape[1] == model.network.config.hidden_size < inputs.shape[1]
         assert abs(row.output) == pytest.approx(float(outputs.abs().max()))
         token = int(outputs[:, row.row].abs().argmax())
-        terms = lab.rows_of(model, row.name)[row.row] * inputs[token]
+        terms = matrix(model, row.name)[row.row] * inputs[token]
         assert row.term == pytest.approx(float(terms[row.column]))
         assert abs(row.term) == pytest.approx(float(terms.abs().max()))
         flat = model.network.get_parameter(row.name).detach().flatten()

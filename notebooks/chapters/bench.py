@@ -13,27 +13,24 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
+import psutil
 import torch
 from transformers import LlamaConfig
 
 from fichapters import peers
 from fichapters.peers import FI, FILTERS, JACOBIAN, LLAMA, STORED, Questions, Size, fi_of_weights
-from fihelpers.answers import letters
 from fihelpers.data import write_atomically
-from fihelpers.evaluate.questions import Evaluator
 from fihelpers.influence import SaturationWarning
-from fihelpers.models.language import open_model
-from fihelpers.models.linear import linear_names
 from fihelpers.models.vision import VisionModel, open_vision_model
-from fihelpers.perturb.sparsify import select, zeroed
 from fihelpers.perturb.topshare import CHUNK, TopShare
 from fihelpers.scores.hooks import frozen
 from fihelpers.scores.pixels import score_pixels
@@ -43,7 +40,7 @@ UNITS = {work: sum(peers.passes(work)) for work in (JACOBIAN, FI, STORED)}
 PIXEL_GOALS = {1: 2.1, 32: 2.6}  # times the Jacobian norm, by batch size
 ON_GPU = 1.5  # for one picture, where the paper takes 1.97 times as long (method 4.7)
 PLAIN, SALIENCY = "Jacobian norm, plain autograd", "saliency, Captum"
-SORT, EACH = "full sort", "opened and tokenised for each"
+SORT = "full sort"
 H100_SECONDS = 0.12  # asked for of a sample
 PRODUCTS, ASKED = "its products at the measured rate", f"{H100_SECONDS} s a sample (asked of an H100)"
 
@@ -51,44 +48,7 @@ Work = Callable[[], object]
 Works = Mapping[str, tuple[Work, int]]  # by name, each with how many samples it handles
 
 
-@dataclass(frozen=True)
-class Missing:
-    """A piece of work that this machine cannot measure, and why."""
-
-    work: str
-    why: str
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of the table: how the seconds of a piece of work, one sample, compare with a peer's.
-
-    ratio is work / peer, or peer / work where `faster`; low and high are its extremes over the rounds. A row
-    of memory holds bytes: what is needed at the least, and the peak as a ratio of it. note: what else was
-    counted.
-    """
-
-    work: str
-    peer: str
-    seconds: float
-    peer_seconds: float
-    ratio: float
-    low: float
-    high: float
-    goal: float | None
-    floor: float | None
-    faster: bool = False
-    peak_bytes: int | None = None
-    note: str = ""
-
-    @property
-    def met(self) -> bool | None:
-        if self.goal is None:
-            return None
-        return bool(self.ratio >= self.goal if self.faster else self.ratio <= self.goal)
-
-
-Rows = Sequence[Row | Missing]
+Row = dict[str, Any]  # a line of the table, see `beside`
 
 
 def in_turn(works: Works, rounds: int) -> pd.DataFrame:
@@ -122,25 +82,44 @@ def beside(
     goal: float | None = None,
     floor: float | None = None,
     faster: bool = False,
+    note: str = "",
 ) -> Row:
-    """The row of two pieces of work that `in_turn` has timed."""
+    """How the seconds of a piece of work, one sample, compare with a peer's, both timed by `in_turn`.
+
+    ratio is work / peer, or peer / work where `faster`; low and high are its extremes over the rounds; met
+    says whether it keeps to the goal. note: what else was counted.
+    """
     mine, its = seconds[ours], seconds[peer]
     ratios = its / mine if faster else mine / its
-    ends = (ratios.median(), ratios.min(), ratios.max())
-    return Row(work, peer, mine.median(), its.median(), *ends, goal, floor, faster)
+    ratio = ratios.median()
+    row = {"work": work, "peer": peer, "seconds": mine.median(), "peer seconds": its.median()}
+    row |= {"ratio": ratio, "low": ratios.min(), "high": ratios.max(), "floor": floor, "note": note}
+    if goal is None:
+        return row
+    met = bool(ratio >= goal if faster else ratio <= goal)
+    return row | {"goal": f"{'>=' if faster else '<='} {goal:g}", "met": met}
 
 
-def of_memory(work: str, seconds: float, peak: int, least: float, goal: float | None) -> Row:
-    """The row of a peak, in bytes, beside the least that is needed."""
-    ratio = peak / least
-    what = "weights + result"
-    return Row(f"memory of {work}", what, seconds, 0.0, ratio, ratio, ratio, goal, 1.0, peak_bytes=peak)
+def of_memory(
+    work: str,
+    seconds: float,
+    peak: int,
+    least: float,
+    goal: float | None,
+    peer: str = "weights + result",
+    floor: float | None = 1.0,
+    note: str = "",
+) -> Row:
+    """How a peak, in bytes, compares with the least that is needed, the peer."""
+    taken = pd.DataFrame({"peak": [peak], peer: [least]})
+    row = beside(f"memory of {work}", taken, "peak", peer, goal, floor, note=note)
+    return row | {"seconds": seconds, "peer seconds": None, "peak MB": peak / 1e6}
 
 
 # --- what can be measured
 
 
-def long_prompts(size: Size, rounds: int, length: int = 128, count: int = 8) -> Rows:
+def long_prompts(size: Size, rounds: int, length: int = 128, count: int = 8) -> list[Row]:
     """FI of every linear weight, one prompt at a time, beside a Jacobian norm and stored gradients."""
     questions = Questions.draw(size.model(), length, count)
     works: Works = {
@@ -155,7 +134,7 @@ def long_prompts(size: Size, rounds: int, length: int = 128, count: int = 8) -> 
     ]
 
 
-def short_prompts(size: Size, rounds: int, length: int = 24, count: int = 64) -> Rows:
+def short_prompts(size: Size, rounds: int, length: int = 24, count: int = 64) -> list[Row]:
     """FI of every linear weight in batches of 16, beside stored gradients one prompt at a time."""
     model, fewer = size.model(), max(1, count // 8)
     questions, few = (Questions.draw(model, length, n) for n in (count, fewer))
@@ -167,7 +146,7 @@ def short_prompts(size: Size, rounds: int, length: int = 24, count: int = 64) ->
     return [beside(work, in_turn(works, rounds), FI, STORED, 4.0, UNITS[STORED] / UNITS[FI], faster=True)]
 
 
-def memory(size: Size, rounds: int, length: int = 128, count: int = 2) -> Rows:
+def memory(size: Size, rounds: int, length: int = 128, count: int = 2) -> list[Row]:
     """Peak memory of FI of weights, of the model and what scoring takes beside it, and its seconds."""
     model = size.model()
     questions = Questions.draw(model, length, count)
@@ -180,7 +159,7 @@ def memory(size: Size, rounds: int, length: int = 128, count: int = 2) -> Rows:
     return rows
 
 
-def pixels(size: Size, rounds: int) -> Rows:
+def pixels(size: Size, rounds: int) -> list[Row]:
     """FI of every pixel of the bundled pictures by each filter, beside one gradient of the prediction."""
     model = open_vision_model("mini-vlm", device="cuda" if torch.cuda.is_available() else "cpu")
     examples = load_task("bundled-images", n=max(PIXEL_GOALS)).examples
@@ -210,7 +189,7 @@ def pixel_rows(model: VisionModel, examples: Sequence[Example], rounds: int) -> 
     return rows
 
 
-def topshare(size: Size, rounds: int, count: int = 10**7, share: float = 0.01) -> Rows:
+def topshare(size: Size, rounds: int, count: int = 10**7, share: float = 0.01) -> list[Row]:
     """The exact top share of many scores with ties, beside a full sort; bytes beyond the scores themselves.
 
     The bytes are a mask of the tensor at hand and the pieces at work, however many tensors there are.
@@ -228,42 +207,19 @@ def topshare(size: Size, rounds: int, count: int = 10**7, share: float = 0.01) -
     largest = max(peers.block(LLAMA).values())
     bound = 2 * largest + max(0, extra - 2 * count)  # a mask is there twice while its pieces are joined
     note = f"for {peers.linear(LLAMA):.2g} weights in matrices of at most {largest:.2g}: {bound / 1e9:.2f} GB"
-    bytes_ = of_memory(f"the {work}", sorting.seconds, extra, 2e9, 1.0)
-    return [sorting, replace(bytes_, peer="2 GB", floor=None, note=note)]
+    return [sorting, of_memory(f"the {work}", sorting["seconds"], extra, 2e9, 1.0, "2 GB", None, note)]
 
 
-def evaluation(size: Size, rounds: int, rates: int = 4, measures: int = 3, questions: int = 32) -> Rows:
-    """Accuracy at R rates of M rankings: one model, its weights changed in place, prompts tokenised once.
-
-    Beside it, a model opened and prompts tokenised for each of them.
-    """
-    examples, count = load_task("bundled", n=questions).examples, rates * measures
-
-    def evaluate(numbers: Sequence[int]) -> None:
-        model = open_model()
-        ask, names = Evaluator(model, examples, letters(model.tokenizer)), linear_names(model.network)
-        for number in numbers:
-            scores = {name: torch.rand(model.network.get_parameter(name).shape) for name in names}
-            with zeroed(model.network, select(scores, 0.01 * (1 + number % rates), seed=number)):
-                ask()
-
-    def each() -> None:
-        for number in range(count):
-            evaluate([number])
-
-    works: Works = {"ours": (lambda: evaluate(range(count)), count), EACH: (each, count)}
-    work = f"evaluation, {rates} rates x {measures} measures, {len(examples)} questions"
-    return [beside(work, in_turn(works, rounds), "ours", EACH, faster=True)]
-
-
-def gpu(size: Size, rounds: int) -> Rows:
+def gpu(size: Size, rounds: int) -> list[Row]:
     """FI of every linear weight of a network of Llama-2-7B's shape, random bfloat16 weights, on a GPU."""
     if not torch.cuda.is_available():
-        return [Missing("FI of weights, Llama-2-7B's shape, 200 tokens, on a GPU", "no GPU")]
+        return [{"work": "FI of weights, Llama-2-7B's shape, 200 tokens", "note": "not measured: no GPU"}]
     return large_network(LLAMA, rounds, "cuda")
 
 
-def large_network(config: LlamaConfig, rounds: int, device: str, length: int = 200, count: int = 4) -> Rows:
+def large_network(
+    config: LlamaConfig, rounds: int, device: str, length: int = 200, count: int = 4
+) -> list[Row]:
     """Seconds a sample at once and block by block, beside the goal and beside its matrix products alone.
 
     The rate of matrix products is measured in the same rounds, on the largest matrix of the network; the
@@ -287,7 +243,7 @@ def large_network(config: LlamaConfig, rounds: int, device: str, length: int = 2
         shape = f"{config.num_hidden_layers} blocks of {config.hidden_size}"
         name = f"FI of weights, {shape}, {length} tokens, {way}"
         rows += [
-            replace(beside(name, seconds, way, PRODUCTS, None, 1.0), note=note),
+            beside(name, seconds, way, PRODUCTS, floor=1.0, note=note),
             beside(name, seconds, way, ASKED, 1.0),
         ]
         goal = 1.1 if way == "block by block" else None
@@ -305,18 +261,17 @@ def _device_peak(work: Work, device: str) -> int:
     return int(torch.cuda.max_memory_allocated(device))
 
 
-ROWS: dict[str, Callable[[Size, int], Rows]] = {  # by the name to ask for it
+ROWS: dict[str, Callable[[Size, int], list[Row]]] = {  # by the name to ask for it
     "long": long_prompts,
     "short": short_prompts,
     "memory": memory,
     "pixels": pixels,
     "topshare": topshare,
-    "evaluation": evaluation,
     "gpu": gpu,
 }
 
 
-def bench(only: Sequence[str] = (), rounds: int = 5, size: Size | None = None) -> Rows:
+def bench(only: Sequence[str] = (), rounds: int = 5, size: Size | None = None) -> list[Row]:
     """Measure the rows of these names, all by default. Raises ValueError for an unknown name or no round."""
     unknown = sorted(set(only) - set(ROWS))
     if unknown:
@@ -333,53 +288,27 @@ def main(only: Sequence[str], rounds: int, out: Path | None) -> None:
     print(table(rows))
     print(", ".join(f"{name} {value}" for name, value in before.items()))
     if out is not None:
-        made = {
-            "machine": before,
-            "load after": machine()["load"],
-            "rows": [asdict(r) | {"met": r.met} for r in rows if isinstance(r, Row)],
-            "not measured": {r.work: r.why for r in rows if isinstance(r, Missing)},
-        }
+        made = {"machine": before, "load after": machine()["load"], "rows": rows}
         write_atomically(out, (json.dumps(made, indent=1) + "\n").encode())
 
 
 def machine() -> dict[str, str | int | float]:
     """What the numbers were measured on, and how busy it was."""
-    cpu = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
+    info = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*: (.+)", info.read_text(encoding="utf-8")) if info.is_file() else None
     return {
-        "cpu": cpu,
+        "cpu": named[1] if named else platform.processor() or platform.machine(),
         "cores": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
-        "load": round(load, 2),
+        "load": round(psutil.getloadavg()[0], 2),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
 
 
-def table(rows: Rows) -> str:
-    """The rows as text: seconds a sample, ratio with its extremes, goal, floor and peak memory."""
-    frame = pd.DataFrame([_cells(r) for r in rows if isinstance(r, Row)])
-    text = [] if frame.empty else [frame.to_string(index=False)]
-    text += [f"{r.work}: {r.note}" for r in rows if isinstance(r, Row) and r.note]
-    text += [f"{r.work}: not measured: {r.why}" for r in rows if isinstance(r, Missing)]
-    return "\n".join(text)
-
-
-def _cells(r: Row) -> dict[str, str]:
-    return {
-        "work": r.work,
-        "beside": r.peer,
-        "seconds": f"{r.seconds:.3f}",
-        "its seconds": f"{r.peer_seconds:.3f}" if r.peer_seconds else "",
-        "ratio": f"{r.ratio:.2f} ({r.low:.2f} to {r.high:.2f})",
-        "goal": "" if r.goal is None else f"{'>=' if r.faster else '<='} {r.goal:g}",
-        "floor": "" if r.floor is None else f"{r.floor:.2f}",
-        "peak MB": "" if r.peak_bytes is None else f"{r.peak_bytes / 2**20:.0f}",
-        "goal met": {True: "yes", False: "no", None: ""}[r.met],
-    }
+def table(rows: Sequence[Row]) -> str:
+    """The rows as text, and their notes below."""
+    frame = pd.DataFrame(rows).drop(columns="note").astype(object)
+    text = frame.where(frame.notna(), "").to_string(index=False, float_format="{:.3f}".format)
+    return "\n".join([text, *(f"{row['work']}: {row['note']}" for row in rows if row["note"])])

@@ -25,6 +25,7 @@ INK = "#262626"
 GREY = "#767676"
 SEQUENTIAL = "cividis"  # for heat maps of something that only grows; readable without colour vision
 DIVERGING = "RdBu_r"  # for heat maps around a middle
+LOW_HALF = ", low half"  # after a measure's name: weights drawn from the half that it scores lowest
 
 
 class Look(NamedTuple):
@@ -118,8 +119,10 @@ def look_of(name: str) -> Look:
 
 
 def look(name: str) -> dict[str, Any]:
-    """Keyword arguments of `Axes.plot` for one measure; raises what `look_of` raises."""
-    colour, dash, marker = look_of(name)
+    """Keyword arguments of `Axes.plot` for a measure, or the low half by it; raises what `look_of` raises."""
+    colour, dash, marker = look_of(name.removesuffix(LOW_HALF))
+    if name.endswith(LOW_HALF):
+        return {"color": colour, "linestyle": ":", "linewidth": 1.0, "marker": "v", "label": name}
     line = "-" if isinstance(dash, str) else (0, dash)
     return {"color": colour, "linestyle": line, "marker": marker, "label": name}
 

@@ -129,8 +129,7 @@ def labelled(trials: Trials, **labels: Any) -> Trials:
 def with_intact(trials: Trials) -> Trials:
     """The trials of one move, and before them the untouched questions as a measure called "intact"."""
     labels = {**trials.tried[0].labels, "measure": INTACT}
-    untouched = [replace(trial, labels=labels) for trial in trials.intact]
-    return Trials(trials.intact, [*untouched, *trials.tried])
+    return labelled(Trials(trials.intact, trials.intact), **labels) + trials
 
 
 def named_on_top(trials: Trials) -> Trials:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import product
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
 from fichapters import plots
-from fichapters.style import INK, WIDTH, legend_outside, look, new_figure
+from fichapters.style import INK, LOW_HALF, WIDTH, legend_outside, look, new_figure
 from fihelpers.measures import MEASURES
 
-LOW = ", low half"
 PANELS = {
     "FI, by spectral filter": [m for m in MEASURES if m.startswith("FI")] + ["random"],
     "Other measures": ["FI exact", *(m for m in MEASURES if not m.startswith("FI"))],
@@ -38,10 +35,9 @@ def damage_curves(
     drawn as a line.
     """
     share = f"share of linear weights zeroed (bands: 95 % {_over(table)})"
-    labels = (share, f"accuracy ({_questions(table)})")
-    return plots.curves(
-        table, "rate", panels=panels, start=intact, levels=_guessing(chance), labels=labels, columns=2
-    )
+    labels = (share, f"accuracy ({int(table.n.max())} test questions)")
+    levels = {} if chance is None else {"guessing": chance}
+    return plots.curves(table, "rate", panels=panels, start=intact, levels=levels, labels=labels, columns=2)
 
 
 def differences(table: pd.DataFrame, title: str) -> Figure:
@@ -52,31 +48,6 @@ def differences(table: pd.DataFrame, title: str) -> Figure:
     return plots.forest(
         table.assign(pair=table["first"] + " minus " + table.minus), "pair", label=f"difference of {title}"
     )
-
-
-def reading_by_subject(
-    table: pd.DataFrame, filters: Sequence[str], intact: Mapping[str, float], chance: float | None
-) -> Figure:
-    """The top share by FI, a random share, and a random share of the low half.
-
-    table: of `Trials.table(subject, measure, rate)`. A row for each of `filters` ("FI exact"), a panel a
-    subject. intact: the accuracy of each at share 0.
-    """
-    parts, starts = [], {}
-    for name, (subject, start) in product(filters, intact.items()):
-        readings = {name: "FI-high", "random": "random", name + LOW: "FI-low"}
-        own = table[(table.subject == subject) & table.measure.isin(readings)]
-        panel = f"{subject}\n{name}"
-        parts.append(own.assign(reading=own.measure.map(readings), panel=panel))
-        starts[panel] = start
-    labels = ("share of linear weights zeroed", f"accuracy ({_questions(table)} a subject)")
-    figure = plots.curves(
-        pd.concat(parts), "rate", by="reading", panels="panel",
-        start=starts, levels=_guessing(chance), labels=labels, columns=len(intact),
-    )  # fmt: skip
-    for ax in figure.axes:
-        ax.xaxis.set_major_locator(MaxNLocator(2))  # the panels are narrow
-    return figure
 
 
 def top_dots(table: pd.DataFrame, chance: float | None) -> Figure:
@@ -113,20 +84,12 @@ def damage_of_text(table: pd.DataFrame, floor: float) -> Figure:
 
     table: of `lab.text_tables`. floor: ROUGE-1 of unrelated answers, drawn as a line.
     """
-    figure, axes = new_figure(1, len(TEXT), size=(WIDTH, 4.2), sharex=True)
-    for ax, (score, title) in zip(axes[0], TEXT.items(), strict=True):
-        for measure, part in table[table.score == score].groupby("measure", sort=False):
-            style = _style(str(measure))
-            ax.plot([0, *part.rate], [part.intact.iloc[0], *part.value], **style)
-            ax.fill_between(part.rate, part.low, part.high, color=style["color"], alpha=0.15, linewidth=0)
-        ax.set(title=title, xlim=(0, None), ylim=(0, 1.03 if score == "rouge1" else 0.55))
-        ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        ax.xaxis.set_major_locator(MaxNLocator(5))
-    dashes = (0, (2, 2))
-    axes[0, 0].axhline(floor, color=INK, linewidth=0.8, linestyle=dashes, label="unrelated answer")
-    axes[0, 0].set_ylabel(f"against intact answers ({int(table.n.max())} prompts)")
-    axes[0, 1].set_xlabel("share of linear weights zeroed")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncol=3)
+    shown = table.assign(panel=table.score.map(TEXT))
+    starts = shown.groupby("panel").intact.first().to_dict()
+    across = "share of linear weights zeroed (dashed: ROUGE-1 of unrelated answers)"
+    labels = (across, f"against intact answers ({int(table.n.max())} prompts)")
+    figure = plots.curves(shown, "rate", "value", panels="panel", start=starts, labels=labels)
+    figure.axes[0].axhline(floor, color=INK, linewidth=0.8, linestyle=plots.DASHED)
     return figure
 
 
@@ -136,9 +99,10 @@ def text_differences(table: pd.DataFrame, label: str) -> Figure:
     table: of `Trials.compare(…, "rate")`. label: what the score is.
     """
     names = table["first"]
-    half = names.str.endswith(LOW).map({True: "FI-low", False: "top share"})
+    half = names.str.endswith(LOW_HALF).map({True: "FI-low", False: "top share"})
+    shown = table.assign(measure=names.str.removesuffix(LOW_HALF), half=half)
     return plots.curves(
-        table.assign(measure=names.str.removesuffix(LOW), half=half), "rate", "difference", "half", "measure",
+        shown, "rate", "difference", "half", "measure",
         levels={"no difference": 0}, labels=("share of linear weights zeroed", f"{label} minus random"),
     )  # fmt: skip
 
@@ -164,23 +128,7 @@ def answer_bars(probabilities: dict[str, Sequence[float]], options: Sequence[str
     return figure
 
 
-def _style(measure: str) -> dict[str, Any]:
-    """A measure's look; the low half by it has its colour, thin and dotted, with another marker."""
-    style = look(measure.removesuffix(LOW))
-    if measure.endswith(LOW):
-        style |= {"linestyle": ":", "linewidth": 1.0, "marker": "v", "markerfacecolor": "white"}
-    return {**style, "label": measure}
-
-
 def _over(table: pd.DataFrame) -> str:
     """What the intervals of a table are over."""
     sets = int(table.sets.max())
     return f"over {sets} calibration sets" if sets > 1 else "over the questions"
-
-
-def _questions(table: pd.DataFrame) -> str:
-    return f"{int(table.n.max())} test questions"
-
-
-def _guessing(chance: float | None) -> dict[str, float]:
-    return {} if chance is None else {"guessing": chance}

@@ -13,15 +13,17 @@ import sqlite3
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 from weakref import finalize
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
+from scipy import sparse
 from scipy.optimize import minimize
 from scipy.special import expit
 from tqdm import tqdm
@@ -40,11 +42,8 @@ FEWEST_SETTINGS = 3  # of which the difficulties of prompts can be learnt
 ALONE, AMONG_OTHERS = 1.0, 5.0
 STEPS = 20_000  # at most, of a fit
 WORTH_ANOTHER_TRY = (408, 409, 425, 429, 500, 502, 503, 504)  # HTTP states that may pass
-TRIES, PAUSE, TIMEOUT = (
-    5,
-    1.0,
-    60.0,
-)  # to get one verdict; seconds between the first two, and to wait for each
+TRIES = 5  # to get one verdict
+PAUSE, TIMEOUT = 1.0, 60.0  # seconds between the first two tries, and to wait for each
 LOCAL = ("localhost", "127.0.0.1", "::1")
 
 QUESTION = """\
@@ -259,17 +258,13 @@ def _difficulties(p: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, tuple[float
     Weights and difficulties have a standard normal prior. Returned too is the prior that this makes for the
     weight of a single setting: its mean and inverse variance.
     """
-    m = len(p)
-
-    def loss(values: np.ndarray) -> tuple[float, np.ndarray]:
-        quality, weight, difficulty = np.split(values, [m, 2 * m])
-        z = quality[:, None] + weight[:, None] * x + difficulty
-        rest = expit(z) - p
-        slope = [rest.sum(1), (rest * x).sum(1) + weight, rest.sum(0) + difficulty]
-        return _log_loss(z, p) + (weight @ weight + difficulty @ difficulty) / 2, np.concatenate(slope)
-
-    _, weight, difficulty = np.split(_minimum(loss, np.zeros(2 * m + p.shape[1])), [m, 2 * m])
-    return difficulty, (float(weight.mean()), AMONG_OTHERS)
+    m, n = p.shape
+    quality = sparse.kron(sparse.identity(m), np.ones((n, 1)))
+    weight, difficulty = sparse.block_diag(x[:, :, None]), sparse.kron(np.ones((m, 1)), sparse.identity(n))
+    terms = sparse.hstack([quality, weight, difficulty], format="csr")
+    firm = np.repeat([0.0, 1.0, 1.0], [m, m, n])
+    _, weights, difficulties = np.split(_fit(terms, p.ravel(), np.zeros(2 * m + n), firm), [m, 2 * m])
+    return difficulties, (float(weights.mean()), AMONG_OTHERS)
 
 
 def _at_equal_length(
@@ -282,24 +277,23 @@ def _at_equal_length(
     """
     terms = np.stack([np.ones(len(p)), x, difficulty], 1)
     centre, firm = np.array([0, weight[0], 1]), np.array([0, weight[1], 1])
-
-    def loss(values: np.ndarray) -> tuple[float, np.ndarray]:
-        z, off = terms @ values, values - centre
-        return _log_loss(z, p) + firm @ off**2 / 2, terms.T @ (expit(z) - p) + firm * off
-
-    quality, _, sensitivity = _minimum(loss, centre)
+    quality, _, sensitivity = _fit(terms, p, centre, firm)
     return float(expit(quality + sensitivity * difficulty).mean())
 
 
-def _log_loss(z: np.ndarray, p: np.ndarray) -> float:
-    """The sum of the cross entropies of shares p with the probabilities whose logits are z."""
-    return float((np.logaddexp(0, z) - p * z).sum())
+def _fit(terms: Any, p: np.ndarray, centre: np.ndarray, firm: np.ndarray) -> np.ndarray:
+    """The factors (k,) of terms (N, k), dense or sparse, that sum to the logits of shares p (N,), fitted.
 
+    centre, firm: the means and inverse variances of their normal priors, 0 for none.
+    """
 
-def _minimum(loss: Callable[[np.ndarray], tuple[float, np.ndarray]], start: np.ndarray) -> np.ndarray:
-    """Where a convex function that gives its value and slope is least, to rounding."""
+    def loss(values: np.ndarray) -> tuple[float, np.ndarray]:
+        z, off = terms @ values, values - centre
+        value = (np.logaddexp(0, z) - p * z).sum() + firm @ off**2 / 2
+        return float(value), terms.T @ (expit(z) - p) + firm * off
+
     options = {"maxiter": STEPS, "maxfun": STEPS, "ftol": 0, "gtol": 1e-9}
-    return minimize(loss, start, jac=True, method="L-BFGS-B", options=options).x
+    return minimize(loss, centre, jac=True, method="L-BFGS-B", options=options).x
 
 
 @torch.inference_mode()

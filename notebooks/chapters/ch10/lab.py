@@ -30,7 +30,7 @@ from fichapters.papers import published
 from fichapters.peers import FI, FILTER, FILTERS, FORWARD, JACOBIAN, LLAMA, STORED, Questions, Size
 from fihelpers.influence import fi
 from fihelpers.jobs.preflight import Estimate, estimate_scores
-from fihelpers.models.language import WEIGHTS, LanguageModel, open_model
+from fihelpers.models.language import WEIGHTS, LanguageModel
 from fihelpers.models.vision import VisionModel
 from fihelpers.scores import hooks
 from fihelpers.scores import weights as scores_of_weights
@@ -67,11 +67,6 @@ def check(p: SimpleNamespace) -> None:
 def pictures(p: SimpleNamespace) -> list[Example]:
     """As many bundled pictures as the largest batch holds; raises what `load_task` raises."""
     return list(load_task("bundled-images", p.SUBJECT, "test", max(p.BATCHES), p.SEED))
-
-
-def measured(p: SimpleNamespace) -> LanguageModel:
-    """The language model whose cost is measured: MODEL, or a random one of SIZE where it is None."""
-    return open_model(p.MODEL) if p.MODEL else Size(**p.SIZE).model()
 
 
 # --- the full count

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from fichapters.ch13.lab import ends_of_mlps, rows_of
+from fichapters.ch13.lab import ends_of_mlps
 from fichapters.exercises import Wrong, choice, equal, exercise, tensor
 from fihelpers.models.language import LanguageModel, open_model
 
@@ -59,9 +59,8 @@ def found(answer: object, model: LanguageModel) -> str:
     """Block, row and column of the planted weight, counted from 0."""
     block, row, column = (int(x) for x in tensor(answer, (3,)).tolist())
     name, place = _planted(model, int(model.name.rpartition(" ")[2]))
-    ends = list(ends_of_mlps(model.network))
-    width = rows_of(model, name).shape[1]
-    truth = (ends.index(name), *divmod(place, width))
+    ends = ends_of_mlps(model.network)
+    truth = (list(ends).index(name), *divmod(place, ends[name].inputs))
     if (block, row, column) == truth:
         return "One forward pass, and no gradient: what is that large shows."
     if (block, column, row) == truth:

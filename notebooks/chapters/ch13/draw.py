@@ -48,9 +48,7 @@ def ranks(tables: Tables) -> Figure:
     """The rank of each spike's weight by each score, as a power of ten."""
     grids = {}
     for model, table in tables.items():
-        grid = table.pivot(index="measure", columns="weight", values="rank").loc[
-            [*dict.fromkeys(table.measure)]
-        ]
+        grid = table.pivot_table("rank", "measure", "weight", sort=False)
         grids[f"{model} ({int(table.n.max())} rankings)"] = np.log10(grid)
     return plots.heat(
         grids, "weight of the first, second … spike; rank as a power of ten, 0 is the first", ".1f"
@@ -60,9 +58,7 @@ def ranks(tables: Tables) -> Figure:
 def rounded(tables: Tables) -> Figure:
     """Accuracy after rounding, by which weights are kept, a panel a model, a colour for the bits."""
     joined = _joined(tables)
-    names = [
-        by if by == "nothing" else f"{by}, {kept}" for by, kept in zip(joined.by, joined.kept, strict=True)
-    ]
+    names = (joined.by + ", " + joined.kept.astype(str)).where(joined.by != "nothing", "nothing")
     shown = joined.assign(kept=names, bits=joined.bits.astype(str) + " bit")
     return plots.forest(shown, "kept", "accuracy", by="bits", label="accuracy", line=0.25, panels="model")
 

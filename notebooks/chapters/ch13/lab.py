@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from itertools import chain
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from fichapters.ch07.lab import questions
@@ -18,7 +19,9 @@ from fihelpers.evaluate.stats import wilson
 from fihelpers.models.files import ModelWeights
 from fihelpers.models.language import LanguageModel
 from fihelpers.models.linear import as_rows, linear_names, turned_names
+from fihelpers.scores import watched
 from fihelpers.scores.store import Scores
+from fihelpers.scores.watched import Layers, linear_layers
 from fihelpers.tasks import Example, load_task
 from fihelpers.trials import Trials
 
@@ -53,47 +56,36 @@ def together(p: SimpleNamespace, split: str, n: int, seed: int, model: LanguageM
 # --- inside the model
 
 
-def ends_of_mlps(network: PreTrainedModel) -> dict[str, nn.Module]:
+def ends_of_mlps(network: PreTrainedModel) -> Layers:
     """The layers that lead out of the blocks' MLPs, by the names of their weights, in the blocks' order.
 
     They are known by their shape, since each architecture has its own names: of all linear layers that write
     as many numbers as the model is wide, those that read most. Raises ValueError where none reads more than
     it writes, as where experts are fused.
     """
-    wide, turned = network.config.hidden_size, turned_names(network)
-    shapes = {n: as_rows(network.get_parameter(n), n in turned).shape for n in linear_names(network)}
-    reading = {name: shape[1] for name, shape in shapes.items() if shape[0] == wide}
+    wide, linear = network.config.hidden_size, linear_layers(network, linear_names(network))
+    reading = {name: one.inputs for name, one in linear.items() if len(one.rows) == wide}
     most = max(reading.values(), default=0)
     if most <= wide:
         raise ValueError(
             f"no linear layer of this model reads more than the {wide} numbers that it writes, so the ends "
             "of its MLPs cannot be told; take a model whose experts are not fused."
         )
-    return {n: network.get_submodule(n.rpartition(".")[0]) for n, width in reading.items() if width == most}
+    return {name: linear[name] for name, width in reading.items() if width == most}
 
 
-@contextmanager
-def watching(model: LanguageModel, seen: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+def watching(
+    model: LanguageModel, seen: Callable[[str, Tensor, Tensor], None]
+) -> AbstractContextManager[None]:
     """Call `seen` for the end of each MLP, as the model reads a prompt.
 
     It gets the name of the weight, the layer's inputs (tokens, in) and its outputs (tokens, out).
     """
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        return lambda _, inputs, outputs: seen(name, inputs[0].flatten(0, -2), outputs.flatten(0, -2))
+    def see(name: str, _: int, inputs: Tensor, outputs: Tensor) -> None:
+        seen(name, inputs.flatten(0, -2), outputs.flatten(0, -2))
 
-    ends = ends_of_mlps(model.network)
-    handles = [layer.register_forward_hook(hook(name)) for name, layer in ends.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def rows_of(model: LanguageModel, name: str) -> Tensor:
-    """A weight as W (out, in), however the model keeps it."""
-    return as_rows(model.network.get_parameter(name).detach(), name in turned_names(model.network))
+    return watched.watching(model.network, ends_of_mlps(model.network), see)
 
 
 def place(model: LanguageModel, name: str, row: int, column: int) -> int:
@@ -147,18 +139,16 @@ def ranks(scores: Scores, chosen: pd.DataFrame) -> np.ndarray:
     return np.array(found)
 
 
-def rank_table(trials: Trials, measures: Sequence[str]) -> pd.DataFrame:
+def rank_table(trials: Trials) -> pd.DataFrame:
     """The median rank of each spike's weight by each measure, with the extremes over sets and subjects.
 
     Columns: weight (1 is the largest spike's), measure, rank, low, high, n (how many rankings).
     """
-    lines = []
-    for measure in measures:
-        tried = trials.where(measure=measure).tried
-        found = np.stack([trial.values["rank"] for trial in tried if "rank" in trial.values])
-        for number, own in enumerate(found.T, start=1):
-            lines.append((number, measure, np.median(own), own.min(), own.max(), len(own)))
-    return pd.DataFrame(lines, columns=["weight", "measure", "rank", "low", "high", "n"])
+    rows = Trials((), [trial for trial in trials.tried if "rank" in trial.values]).rows()
+    rows["weight"] = rows.groupby(["set", "subject", "measure"]).cumcount() + 1
+    found = rows.groupby(["measure", "weight"], sort=False)["rank"].agg(["median", "min", "max", "size"])
+    found = found.set_axis(["rank", "low", "high", "n"], axis=1).reset_index()
+    return found[["weight", "measure", "rank", "low", "high", "n"]]
 
 
 def fewest(table: pd.DataFrame, chance: float) -> pd.DataFrame:
@@ -184,18 +174,13 @@ def gains(trials: Trials, seed: int) -> pd.DataFrame:
 
     Columns: by, kept (how many), bits, difference, low, high, n, verdict.
     """
-    lines = []
-    for bits in dict.fromkeys(trial.labels["bits"] for trial in trials.tried):
-        own = trials.where(bits=bits)
-        plain = own.where(by=NOTHING)
-        pairs = dict.fromkeys((trial.labels["by"], trial.labels["kept"]) for trial in own.tried)
-        for by, kept in pairs:
-            if by != NOTHING:
-                both = plain + own.where(by=by, kept=kept)
-                found = both.compare([(by, NOTHING)], label="by", seed=seed)
-                lines.append(found.assign(by=by, kept=kept, bits=bits))
+    ways = [(trial.labels["by"], trial.labels["kept"]) for trial in trials.tried]
+    named = [replace(t, labels={**t.labels, "way": way}) for t, way in zip(trials.tried, ways, strict=True)]
+    pairs = [(way, (NOTHING, 0)) for way in dict.fromkeys(ways) if way[0] != NOTHING]
+    found = Trials(trials.intact, named).compare(pairs, "bits", label="way", seed=seed)
+    found[["by", "kept"]] = found["first"].tolist()
     columns = ["by", "kept", "bits", "difference", "low", "high", "n", "verdict"]
-    return pd.concat(lines, ignore_index=True)[columns]
+    return found.sort_values("bits", kind="stable", ignore_index=True)[columns]
 
 
 def moved(
