@@ -18,7 +18,8 @@ from tiny import WORDS, tiny_examples, tiny_model
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from fichapters.stored import open_packed, save_packed, size_report
+from fichapters.ch08.lab import bits_per_weight
+from fichapters.stored import open_packed, save_packed
 from fihelpers.models.language import LanguageModel, open_model
 from fihelpers.perturb import quantize
 from fihelpers.perturb.quantize import (
@@ -209,16 +210,16 @@ def test_the_error_is_what_quantization_adds() -> None:
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_sizes_are_those_of_the_tensors(scheme: Scheme) -> None:
     rows, columns = 24, 32
-    plain = size_report({"w": pack(weights(), scheme)})
+    plain = pack(weights(), scheme)
     groups = rows * (columns // (scheme.group or columns))
     scale = 3 if scheme.mapping == "asymmetric" else 2
-    assert plain.packed == plain.unprotected == rows * columns * scheme.bits // 8 + scale * groups
-    assert plain.sixteen_bit == 2 * rows * columns
-    assert plain.bits_per_weight == pytest.approx(8 * plain.packed / (rows * columns))
-    kept = size_report({"w": pack(weights(), scheme, range(6), "rows")})
+    assert plain.nbytes == rows * columns * scheme.bits // 8 + scale * groups
+    kept = pack(weights(), scheme, range(6), "rows")
     # codes and scales of 6 rows are saved, their weights and positions stored
     saved = 6 * columns * scheme.bits // 8 + 6 * scale * groups // rows
-    assert kept.unprotected == plain.packed == kept.packed - 6 * (2 * columns + 4) + saved
+    assert plain.nbytes == kept.nbytes - 6 * (2 * columns + 4) + saved
+    both = bits_per_weight({"plain": plain, "kept": kept})
+    assert both == pytest.approx(8 * (plain.nbytes + kept.nbytes) / (2 * rows * columns))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -238,9 +239,8 @@ def test_every_linear_weight_is_packed_row_for_row(kind) -> None:
             turned = kind in TURNED and TURNED[kind] in n
             error = quantization_error(before[n], scheme, turned=turned)
             assert error.shape == before[n].shape and error.equal(now - before[n])
-    report = size_report(packed)
-    assert report.packed == sum(m.nbytes for ms in alone.values() for m in ms)
-    assert report.sixteen_bit == 2 * sum(w.numel() for w in before.values())
+    stored = sum(m.nbytes for ms in alone.values() for m in ms)
+    assert bits_per_weight(packed) == 8 * stored / sum(w.numel() for w in before.values())
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
@@ -303,7 +303,7 @@ def test_packed_weights_open_as_they_were_saved(kind, dtype, tmp_path) -> None:
         assert (back[name].scheme, back[name].shape, back[name].axis) == (one.scheme, one.shape, one.axis)
     with quantized(model.network, back):
         assert logits(model).equal(simulated)
-    assert 0 < file.stat().st_size - size_report(packed).packed < 30_000  # names and shapes
+    assert 0 < file.stat().st_size - sum(p.nbytes for p in packed.values()) < 30_000  # names and shapes
     with safe_open(file, "pt") as opened:
         about, stored = json.loads(opened.metadata()["quantized"]), set(opened.keys())
     assert (about["name"], about["revision"], about["sha256"]) == (model.name, None, model.sha256)
@@ -388,7 +388,7 @@ def test_bad_models_are_named() -> None:
     with pytest.raises(ValueError, match="another model's"), quantized(model.network, foreign):
         pass
     with pytest.raises(ValueError, match="no quantized layers to measure"):
-        size_report({})
+        bits_per_weight({})
     layers = model.network.model.layers
     layers[0].self_attn.o_proj.weight = layers[1].self_attn.o_proj.weight
     with pytest.raises(ValueError, match=f"'{names[3]}'; take names .* without those that two modules share"):

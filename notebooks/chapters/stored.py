@@ -1,10 +1,10 @@
-"""What packed weights weigh, and a file of them: saved, and opened again (method 4.5)."""
+"""A file of packed weights: saved, and opened again (method 4.5)."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,47 +14,9 @@ from torch import Tensor
 
 from fihelpers.data import write_atomically
 from fihelpers.models.language import LanguageModel, brief
-from fihelpers.perturb.quantize import STORED, Packed, Scheme, code_bytes
+from fihelpers.perturb.quantize import STORED, Packed, Scheme
 
-SIXTEEN, POSITION = 2, 4  # bytes of a kept weight, and of the place of a kept channel
 ABOUT = "quantized"  # the entry of the file's metadata that says what it holds
-
-
-@dataclass(frozen=True)
-class SizeReport:
-    """Bytes of quantized layers, without their biases.
-
-    packed: as they are stored; unprotected: the same layers with nothing protected; sixteen_bit: the same
-    layers not quantized.
-    """
-
-    packed: int
-    unprotected: int
-    sixteen_bit: int
-
-    @property
-    def bits_per_weight(self) -> float:
-        return 16 * self.packed / self.sixteen_bit
-
-
-def size_report(packed: Mapping[str, Packed]) -> SizeReport:
-    """Measure quantized layers, such as those of `pack_model`."""
-    if not packed:
-        raise ValueError("There are no quantized layers to measure; name at least one.")
-    return SizeReport(
-        packed=sum(p.nbytes for p in packed.values()),
-        unprotected=sum(packed_bytes(p.scheme, p.shape) for p in packed.values()),
-        sixteen_bit=sum(SIXTEEN * p.shape[0] * p.shape[1] for p in packed.values()),
-    )
-
-
-def packed_bytes(scheme: Scheme, shape: tuple[int, int], kept_rows: int = 0) -> int:
-    """Bytes of a matrix (out, in) of which some rows are kept, as `Packed.nbytes` of it."""
-    rows, columns = shape[0] - kept_rows, shape[1]
-    count = rows * columns
-    scales = count // (scheme.group or columns)
-    kept = kept_rows * (SIXTEEN * columns + POSITION)
-    return code_bytes(scheme.bits, count) + scales * (3 if scheme.mapping == "asymmetric" else 2) + kept
 
 
 def save_packed(path: Path, packed: Mapping[str, Packed], model: LanguageModel) -> None:
