@@ -7,11 +7,9 @@ stored (bits a weight); one without protection has matrices, bits, group (0 for 
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import product
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,15 +19,13 @@ from torch import Tensor, nn
 
 from fichapters.ch07.lab import draw_of
 from fichapters.papers import published
-from fichapters.stored import open_packed, save_packed
 from fichapters.tables import RESAMPLES
 from fihelpers.answers import usual_answers
-from fihelpers.evaluate.questions import Evaluator
 from fihelpers.evaluate.stats import crossed_difference, resampled
 from fihelpers.jobs.preflight import estimate_scores, prompt_lengths
 from fihelpers.models.language import LanguageModel
 from fihelpers.models.linear import as_rows, from_rows, linear_names, turned_names
-from fihelpers.perturb.quantize import Packed, Scheme, code_bytes, quantized
+from fihelpers.perturb.quantize import Packed, Scheme, code_bytes
 from fihelpers.perturb.sparsify import Which, changed
 from fihelpers.scores.class_gradients import class_gradients
 from fihelpers.tasks import Example
@@ -324,19 +320,6 @@ def bits_per_weight(packed: Mapping[str, Packed]) -> float:
         raise ValueError("There are no quantized layers to measure; name at least one.")
     weights = sum(rows * columns for rows, columns in (one.shape for one in packed.values()))
     return 8 * sum(one.nbytes for one in packed.values()) / weights
-
-
-def on_disk(ask: Evaluator, packed: Mapping[str, Packed]) -> tuple[int, bool]:
-    """The bytes of a file of packed weights, and whether the model answers the same once they are opened."""
-    model = ask.model
-    with tempfile.TemporaryDirectory() as place:
-        file = Path(place) / "protected.safetensors"
-        save_packed(file, packed, model)
-        size, again = file.stat().st_size, open_packed(file, model)
-    with quantized(model.network, packed):
-        before = ask().log_probs
-    with quantized(model.network, again):
-        return size, torch.equal(ask().log_probs, before)
 
 
 def claimed(key: str) -> float:
