@@ -13,15 +13,12 @@ import huggingface_hub
 import psutil
 import pytest
 import torch
-from tiny import tiny_model
 from transformers import AutoConfig, Qwen2Config, Qwen2ForCausalLM, T5Config
 
-from fichapters.estimates import estimate_merge
 from fihelpers.data import data_folder
 from fihelpers.jobs import preflight
 from fihelpers.jobs.preflight import Estimate, estimate_scores
 from fihelpers.models.language import WEIGHTS, open_model
-from fihelpers.perturb.merge import merge_models
 from fihelpers.perturb.sparsify import linear_names
 
 FACTOR = 1.3  # between the memory foreseen and that measured
@@ -126,20 +123,6 @@ def test_bytes_and_seconds_of_scores_are_foreseen(tmp_path: Path) -> None:
     assert took / 2 < told < took * 2
 
 
-def test_a_merged_model_has_the_size_foreseen(tmp_path: Path) -> None:
-    estimate = estimate_merge("mini-lm", "mini-lm", "mini-lm", protected=False)
-    merged = merge_models("mini-lm", "mini-lm", "mini-lm", tmp_path / "merged")
-    assert (merged / WEIGHTS).stat().st_size == pytest.approx(estimate.disk_bytes, rel=0.02)
-    assert estimate.parameters == 3 * open_model().network.num_parameters()
-    protected = estimate_merge("mini-lm", "mini-lm", "mini-lm", method="TIES")
-    assert protected.memory_bytes > estimate.memory_bytes
-    assert protected.disk_bytes > estimate.disk_bytes
-    tiny_model("mixtral").network.float().save_pretrained(tmp_path / "experts")
-    fused = estimate_merge(*[tmp_path / "experts"] * 3, protected=False)
-    experts = 4 * 3 * 2 * 20 * 12  # the largest tensor: gates and ups of a layer's three experts
-    assert _part(fused, "one tensor of each model") == 3 * experts
-
-
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """A hub that knows one model of the shape of Qwen2-7B; the files it lists, to be changed by the test."""
@@ -173,12 +156,12 @@ def test_a_hub_model_is_estimated_without_a_download(hub: list[Any]) -> None:
     assert _part(estimate_scores("Qwen/Qwen2-7B"), "download of Qwen/Qwen2-7B") == 2 * 7_615_616_512
 
 
-def test_three_models_are_downloaded_for_a_merge(hub: list[Any]) -> None:
-    experts = ("Qwen/Qwen2.5-Math-7B", "FreedomIntelligence/HuatuoGPT-o1-7B")
-    estimate = estimate_merge("Qwen/Qwen2.5-7B", *experts, method="TIES")
+def test_downloads_of_several_models_are_added(hub: list[Any]) -> None:
+    names = ("Qwen/Qwen2.5-7B", "Qwen/Qwen2.5-Math-7B", "FreedomIntelligence/HuatuoGPT-o1-7B")
+    sources = [preflight.source_of(name, None) for name in names]
+    estimate = preflight.estimate_of("opening three models", sources, {}, {}, "cpu", None, {})
     assert estimate.parameters == 3 * 7_615_616_512
-    assert estimate.disk_bytes > 4 * HUB_SIZE - 10**9
-    assert estimate.memory_bytes < 10**10  # one tensor of each, not the models
+    assert estimate.disk_bytes == 3 * HUB_SIZE
 
 
 def test_a_hub_model_without_safetensors_is_refused(hub: list[Any]) -> None:
@@ -228,8 +211,6 @@ def test_bad_input_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         estimate_scores("mini-absent")
     with pytest.raises(ValueError, match="unknown dtype 'int8'"):
         estimate_scores("mini-lm", dtype="int8")
-    with pytest.raises(ValueError, match="Unknown merging method 'SLERP'"):
-        estimate_merge("mini-lm", "mini-lm", "mini-lm", method="SLERP")
     T5Config().save_pretrained(tmp_path)
     (tmp_path / WEIGHTS).touch()
     with pytest.raises(ValueError, match="is no language model"):

@@ -1,10 +1,8 @@
-"""Quantization: against torchao and by hand, packing, protection, and saved models."""
+"""Quantization: against torchao and by hand, packing, and protection."""
 
-import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from tiny import WORDS, tiny_examples, tiny_model
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from fichapters.stored import open_packed, save_packed, size_report
+from fichapters.ch08.lab import bits_per_weight
 from fihelpers.models.language import LanguageModel, open_model
 from fihelpers.perturb import quantize
 from fihelpers.perturb.quantize import (
@@ -209,16 +205,16 @@ def test_the_error_is_what_quantization_adds() -> None:
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_sizes_are_those_of_the_tensors(scheme: Scheme) -> None:
     rows, columns = 24, 32
-    plain = size_report({"w": pack(weights(), scheme)})
+    plain = pack(weights(), scheme)
     groups = rows * (columns // (scheme.group or columns))
     scale = 3 if scheme.mapping == "asymmetric" else 2
-    assert plain.packed == plain.unprotected == rows * columns * scheme.bits // 8 + scale * groups
-    assert plain.sixteen_bit == 2 * rows * columns
-    assert plain.bits_per_weight == pytest.approx(8 * plain.packed / (rows * columns))
-    kept = size_report({"w": pack(weights(), scheme, range(6), "rows")})
+    assert plain.nbytes == rows * columns * scheme.bits // 8 + scale * groups
+    kept = pack(weights(), scheme, range(6), "rows")
     # codes and scales of 6 rows are saved, their weights and positions stored
     saved = 6 * columns * scheme.bits // 8 + 6 * scale * groups // rows
-    assert kept.unprotected == plain.packed == kept.packed - 6 * (2 * columns + 4) + saved
+    assert plain.nbytes == kept.nbytes - 6 * (2 * columns + 4) + saved
+    both = bits_per_weight({"plain": plain, "kept": kept})
+    assert both == pytest.approx(8 * (plain.nbytes + kept.nbytes) / (2 * rows * columns))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -238,9 +234,8 @@ def test_every_linear_weight_is_packed_row_for_row(kind) -> None:
             turned = kind in TURNED and TURNED[kind] in n
             error = quantization_error(before[n], scheme, turned=turned)
             assert error.shape == before[n].shape and error.equal(now - before[n])
-    report = size_report(packed)
-    assert report.packed == sum(m.nbytes for ms in alone.values() for m in ms)
-    assert report.sixteen_bit == 2 * sum(w.numel() for w in before.values())
+    stored = sum(m.nbytes for ms in alone.values() for m in ms)
+    assert bits_per_weight(packed) == 8 * stored / sum(w.numel() for w in before.values())
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
@@ -281,7 +276,7 @@ def test_a_quantized_model_is_undone_and_nothing_is_lost_where_all_is_kept(kind,
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_packed_weights_open_as_they_were_saved(kind, dtype, tmp_path) -> None:
+def test_a_model_of_a_file_is_quantized_for_a_while(kind, dtype, tmp_path) -> None:
     made = random_model(kind)
     made.network.save_pretrained(tmp_path / "tiny")
     made.tokenizer.save_pretrained(tmp_path / "tiny")
@@ -295,38 +290,6 @@ def test_packed_weights_open_as_they_were_saved(kind, dtype, tmp_path) -> None:
         simulated = logits(model)
     assert logits(model).equal(intact) and not simulated.equal(intact)
     assert [p.data_ptr() for p in model.network.parameters()] == lying
-    file = tmp_path / "packed.safetensors"
-    save_packed(file, packed, model)
-    back = open_packed(file, model)
-    assert list(back) == list(packed)
-    for name, one in packed.items():
-        assert (back[name].scheme, back[name].shape, back[name].axis) == (one.scheme, one.shape, one.axis)
-    with quantized(model.network, back):
-        assert logits(model).equal(simulated)
-    assert 0 < file.stat().st_size - size_report(packed).packed < 30_000  # names and shapes
-    with safe_open(file, "pt") as opened:
-        about, stored = json.loads(opened.metadata()["quantized"]), set(opened.keys())
-    assert (about["name"], about["revision"], about["sha256"]) == (model.name, None, model.sha256)
-    assert stored == {f"{name}.{field}" for name, one in packed.items() for field in one.tensors()}
-
-
-def channel_values() -> Scores:
-    g = torch.Generator().manual_seed(0)
-    values = {n: torch.rand(size, generator=g) for n, size in (("a", 40), ("b", 20))}
-    return Scores(values, {"axis": "rows", "sha256": "1" * 64})
-
-
-def test_channels_are_selected_by_their_scores() -> None:
-    scores = channel_values()
-    kept = select_channels(scores, 0.1)
-    assert kept.axis == "rows" and kept.sha256 == "1" * 64
-    for name, count in (("a", 4), ("b", 2)):
-        assert set(kept.channels[name].tolist()) == set(scores[name].topk(count).indices.tolist())
-        assert kept.channels[name].equal(kept.channels[name].sort().values)
-    low = select_channels(scores, 0.3, "low half", seed=2).channels
-    assert (scores["a"][low["a"]] < scores["a"].quantile(0.5)).all() and len(low["a"]) == 12
-    a, b, c = (select_channels(scores, 0.3, "random", seed=s).channels["a"] for s in (0, 0, 1))
-    assert a.equal(b) and not a.equal(c)
 
 
 @pytest.mark.parametrize(
@@ -388,53 +351,11 @@ def test_bad_models_are_named() -> None:
     with pytest.raises(ValueError, match="another model's"), quantized(model.network, foreign):
         pass
     with pytest.raises(ValueError, match="no quantized layers to measure"):
-        size_report({})
+        bits_per_weight({})
     layers = model.network.model.layers
     layers[0].self_attn.o_proj.weight = layers[1].self_attn.o_proj.weight
     with pytest.raises(ValueError, match=f"'{names[3]}'; take names .* without those that two modules share"):
         pack_model(model, names, Scheme(4))
-
-
-def test_bad_files_are_named(tmp_path) -> None:
-    model, file = tiny_model("llama"), tmp_path / "packed.safetensors"
-    with pytest.raises(ValueError, match="no quantized layers to save"):
-        save_packed(file, {}, model)
-    with pytest.raises(FileNotFoundError, match="there is no file"):
-        open_packed(file, model)
-    save_packed(file, pack_model(model, linear_names(model.network), Scheme(4)), model)
-    with pytest.raises(ValueError, match=r"of another model \('tiny-llama', SHA-256 0000"):
-        open_packed(file, replace(model, sha256="1" * 64))
-    before = file.read_bytes()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-        with pytest.raises(OSError, match="No space"):
-            save_packed(file, pack_model(model, linear_names(model.network)[:1], Scheme(1)), model)
-    assert file.read_bytes() == before and list(tmp_path.iterdir()) == [file]
-
-
-@pytest.mark.parametrize("damage", ["cut off", "no metadata", "8 bit", "2 bit", "zeros", "groups", "tensor"])
-def test_damaged_files_are_named(damage, tmp_path) -> None:
-    model, file = tiny_model("llama"), tmp_path / "tiny.safetensors"
-    save_packed(file, pack_model(model, linear_names(model.network)[:2], Scheme(4, group=4)), model)
-    with safe_open(file, "pt") as opened:
-        about = opened.metadata()
-    tensors = load_file(file)
-    if damage == "cut off":
-        file.write_bytes(file.read_bytes()[:-100])
-    elif damage == "no metadata":
-        save_file(tensors, file)
-    elif damage == "tensor":
-        save_file({n: t for n, t in tensors.items() if not n.endswith("codes")}, file, about)
-    else:
-        old, new = {
-            "8 bit": ('"bits": 4', '"bits": 8'),
-            "2 bit": ('"bits": 4', '"bits": 2'),
-            "zeros": ('"symmetric"', '"asymmetric"'),
-            "groups": ('"group": 4', '"group": 2'),
-        }[damage]
-        save_file(tensors, file, {**about, "quantized": about["quantized"].replace(old, new)})
-    with pytest.raises(ValueError, match=r"packed weights in tiny.safetensors cannot be opened"):
-        open_packed(file, model)
 
 
 def test_packed_tensors_are_small_types() -> None:

@@ -97,6 +97,22 @@ def tensor(answer: object, shape: Sequence[int], name: str = "Your answer") -> T
     return values
 
 
+def positions(answer: object, count: int, size: int) -> list[int]:
+    """Read `count` different positions, counted from 0, among `size`."""
+    values = tensor(answer, (count,))
+    found = [int(value) for value in values]
+    if not torch.equal(values, values.round()) or min(found) < 0 or max(found) >= size:
+        raise Wrong(f"Give {count} positions, counted from 0 and below {size}.")
+    if len(set(found)) < count:
+        raise Wrong("A position is named twice.")
+    return found
+
+
+def off(found: Tensor, truth: Tensor) -> int:
+    """How many entries differ from the truth by more than a share RTOL of its largest."""
+    return int(((found - truth).abs() > RTOL * truth.abs().max()).sum())
+
+
 def equal(answer: object, truth: float, slips: Slips, *, name: str = "Your answer", hint: str = "") -> None:
     """Compare a number with the truth; a slip's value brings its hint, others whether they are too large."""
     value = number(answer, name)

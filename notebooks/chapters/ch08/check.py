@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from fichapters.exercises import Wrong, choice, equal, exercise, tensor
+from fichapters.exercises import Wrong, choice, equal, exercise, off, positions, tensor
 from fihelpers.perturb.quantize import Scheme, quantization_error
 
 SIXTEEN = 16  # bits of a scale, and of a kept weight
-CLOSE = 0.01  # relative: a scale is stored in 16 bits
 
 
 @exercise
@@ -32,20 +30,18 @@ def one_bit(answer: object, row: Tensor) -> str:
     """The rounding errors (new minus old) of a row of weights at one bit, symmetric."""
     found = tensor(answer, row.shape)
     truth = quantization_error(row[None].float(), Scheme(1))[0].double()
-    if _like(found, truth):
+    if not off(found, truth):
         return (
             "Weights near plus or minus the mean magnitude hardly move. The others move by a good part of "
             "themselves, small ones by more than their size."
         )
-    if _like(found, -truth):
+    if not off(found, -truth):
         raise Wrong("That is old minus new; the displacement is new minus old.")
-    if _like(found, truth + row):
+    if not off(found, truth + row):
         raise Wrong("These are the rounded weights. How far did each of them move?")
-    if _like(found, row.sign() * row.abs().max() - row):
+    if not off(found, row.sign() * row.abs().max() - row):
         raise Wrong("The rungs are plus and minus the *mean* magnitude, not the largest.")
-    raise Wrong(
-        f"{int((~_near(found, truth)).sum())} of the errors are off. There are two rungs for the row."
-    )
+    raise Wrong(f"{off(found, truth)} of the errors are off. There are two rungs for the row.")
 
 
 @exercise
@@ -72,7 +68,7 @@ def worth_keeping(answer: object, W: Tensor, X: Tensor, bits: int, count: int) -
 
     W: (outputs, inputs); X: (examples, inputs).
     """
-    chosen = _rows(answer, len(W), count)
+    chosen = positions(answer, count, len(W))
     delta = quantization_error(W.float(), Scheme(bits)).to(X.dtype)
     saved = (X @ delta.T).square().sum(0)
     best = float(saved.topk(count).values.sum())
@@ -93,22 +89,3 @@ def worth_keeping(answer: object, W: Tensor, X: Tensor, bits: int, count: int) -
         "An error counts as far as inputs run through it. This needs no gradient; what it does not know is "
         "whether the answer depends on that output."
     )
-
-
-def _rows(answer: object, size: int, count: int) -> list[int]:
-    """Read `count` different row numbers."""
-    values = tensor(answer, (count,))
-    rows = [int(v) for v in values.round()]
-    if not torch.equal(values, values.round()) or min(rows) < 0 or max(rows) >= size:
-        raise Wrong(f"Give {count} numbers of rows, counted from 0 and below {size}.")
-    if len(set(rows)) < count:
-        raise Wrong("A row is named twice.")
-    return rows
-
-
-def _near(a: Tensor, b: Tensor) -> Tensor:
-    return (a - b).abs() <= CLOSE * b.abs().max()
-
-
-def _like(a: Tensor, b: Tensor) -> bool:
-    return bool(_near(a, b).all())

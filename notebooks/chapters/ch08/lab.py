@@ -7,11 +7,9 @@ stored (bits a weight); one without protection has matrices, bits, group (0 for 
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import product
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,15 +19,13 @@ from torch import Tensor, nn
 
 from fichapters.ch07.lab import draw_of
 from fichapters.papers import published
-from fichapters.stored import open_packed, packed_bytes, save_packed
 from fichapters.tables import RESAMPLES
 from fihelpers.answers import usual_answers
-from fihelpers.evaluate.questions import Evaluator
 from fihelpers.evaluate.stats import crossed_difference, resampled
 from fihelpers.jobs.preflight import estimate_scores, prompt_lengths
 from fihelpers.models.language import LanguageModel
 from fihelpers.models.linear import as_rows, from_rows, linear_names, turned_names
-from fihelpers.perturb.quantize import Packed, Scheme, quantized
+from fihelpers.perturb.quantize import Packed, Scheme, code_bytes
 from fihelpers.perturb.sparsify import Which, changed
 from fihelpers.scores.class_gradients import class_gradients
 from fihelpers.tasks import Example
@@ -43,6 +39,7 @@ LENGTH, HESSIAN = "information length", "Hessian diagonal"
 EARLIER = (*FILTERS, *LOW, RANDOM)  # the comparison of the paper's earlier version
 LABELS = ("case", "axis", "keep")  # of trials whose shares are averaged
 VALUES = {"accuracy": "accuracy", "log P": "log_prob"}  # what is compared, by what tables call it
+SIXTEEN, POSITION = 2, 4  # bytes of a scale or a kept weight, and of the place of a kept channel
 
 # Qwen2-7B, the model of the paper's earlier version, from the config.json that its makers publish
 QWEN2_7B_LAYERS, QWEN2_7B_HIDDEN = 28, 3584
@@ -199,20 +196,19 @@ def over_shares(trials: Trials) -> Trials:
 
 
 def compare(
-    mean: Trials, pairs: Iterable[tuple[str, str]], cases: Iterable[str], seed: int, axis: str = "rows"
+    mean: Trials, pairs: Sequence[tuple[str, str]], cases: Iterable[str], seed: int, axis: str = "rows"
 ) -> pd.DataFrame:
     """Channels kept by the first of a pair minus those kept by the second, in each of the cases.
 
     mean: of `over_shares`. Columns: score ("accuracy" or "log P"), and those of `Trials.compare`.
     """
-    wanted, known = list(pairs), set(cases)
-    tried = [trial for trial in mean.where(axis=axis).tried if trial.labels["case"] in known]
-    found = Trials(mean.intact, tried)
+    found = mean.where(axis=axis)
     tables = {
-        name: found.compare(wanted, "case", label="keep", value=value, seed=seed, resamples=RESAMPLES)
+        name: found.compare(pairs, "case", label="keep", value=value, seed=seed, resamples=RESAMPLES)
         for name, value in VALUES.items()
     }
-    return pd.concat(tables, names=["score"]).reset_index("score").reset_index(drop=True)
+    table = pd.concat(tables, names=["score"]).reset_index("score")
+    return table[table.case.isin(list(cases))].reset_index(drop=True)
 
 
 def against_random(mean: Trials, cases: Iterable[str], seed: int) -> pd.DataFrame:
@@ -232,7 +228,7 @@ def high_against_low(mean: Trials, swept: Trials, cases: Cases, seed: int) -> pd
     Columns: score, matrices, bits, filter, n, loss (intact minus unprotected), lost (whether it can be told
     from zero), difference, low, high.
     """
-    found = compare(mean, zip(FILTERS, LOW, strict=True), cases, seed)
+    found = compare(mean, list(zip(FILTERS, LOW, strict=True)), cases, seed)
     lines = []
     for row in found.to_dict("records"):
         matrices, bits = cases[row["case"]]
@@ -318,17 +314,12 @@ def _digits(values: np.ndarray) -> np.ndarray:
 # --- what it weighs
 
 
-def on_disk(ask: Evaluator, packed: Mapping[str, Packed]) -> tuple[int, bool]:
-    """The bytes of a file of packed weights, and whether the model answers the same once they are opened."""
-    model = ask.model
-    with tempfile.TemporaryDirectory() as place:
-        file = Path(place) / "protected.safetensors"
-        save_packed(file, packed, model)
-        size, again = file.stat().st_size, open_packed(file, model)
-    with quantized(model.network, packed):
-        before = ask().log_probs
-    with quantized(model.network, again):
-        return size, torch.equal(ask().log_probs, before)
+def bits_per_weight(packed: Mapping[str, Packed]) -> float:
+    """The stored bits of quantized matrices, such as those of `pack_model`, for each of their weights."""
+    if not packed:
+        raise ValueError("There are no quantized layers to measure; name at least one.")
+    weights = sum(rows * columns for rows, columns in (one.shape for one in packed.values()))
+    return 8 * sum(one.nbytes for one in packed.values()) / weights
 
 
 def claimed(key: str) -> float:
@@ -339,8 +330,10 @@ def claimed(key: str) -> float:
 
 def extra_bytes(shape: tuple[int, int], bits: int, share: float) -> int:
     """What it costs to keep a share of the rows of a matrix (out, in) in 16 bits, with a scale a row."""
-    scheme = Scheme(bits)
-    return packed_bytes(scheme, shape, round(share * shape[0])) - packed_bytes(scheme, shape)
+    rows, columns = shape
+    kept = round(share * rows)
+    codes = code_bytes(bits, rows * columns) - code_bytes(bits, (rows - kept) * columns)
+    return kept * (SIXTEEN * columns + POSITION - SIXTEEN) - codes
 
 
 def published_sizes() -> pd.DataFrame:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fichapters.exercises import Wrong, choice, equal, exercise, tensor
+from fichapters.exercises import Wrong, choice, equal, exercise, off, positions, tensor
 
-CLOSE = 1e-3
 GOOD = 0.999  # of what is possible
 
 
@@ -37,13 +36,13 @@ def stage_two(
     """
     found = tensor(answer, delta_a.shape)
     truth = torch.where(theta_a & ~theta_b, delta_a, torch.where(theta_b & ~theta_a, delta_b, merged))
-    if _like(found, truth):
+    if not off(found, truth):
         return "What one expert alone protects is its own again, however small; the rest is as elected."
-    if _like(found, merged):
+    if not off(found, merged):
         raise Wrong("That is the merge without protection.")
-    if _like(found, torch.where(theta_a, delta_a, torch.where(theta_b, delta_b, merged))):
+    if not off(found, torch.where(theta_a, delta_a, torch.where(theta_b, delta_b, merged))):
         raise Wrong("Where both protect a weight, neither wins: there the election stands.")
-    raise Wrong(f"{int((~_near(found, truth)).sum())} entries are off. Look first at who protects alone.")
+    raise Wrong(f"{off(found, truth)} entries are off. Look first at who protects alone.")
 
 
 @exercise
@@ -87,17 +86,12 @@ def fair_to_both(answer: object, delta: Tensor, needs_a: Tensor, needs_b: Tensor
     delta: A's weights minus B's. The loss of a model is half the sum of needs times squared distance from
     its own expert.
     """
-    values = tensor(answer, (count,))
-    chosen = values.round().long()
-    if not torch.equal(values, values.round()) or chosen.min() < 0 or chosen.max() >= len(delta):
-        raise Wrong(f"Give {count} positions, counted from 0 and below {len(delta)}.")
-    if len(set(chosen.tolist())) < count:
-        raise Wrong("A weight is named twice.")
+    chosen = positions(answer, count, len(delta))
     gain_a, price_b = needs_a * delta.square() / 8, 3 * needs_b * delta.square() / 8
     gain = gain_a - price_b
     best, reached = float(gain.topk(count).values.sum()), float(gain[chosen].sum())
     if reached < GOOD * best:
-        if set(chosen.tolist()) == set(gain_a.topk(count).indices.tolist()):
+        if set(chosen) == set(gain_a.topk(count).indices.tolist()):
             raise Wrong(
                 f"For A alone these are the best; for both they bring {reached / best:.0%} of what can be "
                 "had. B's loss rises, and by more than the average cost it."
@@ -108,11 +102,3 @@ def fair_to_both(answer: object, delta: Tensor, needs_a: Tensor, needs_b: Tensor
         "the middle to A takes it twice as far from B, and the loss goes with the square: A must need it "
         "three times as much."
     )
-
-
-def _near(a: Tensor, b: Tensor) -> Tensor:
-    return (a - b).abs() <= CLOSE * b.abs().max()
-
-
-def _like(a: Tensor, b: Tensor) -> bool:
-    return bool(_near(a, b).all())

@@ -70,8 +70,7 @@ def gammas(tried: pd.DataFrame, alone: pd.DataFrame) -> Figure:
 def chosen(tried: pd.DataFrame) -> pd.DataFrame:
     """The settings that the search chose, to read; tried: all of its tries, rows of `Results.means`."""
     best = tried.loc[tried.groupby("name", sort=False)["mean"].idxmax()]
-    domains = list(tried.columns[tried.columns.get_loc("set") + 1 : tried.columns.get_loc("mean")])
-    text = best[["name", "share", "task_weight", "density", *domains, "mean", "n"]].round(3).astype(object)
+    text = best.drop(columns=["method", "by", "set"]).round(3).astype(object)
     titles = {"share": "protected share", "task_weight": "γ"}
     return text.where(text.notna(), "").rename(columns=titles).set_index("name")
 

@@ -21,11 +21,10 @@ import pandas as pd
 import torch
 
 from fichapters.ch09.tune import place as made
-from fichapters.estimates import estimate_merge
 from fichapters.parameters import nearest
 from fichapters.tables import RESAMPLES, with_verdict
 from fihelpers.evaluate.stats import crossed_difference, wilson
-from fihelpers.jobs.preflight import Estimate, estimate_scores, prompt_lengths
+from fihelpers.jobs.preflight import Estimate, estimate_of, estimate_scores, prompt_lengths, source_of
 from fihelpers.measures import FISHER, SQUARED_SCORE, Influence, Random, find_measure
 from fihelpers.models.files import ModelWeights, open_weights
 from fihelpers.models.language import LanguageModel, open_model
@@ -160,16 +159,16 @@ def check(p: SimpleNamespace) -> None:
 
 
 def needs(p: SimpleNamespace) -> tuple[Estimate, ...]:
-    """What a run needs of memory and disk: to merge, and to score both experts on every calibration set."""
-    place = tempfile.gettempdir()
+    """What a run needs of memory and disk: room for three models, and to score both experts on every set."""
     experts = experts_of(p)
-    merge = estimate_merge(p.BASE, *experts, method="TIES", protected=False, out=place)
+    sources = [source_of(name, None) for name in (p.BASE, *experts)]
+    opened = estimate_of("opening the three models", sources, {}, {}, p.DEVICE, None, {})
     own, other = (len({score_of(by) for by in wanted(p, where)}) for where in (OWN, OTHER))
-    files = p.SEEDS * 2 * (own + other)
+    files = p.SEEDS * (own + other)
     prompts = [e.prompt for k in range(p.SEEDS) for which in "ab" for e in calibration(p, which, k)]
     tokens = max(prompt_lengths(p.BASE, prompts))
-    settings = {"dtype": p.DTYPE, "device": p.DEVICE, "out": place, "tokens": tokens}
-    return (merge, *(estimate_scores(expert, files=files // 2, **settings) for expert in experts))
+    settings = {"dtype": p.DTYPE, "device": p.DEVICE, "out": tempfile.gettempdir(), "tokens": tokens}
+    return (opened, *(estimate_scores(expert, files=files, **settings) for expert in experts))
 
 
 # --- questions
@@ -244,6 +243,7 @@ class Experts:
         self.weights = {which: _held(weights) for which, weights in opened.items()}
         Merger(self.weights["base"], self.weights["a"], self.weights["b"], Ties())
         self.linear = linear_names(self.model.network)
+        self._large = 4 * sum(self.weights["base"].layouts[n].numel() for n in self.linear) > SCORES_IN_MEMORY
         self._known: dict[Any, dict[str, AnyScores]] = {}
         self._folder = Path(tempfile.mkdtemp())
         finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
@@ -282,29 +282,26 @@ class Experts:
         """
         key = (which, tuple(examples), tuple(by), seed)
         if key not in self._known:
+            names = dict.fromkeys(map(score_of, by))
             with self.holding(which) as model:
-                found = dict(
-                    self._scored(which, model, examples, list(dict.fromkeys(map(score_of, by))), seed)
-                )
+                scored = self._scored(which, model, examples, names, seed)
+                found = {name: self._laid_down(scores) for name, scores in scored}
             self._known[key] = {choice: found[score_of(choice)] for choice in by}
         return self._known[key]
 
     def _scored(
-        self, which: str, model: LanguageModel, examples: Sequence[Example], names: list[str], seed: int
-    ) -> Iterator[tuple[str, AnyScores]]:
-        size = 4 * sum(self.weights[which].layouts[name].numel() for name in self.linear)
+        self, which: str, model: LanguageModel, examples: Sequence[Example], names: Iterable[str], seed: int
+    ) -> Iterator[tuple[str, Scores]]:
         if STEP in names:
             own, base = (self.weights[of].read for of in (which, "base"))
             steps = {name: (own(name) - base(name)).abs() for name in self.linear}
-            yield STEP, self._laid_down(Scores(steps, provenance(model, examples) | {"measure": STEP}), size)
-            names.remove(STEP)
-        for part in [[name] for name in names] if size > SCORES_IN_MEMORY else [names]:
-            measures = [Random(seed) if name == RANDOM else find_measure(name) for name in part]
-            for name, scores in score_weights(model, examples, measures, only=self.linear).items():
-                yield name, self._laid_down(scores, size)
+            yield STEP, Scores(steps, provenance(model, examples) | {"measure": STEP})
+        measures = [Random(seed) if name == RANDOM else find_measure(name) for name in names if name != STEP]
+        for part in [[measure] for measure in measures] if self._large else [measures]:
+            yield from score_weights(model, examples, part, only=self.linear).items()
 
-    def _laid_down(self, scores: Scores, size: int) -> AnyScores:
-        if size <= SCORES_IN_MEMORY:
+    def _laid_down(self, scores: Scores) -> AnyScores:
+        if not self._large:
             return replace(scores, values={name: value.cpu() for name, value in scores.values.items()})
         path = self._folder / f"{len(list(self._folder.iterdir()))}.safetensors"
         scores.save(path)
@@ -461,8 +458,7 @@ def to_test(p: SimpleNamespace, chosen: Mapping[str, Setting], peaks: Mapping[st
         (f"A kept by {by}, {place}", replace(kept, by=by, place=place)) for by in FILTERS for place in PLACES
     ]
     others = {"Jacobian norm": f", {OWN}", "SNIP": f", {OWN}", STEP: "", RANDOM: ""}
-    named = [(by, place) for by, place in others.items() if by in choices(p)]
-    alone += [(f"A kept by {by}{place}", replace(kept, by=by)) for by, place in named]
+    alone += [(f"A kept by {by}{of}", replace(kept, by=by)) for by, of in others.items() if by in choices(p)]
     ends = [(f"{row}, all kept", everything(replace(chosen[ROWS[row][0]], **ROWS[row][1]))) for row in CURVES]
     return [*models(p).items(), *chosen.items(), *peaks.items(), *ends, *compared, *alone]
 
