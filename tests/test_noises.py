@@ -1,21 +1,17 @@
 """Noises destroy as much as they are asked to, and no more."""
 
-from typing import get_args
-
 import numpy as np
 import pytest
 import torch
 from test_pixels import picture
 
-from fichapters.noises import Noise, information_loss, noised
+from fichapters.noises import NOISES, information_loss, noised
 from fihelpers.perturb.pixels import masked, top_pixels
 
-KINDS = get_args(Noise)
 
-
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NOISES)
 @pytest.mark.parametrize("share", [10 / (40 * 40), 0.05, 0.3])
-def test_a_noise_destroys_as_much_as_the_mask(kind: Noise, share: float) -> None:
+def test_a_noise_destroys_as_much_as_the_mask(kind: str, share: float) -> None:
     image = picture(40, 40)
     scores = torch.rand(40, 40, generator=torch.Generator().manual_seed(0))
     loss = information_loss(image, masked(image, top_pixels(scores, share=share), "mean"))
@@ -28,7 +24,7 @@ def test_a_noise_destroys_as_much_as_the_mask(kind: Noise, share: float) -> None
 
 def test_noises_have_their_own_shapes() -> None:
     image = picture(40, 40)
-    touched = {kind: (noised(image, kind, 0.2) != image).float() for kind in KINDS}
+    touched = {kind: (noised(image, kind, 0.2) != image).float() for kind in NOISES}
     assert touched["Poisson"].mean() > 0.95
     assert touched["speckle"].mean() > 0.95
     assert touched["salt & pepper"].mean() < 0.2
@@ -52,7 +48,7 @@ def test_information_loss_of_known_changes() -> None:
 def test_noise_and_loss_that_make_no_sense_are_refused() -> None:
     image = picture()
     with pytest.raises(ValueError, match="unknown noise 'rain'; use one of Poisson, salt & pepper"):
-        noised(image, "rain", 0.1)  # type: ignore[arg-type]
+        noised(image, "rain", 0.1)
     with pytest.raises(ValueError, match="at least 0, not -1"):
         noised(image, "Poisson", -1)
     with pytest.raises(ValueError, match="at least 0, not nan"):

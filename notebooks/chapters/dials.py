@@ -11,7 +11,6 @@ from tqdm import tqdm
 
 from fichapters.ch03 import lab as limits
 from fichapters.ch04 import lab as pixels
-from fichapters.ch04.draw import covered
 from fichapters.explorers import Axes, Dial, Line, Live, Position, dial
 from fichapters.style import SEQUENTIAL
 from fihelpers.evaluate.questions import Evaluator
@@ -52,20 +51,22 @@ def filter_dial(
     ask, squared = Evaluator(model, test), scores[SQUARED]
     intact, matrices = ask().accuracy, _matrices(list(squared.values))
 
-    def position(ranking: str, found: Scores, matrix: str, accuracies: Sequence[float]) -> Position:
+    def position(ranking: str, found: Scores, matrix: str, damage: Line) -> Position:
         maps = {ranking: _ranks(found[matrix]), SQUARED: _ranks(squared[matrix])}  # one where the dial ends
-        return _filtered(ranking, maps, accuracies, beside, len(test))
+        told = [f"{a:.2f} with {100 * k:g} %" for k, a in zip(ZEROED, damage.y[1:], strict=True)]
+        note = f"{ranking}: accuracy {', '.join(told)} zeroed."
+        return Position(ranking.removeprefix("FI "), note, maps, [damage, *beside])
 
     def compute(options: tuple[str, ...], decade: float) -> Position:
         measure = f"FI damped {10**decade:g}"
         (found,) = score_weights(model, calibration, [measure], only=list(squared.values)).values()
-        return position(measure, found, matrices[options[0]], [intact, *_damage(ask, found, seed)])
+        return position(measure, found, matrices[options[0]], _damage(ask, intact, found, seed))
 
     asked = tqdm((*filters, "random"), desc="damage by filter", unit="ranking", leave=False)
-    curves = {ranking: [intact, *_damage(ask, scores[ranking], seed)] for ranking in asked}
-    beside = [Line(name, curves[name]) for name in (SQUARED, "random")]
+    damages = {ranking: _damage(ask, intact, scores[ranking], seed) for ranking in asked}
+    beside = [Line(name, damages[name].y) for name in (SQUARED, "random")]
     return dial(
-        {(name,): [position(r, scores[r], m, curves[r]) for r in filters] for name, m in matrices.items()},
+        {(name,): [position(r, scores[r], m, damages[r]) for r in filters] for name, m in matrices.items()},
         title="From exact FI to the squared score",
         caption=FILTER_CAPTION.format(n=len(test)),
         names=("matrix", "filter"),
@@ -82,31 +83,15 @@ def _matrices(names: Sequence[str]) -> dict[str, str]:
     return {f"block {limits.layer_of(name)}, {limits.matrix_of(name)}": name for name in chosen}
 
 
-def _damage(ask: Evaluator, ranking: Scores, seed: int) -> list[float]:
-    """Accuracy with each share of ZEROED zeroed, of the weights that rank highest."""
-    accuracies = []
+def _damage(ask: Evaluator, intact: float, ranking: Scores, seed: int) -> Line:
+    """Accuracy with nothing and with each share of ZEROED zeroed, of the weights that rank highest."""
+    accuracies = [intact]
     for share in ZEROED:
         with zeroed(ask.model, select(ranking, share, seed=seed)):
             accuracies.append(ask().accuracy)
-    return accuracies
-
-
-def _filtered(
-    ranking: str,
-    maps: Mapping[str, np.ndarray],
-    accuracies: Sequence[float],
-    beside: Sequence[Line],
-    asked: int,
-) -> Position:
-    """A ranking's maps and its damage. accuracies: with nothing and with each share of ZEROED zeroed."""
-    low, high = zip(*(wilson(round(a * asked), asked) for a in accuracies), strict=True)
-    told = [f"{a:.2f} with {100 * k:g} %" for k, a in zip(ZEROED, accuracies[1:], strict=True)]
-    return Position(
-        label=ranking.removeprefix("FI "),
-        note=f"{ranking}: accuracy {', '.join(told)} zeroed.",
-        pictures=maps,
-        lines=[Line("this ranking", accuracies, low, high), *beside],
-    )
+    n = len(ask.examples)
+    low, high = zip(*(wilson(round(a * n), n) for a in accuracies), strict=True)
+    return Line("this ranking", accuracies, low, high)
 
 
 def _ranks(values: Tensor) -> np.ndarray:
@@ -132,10 +117,10 @@ def mask_dial(batches: Sequence[PixelBatch], ids: Sequence[str], seed: int) -> D
     ids: of pictures of the batches, from the most fragile one on; the first, middle and last are shown.
     """
     chosen = {"most fragile": ids[0], "in the middle": ids[len(ids) // 2], "sturdiest": ids[-1]}
-    counts = (0, *pixels.CASE_COUNTS)
+    counts = pixels.CASE_COUNTS
     cases, lines = {}, {}
     for name, at in chosen.items():
-        own = [pixels.look_at(batches, at, guide, pixels.CASE_COUNTS, seed) for guide in GUIDES]
+        own = [pixels.look_at(batches, at, guide, counts, seed) for guide in GUIDES]
         lines[name] = [Line(c.measure, [float(c.probs[n][c.example.answer]) for n in counts]) for c in own]
         cases.update({(name, case.measure): case for case in own})
 
@@ -164,26 +149,20 @@ def _masked(case: pixels.Case, count: int, lines: Sequence[Line], marker: int | 
     best = int(probs.argmax())
     right = "rightly" if best == example.answer else "wrongly"
     low, high = float(case.scores.min()), float(case.scores.quantile(0.99))
-    picture = covered(case, count).permute(1, 2, 0).clamp(0, 255).byte().numpy()
+    picture = case.shown[count].permute(1, 2, 0).clamp(0, 255).byte().numpy()
     heights = _coloured((case.scores - low) / (high - low or 1))
     names = [
         f"{'ABCDEF'[i]}. {option}{' ✓' if i == example.answer else ''}"
         for i, option in enumerate(example.options)
     ]
-    return Position(
-        label=str(count),
-        note=(
-            f"{example.question} With {count} pixels masked by {case.measure} the model says {right} "
-            f"{example.options[best]!r}, P = {float(probs[best]):.2f}."
-        ),
-        pictures={
-            f"{count} pixels masked": picture,
-            f"{case.measure}, dark {low:.2g} to light {high:.2g}": heights,
-        },
-        lines=lines,
-        bars=dict(zip(names, probs.tolist(), strict=True)),
-        marker=marker,
+    note = (
+        f"{example.question} With {count} pixels masked by {case.measure} the model says {right} "
+        f"{example.options[best]!r}, P = {float(probs[best]):.2f}."
     )
+    shown = f"{case.measure}, dark {low:.2g} to light {high:.2g}"
+    pictures = {f"{count} pixels masked": picture, shown: heights}
+    bars = dict(zip(names, probs.tolist(), strict=True))
+    return Position(str(count), note, pictures, lines, bars, marker)
 
 
 def _coloured(values: Tensor) -> np.ndarray:

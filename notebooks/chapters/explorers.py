@@ -136,7 +136,6 @@ class Dial(Explorer):
     dial = traitlets.Unicode().tag(sync=True)
     axes = traitlets.Dict().tag(sync=True)
     bars = traitlets.Unicode().tag(sync=True)
-    largest = traitlets.Float(1.0).tag(sync=True)  # of the bars
     caption = traitlets.Unicode().tag(sync=True)
     group = traitlets.Int(0).tag(sync=True)
     position = traitlets.Int(0).tag(sync=True)

@@ -6,14 +6,11 @@ An image is a tensor (3, H, W) of grey levels 0 to 255.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import numpy as np
 import torch
 from skimage.util import random_noise
 from torch import Tensor
-
-Noise = Literal["Poisson", "salt & pepper", "speckle", "random erasing"]
 
 TOLERANCE = 0.01  # relative; how close the search for a noise's strength comes
 SEARCH_STEPS = 50
@@ -37,7 +34,7 @@ def information_loss(image: Tensor, changed: Tensor) -> float:
     return float((changed.double() - original).square().sum() / variation)
 
 
-def noised(image: Tensor, kind: Noise, loss: float, seed: int = 0) -> Tensor:
+def noised(image: Tensor, kind: str, loss: float, seed: int = 0) -> Tensor:
     """Add noise whose :func:`information_loss` is `loss`, within 1e-4 of it.
 
     image: (3, H, W). kind: "Poisson" (photons), "salt & pepper" (single values to 0 or 255), "speckle"

@@ -159,12 +159,9 @@ def _run_all(
     failed: dict[Path, str] = {}
     bar = tqdm(total=len(cells), desc=work.notebook.stem, unit="cell")
     with bar, _client(scheduler, workers) as client, client.as_current():
-        futures = {
-            client.submit(
-                run_cell, cell, work, key=f"{cell.folder.name}-{work.package[:8]}", retries=retries
-            ): cell
-            for cell in cells
-        }
+        keys = [f"{cell.folder.name}-{work.package[:8]}" for cell in cells]
+        submitted = client.map(run_cell, cells, work=work, key=keys, retries=retries)
+        futures = dict(zip(submitted, cells, strict=True))
         for future in as_completed(futures):
             if future.status not in ("finished", "error"):  # it cannot tell any more how the cell ended
                 raise ConnectionError(f"the scheduler at {scheduler} was lost. {KEPT}")
@@ -191,7 +188,7 @@ def _client(scheduler: str | None, workers: int) -> Iterator["Client"]:
     Raises ConnectionError where no scheduler answers, or it has no worker.
     """
     import dask
-    from distributed import Client, LocalCluster
+    from distributed import Client
 
     # what goes wrong is said once, in a sentence
     logging.getLogger("distributed").setLevel(logging.CRITICAL)
@@ -200,14 +197,14 @@ def _client(scheduler: str | None, workers: int) -> Iterator["Client"]:
         # instead of dask's one thread for each process; the bars of several runs would write over each other
         with (
             dask.config.set({"distributed.nanny.pre-spawn-environ": {"TQDM_DISABLE": "1"}}),
-            LocalCluster(
+            Client(
                 n_workers=workers,
                 threads_per_worker=1,
                 memory_limit=None,
                 dashboard_address="127.0.0.1:0",
                 silence_logs=logging.CRITICAL,
-            ) as cluster,
-            Client(cluster, set_as_default=False) as client,
+                set_as_default=False,
+            ) as client,
         ):
             yield client
         return

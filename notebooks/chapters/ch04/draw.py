@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from fichapters import plots
-from fichapters.ch04.lab import FI, PAPER, Case
+from fichapters.ch04.lab import FI, PAPER
 from fichapters.papers import published
 from fichapters.style import INK
 from fihelpers.evaluate.questions import Outcome
@@ -110,11 +110,6 @@ def falls(table: pd.DataFrame) -> Figure:
     before = published("noise_before").value
     marks = {change: published(key).value - before for key, change in NOISES.items()}
     return plots.forest(table, "first", label="P of the right answer minus untouched", marks=marks)
-
-
-def covered(case: Case, count: int) -> Tensor:
-    """The case's picture with that many of its pixels black."""
-    return case.image * ~case.masks[count] if count else case.image
 
 
 def options(example: Example, probs: Tensor) -> str:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import random
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool2d
 from tqdm import tqdm
 
 from fichapters import tables
@@ -22,7 +19,7 @@ from fichapters.noises import NOISES, information_loss, noised
 from fihelpers.answers import Top
 from fihelpers.evaluate.questions import Outcome, answer_images
 from fihelpers.evaluate.stats import wilson
-from fihelpers.influence import SaturationWarning, ceiling, saturated
+from fihelpers.influence import ceiling, saturated
 from fihelpers.measures import Measure, Random
 from fihelpers.models.vision import VisionModel
 from fihelpers.perturb.pixels import masked, top_pixels
@@ -40,7 +37,7 @@ QUICK = tuple(m for m in (*FI, *OTHERS) if m not in (FI_TOP, INTEGRATED_GRADIENT
 PAPER = ("Jacobian norm", "saliency", RANDOM)  # the measures that the paper compares FI with
 GUIDED = (*FI, "Jacobian norm", "information length")  # set against random masks
 PATCH = 14  # pixels, the side of a patch: that of the Qwen-VL family's vision towers
-CASE_COUNTS = (10, 20, 50, 100, 200, 400, 800)  # pixels masked on the dial
+CASE_COUNTS = (0, 10, 20, 50, 100, 200, 400, 800)  # pixels masked on the dial
 TOLERANCE = 8  # grey levels; what differs more from the border's colour is drawn
 HIGHEST = 0.01  # the share of the pixels or patches whose part of the total is measured
 SETTINGS: dict[str, tuple[str, Grouping]] = {  # a measure, which implies the classes, and a grouping
@@ -61,18 +58,13 @@ SETTINGS: dict[str, tuple[str, Grouping]] = {  # a measure, which implies the cl
 
 @dataclass(frozen=True, eq=False)
 class Pictures(PixelBatch):
-    """Pictures of one size with their questions; that FI may rank nothing is measured, so nothing warns."""
+    """Pictures of one size with their questions."""
 
     @cached_property
-    def likeliest(self) -> Pictures:
+    def likeliest(self) -> PixelBatch:
         """The same pictures under the likeliest tokens and the rest as classes."""
-        (made,) = pixel_batches(self.model, self.examples, Top(CLASSES), len(self.examples))
-        return Pictures(**vars(made))
-
-    def scores(self, *args: Any, **settings: Any) -> dict[str, Tensor]:
-        """As of :class:`fihelpers.scores.pixels.PixelBatch`."""
-        with warnings.catch_warnings(action="ignore", category=SaturationWarning):
-            return super().scores(*args, **settings)
+        (batch,) = pixel_batches(self.model, self.examples, Top(CLASSES), len(self.examples))
+        return batch
 
 
 def batches_of(model: VisionModel, examples: Sequence[Example], size: int) -> Iterator[Pictures]:
@@ -104,11 +96,6 @@ def typical(outcome: Outcome) -> int:
     right = outcome.correct if outcome.correct.any() else torch.ones_like(outcome.correct)
     places = right.nonzero()[:, 0]
     return int(places[outcome.log_prob[places].argsort(stable=True)[len(places) // 2]])
-
-
-def patch_sums(maps: Tensor, patch: int = PATCH) -> Tensor:
-    """Sums over squares of `patch` pixels: (N, H, W) to (N, rows, columns), smaller at the far edges."""
-    return avg_pool2d(maps, patch, ceil_mode=True, divisor_override=1)
 
 
 Score = Callable[[Pictures, str, Grouping], Tensor]  # maps (N, *groups) of a batch by a measure
@@ -190,7 +177,7 @@ def drawn_things(image: Tensor) -> Tensor:
     return ((image - ground[:, None, None]).abs() > TOLERANCE).any(0)
 
 
-def _classes(batch: Pictures, measure: str) -> Pictures:
+def _classes(batch: Pictures, measure: str) -> PixelBatch:
     return batch.likeliest if measure == FI_TOP else batch
 
 
@@ -219,11 +206,6 @@ def draws(measure: str, n: int, seed: int) -> list[str | Measure]:
     return [] if measure == INTACT else [measure]
 
 
-def named(batch: Pictures) -> dict[str, list[str]]:
-    """The ids and the subjects of a batch, (N,) each."""
-    return {name: [getattr(example, name) for example in batch.examples] for name in ("id", "subject")}
-
-
 def told(model: VisionModel, example: Example, shown: Mapping[str, Tensor]) -> dict[str, Values]:
     """What is answered to one picture under every change, its first being none: values of one picture each.
 
@@ -248,13 +230,14 @@ def pooled(some: Trials, others: Trials) -> Trials:
     return Trials([*some.intact, *others.intact], [*some.tried, *others.tried])
 
 
-def by_category(trials: Trials, seed: int) -> pd.DataFrame:
+def by_category(trials: Trials, examples: Sequence[Example], seed: int) -> pd.DataFrame:
     """Accuracy under one mask and its difference from the untouched pictures, paired by picture.
 
-    Columns: measure, subject ("all" for all together), accuracy, difference, low, high, n.
+    examples: those that were asked, with their subjects. Columns: measure, subject ("all" for all together),
+    accuracy, difference, low, high, n.
     """
     right = trials.rows().pivot(index="id", columns="measure", values="correct")
-    subjects = trials.rows().groupby("id").subject.first()
+    subjects = pd.Series({example.id: example.subject for example in examples})
     lines = []
     for measure in tables.measures_of(trials)[1:]:
         own = right[right[measure].notna()]
@@ -289,35 +272,12 @@ def random_and_guided(trials: Sequence[Trials], seed: int) -> pd.DataFrame:
     return pd.concat(lines, ignore_index=True).rename(columns={"minus": "second"})[columns]
 
 
-def gains(trials: Trials, seed: int) -> pd.DataFrame:
-    """Mean height of each measure's deletion curve of log P, less that of random masks, over the pictures.
-
-    trials: of masks of one kind. The curve goes in straight lines from the untouched picture on. Columns:
-    measure, n, difference, low, high (nats); below zero a measure finds what the answer rests on.
-    """
-    rows = trials.rows()
-    start = rows[rows.measure == INTACT].groupby("id").log_prob.first()
-    heights = {}
-    for measure, part in rows[rows.measure != INTACT].groupby("measure", sort=False):
-        curve = part.pivot(index="id", columns="amount", values="log_prob")
-        curve.insert(0, 0.0, start)
-        amounts = curve.columns.to_numpy(float)
-        area = np.trapezoid(curve.to_numpy(), amounts, axis=1)
-        heights[measure] = pd.Series(area / amounts[-1], curve.index)
-    lines = [
-        (name, len(own), *tables.difference(own, heights[RANDOM], seed))
-        for name, own in heights.items()
-        if name != RANDOM
-    ]
-    return pd.DataFrame(lines, columns=["measure", "n", "difference", "low", "high"])
-
-
 def matched_noises(image: Tensor, loss: float, seed: int) -> dict[str, Tensor]:
     """Every kind of noise with that information loss; kinds that cannot destroy as much are left out."""
     made = {}
     for kind in NOISES:
         try:
-            made[kind] = noised(image, kind, loss, seed)  # type: ignore[arg-type]
+            made[kind] = noised(image, kind, loss, seed)
         except ValueError:
             continue
     return made
@@ -345,27 +305,25 @@ def noise_table(trials: Trials, guided: str, seed: int) -> pd.DataFrame:
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One picture under a growing mask: `probs` (K,) for every count of `masks` and for 0 (untouched)."""
+    """One picture under a growing mask: `shown` (3, H, W) and `probs` (K,) by the number of black pixels."""
 
     example: Example
-    image: Tensor
     measure: str
     scores: Tensor
-    masks: dict[int, Tensor]
+    shown: dict[int, Tensor]
     probs: dict[int, Tensor]
 
 
 def look_at(batches: Sequence[PixelBatch], name: str, measure: str, counts: Sequence[int], seed: int) -> Case:
     """The picture with this id under the masks of every count, by one measure."""
-    batch = next(b for b in batches if name in [e.id for e in b.examples])
-    place = [e.id for e in batch.examples].index(name)
+    batch, place = next((b, i) for b in batches for i, e in enumerate(b.examples) if e.id == name)
     example, image = batch.examples[place], batch.images[place].cpu()
     (maps,) = batch.scores([measure]).values()
     scores = maps[place].cpu()
-    masks = {n: top_pixels(scores, min(n, scores.numel()), seed=seed) for n in sorted(counts)}
-    seen = [image, *(masked(image, mask) for mask in masks.values())]
-    probs = answer_images(batch.model, [example] * len(seen), images=seen).log_probs.exp()
-    return Case(example, image, measure, scores, masks, dict(zip((0, *masks), probs, strict=True)))
+    masks = {n: top_pixels(scores, min(n, scores.numel()), seed=seed) for n in counts}
+    shown = {n: masked(image, mask) for n, mask in masks.items()}
+    probs = answer_images(batch.model, [example] * len(shown), images=[*shown.values()]).log_probs.exp()
+    return Case(example, measure, scores, shown, dict(zip(shown, probs, strict=True)))
 
 
 def from_fragile(trials: Trials, measure: str) -> list[str]:

@@ -11,15 +11,16 @@ import numpy as np
 import pandas as pd
 import torch
 import yaml
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
-from fichapters.attributions import feature_maps
+from fichapters.ch04 import lab as pixels
 from fichapters.tables import average
 from fihelpers.data import check_file, data_folder
 from fihelpers.evaluate.stats import paired_difference, spearman, wilson
 from fihelpers.models.vision import VisionModel
 from fihelpers.scores.pixels import Grouping, image_of
-from fihelpers.tasks import Example, image_prompt, load_task, with_instruction
+from fihelpers.tasks import Example, image_prompt, with_instruction
 from fihelpers.trials import Trials
 
 FILE = "prompts.yaml"
@@ -69,14 +70,9 @@ class Prompt:
 def load_pictures(
     task: str, subjects: Sequence[str], n_each: int, seed: int
 ) -> tuple[list[Example], list[str]]:
-    """Draw `n_each` pictures of each subject's test split, subjects taking turns.
-
-    Returns the examples, and a line for each row of the task that was left out.
-    """
-    tasks = [load_task(task, subject, "test", n_each, seed) for subject in subjects]
-    examples = [example for turn in zip(*tasks, strict=True) for example in turn]
-    # a row too damaged to tell its subject is named by every task
-    return examples, list(dict.fromkeys(line for t in tasks for line in t.skipped))
+    """As of chapter 04, with subjects taking turns."""
+    examples, skipped = pixels.load_pictures(task, subjects, n_each, seed)
+    return [example for place in range(n_each) for example in examples[place::n_each]], skipped
 
 
 def check(p: SimpleNamespace, pictures: Sequence[Example]) -> None:
@@ -206,6 +202,7 @@ def _factor(change: np.ndarray, seed: int, family: int) -> np.ndarray:
 # --- closeness
 
 
+@torch.no_grad()
 def closeness(model: VisionModel, examples: Sequence[Example], known: Sequence[Prompt]) -> pd.DataFrame:
     """Cosine between a picture and the text before the options, within the model (ours; no CLIP here).
 
@@ -213,31 +210,18 @@ def closeness(model: VisionModel, examples: Sequence[Example], known: Sequence[P
     instruction and the question) the mean of its tokens' embeddings. A row a picture, a column a prompt.
     """
     embed = model.network.get_input_embeddings()
-    seen = _image_features(model, examples)
-    near: dict[str, list[float]] = {}
-    for prompt in known:
-        for example, feature in zip(examples, seen, strict=True):
+    near: dict[str, list[float]] = {prompt.name: [] for prompt in known}
+    for example in examples:
+        inputs = model.preprocess([image_of(example).to(model.device)])
+        inputs["pixel_values"] = inputs["pixel_values"].to(model.network.dtype)
+        (tokens,) = model.network.model.get_image_features(**inputs).pooler_output
+        feature = tokens.float().mean(0)
+        for prompt in known:
             order = (example.question, prompt.text) if prompt.after else (prompt.text, example.question)
             ids = model.tokenizer("\n".join(filter(None, order)), return_tensors="pt")["input_ids"]
-            with torch.no_grad():
-                text = embed(ids.to(model.device))[0].float().mean(0)
-            near.setdefault(prompt.name, []).append(float(nn.functional.cosine_similarity(feature, text, 0)))
+            text = embed(ids.to(model.device))[0].float().mean(0)
+            near[prompt.name].append(float(cosine_similarity(feature, text, 0)))
     return pd.DataFrame(near, index=[example.id for example in examples])
-
-
-def _image_features(model: VisionModel, examples: Sequence[Example]) -> list[Tensor]:
-    """Mean feature (C,) of each picture's image tokens."""
-    found: list[Tensor] = []
-
-    def keep(_: nn.Module, __: object, output: Tensor) -> None:
-        found.append(output[0].float().mean((1, 2)))
-
-    for example in examples:
-        image = image_of(example)
-        with feature_maps(model, model.layout(*image.shape[-2:])) as maps, torch.no_grad():
-            maps.register_forward_hook(keep)
-            model.last_logits([image], [example.prompt])
-    return found
 
 
 def closeness_correlations(
@@ -296,8 +280,7 @@ def readings(found: pd.DataFrame, moved: pd.DataFrame, damped: str, seed: int) -
     found: of `numbers`; moved: of `against_none`; damped: the name of damped FI. The median over the ceiling
     has the least and the largest picture in place of an interval, outliers have Wilson's, means a bootstrap.
     """
-    first = found[found.prompt.isin(FIRSTS)]
-    median = first["exact share median"]
+    median = found[found.prompt.isin(FIRSTS)]["exact share median"]
     lines: list[tuple[Any, ...]] = [
         ("median pixel over the ceiling", "FI exact", median.mean(), median.min(), median.max(), len(median))
     ]

@@ -68,12 +68,12 @@ function chart(parent, position, axes) {
   });
 }
 
-function bars(parent, position, title, largest) {
+function bars(parent, position, title) {
   if (position.bars.length) make(parent, "div", "explorer-legend", title);
   for (const bar of position.bars) {
     const row = make(parent, "div", "explorer-bar");
     make(row, "span", "", bar.name);
-    make(make(row, "span", "track"), "i").style.width = `${(100 * Math.max(0, bar.value)) / largest}%`;
+    make(make(row, "span", "track"), "i").style.width = `${100 * Math.max(0, bar.value)}%`;
     make(row, "b", "", bar.text);
   }
 }
@@ -151,7 +151,7 @@ function render({ model, el }) {
     for (const part of parts) part.replaceChildren();
     for (const { image, caption } of position.pictures) picture(parts[0], images[image], caption);
     if (position.lines.length) chart(parts[1], position, model.get("axes"));
-    bars(parts[2], position, model.get("bars"), model.get("largest"));
+    bars(parts[2], position, model.get("bars"));
     note.textContent = position.note;
   };
   const show = () => {
