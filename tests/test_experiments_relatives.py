@@ -1,6 +1,7 @@
 """Chapter 11: components and their gates, relatives of FI on them, ranks, and calibration without sense."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -96,18 +97,38 @@ def test_a_step_uphill_raises_the_loss_and_leaves_the_model(
     assert torch.equal(log_probs(model), before)
 
 
-def test_attribution_fits_what_removals_do(model: LanguageModel, parts: list[Component]) -> None:
-    sizes = {"ablated": 0.1, "ablations": 30, "held": 8, "attributed": 2}
+SIZES = {"ablated": 0.1, "ablations": 30, "held": 8}
+
+
+def test_attribution_leaves_the_model(model: LanguageModel, parts: list[Component]) -> None:
     before = log_probs(model)
-    found, r2 = components.attribution(model, EXAMPLES, parts, 0, **sizes)
+    found, r2 = components.attribution(model, EXAMPLES, parts, 0, attributed=2, **SIZES)
     assert found.shape == (len(parts),) and len(r2) == 2 and r2.max() <= 1
     assert torch.equal(log_probs(model), before)
-    rng = np.random.default_rng(0)
-    gone = rng.random((60, 5)) < 0.3
-    slopes = np.array([-1.0, 0.0, 0.5, -0.2, 0.1])
-    told, whole = components.linear_fit(gone, -0.3 + gone @ slopes, held=20)
-    np.testing.assert_allclose(told, slopes, atol=1e-12)
-    assert whole == pytest.approx(1)
+
+
+def test_attribution_finds_what_each_removal_costs(
+    model: LanguageModel, parts: list[Component], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    costs = torch.linspace(-0.2, 1, len(parts), dtype=torch.float64)
+    out = torch.zeros_like(costs)
+
+    @contextmanager
+    def removed(_: LanguageModel, gone: Iterable[Component]) -> Iterator[None]:
+        out[[parts.index(part) for part in gone]] = 1
+        yield
+        out.zero_()
+
+    def ask() -> SimpleNamespace:
+        return SimpleNamespace(log_prob=-0.3 - torch.stack([costs @ out, 3 * costs @ out]))
+
+    monkeypatch.setattr(components, "removed", removed)
+    monkeypatch.setattr(components, "Evaluator", lambda *_: ask)
+    sizes = {**SIZES, "ablations": 4 * len(parts)}
+    found, r2 = components.attribution(model, EXAMPLES, parts, 0, attributed=2, **sizes)
+    # as many parts are out each time, so a constant more for each is the same as another intercept
+    torch.testing.assert_close(found - found.mean(), 2 * (costs - costs.mean()))
+    assert r2 == pytest.approx([1, 1])
 
 
 def test_random_scores_are_the_same_for_a_seed_and_differ_by_matrix(model: LanguageModel) -> None:
