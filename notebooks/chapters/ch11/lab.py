@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import torch
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from fichapters.ch11 import components
@@ -140,11 +141,8 @@ def train(n: int, seed: int, steps: int = 400) -> Digits:
 
     n: at most 497.
     """
-    from sklearn.datasets import load_digits
-
     data = load_digits()
-    x = torch.tensor(data.data, dtype=torch.float32) / 16
-    y = torch.tensor(data.target)
+    x, y = torch.tensor(data.data, dtype=torch.float32) / 16, torch.tensor(data.target)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10))
@@ -257,12 +255,9 @@ def overlap_gaps(trials: Trials, p: SimpleNamespace, measures: Sequence[str]) ->
     """
     pairs, first = [(OTHER, SHUFFLED), (OTHER, TOKENS)], p.NONSENSE["shares"][0]
     here = trials.where(test="overlap", share=first)
-    found = [
-        here.where(measure=m).compare(pairs, "measure", label="source", value="overlap", over_sets=True)
-        for m in measures
-    ]
-    made = pd.concat(found, ignore_index=True).drop(columns="first").rename(columns={"minus": "source"})
-    made = made.assign(share=first, n=p.NONSENSE["seeds"])
+    found = here.compare(pairs, "measure", label="source", value="overlap", over_sets=True)
+    found = found.sort_values("measure", key=lambda names: names.map(measures.index), kind="stable")
+    made = found.assign(source=found["minus"], share=first, n=p.NONSENSE["seeds"])
     return made[["measure", "source", "share", "n", "difference", "low", "high"]]
 
 
