@@ -144,7 +144,7 @@ def test_rank_agreement_is_spearmans_and_a_constant_has_none(parts: list[Compone
     scores = pd.DataFrame({"a": rng.random(30), "flat": np.full(30, 0.17) + 1e-12 * rng.random(30)})
     falls = scores.a.to_numpy()[:, None] ** 3 + np.zeros((30, 4))
     found = lab.agreement(scores, falls, seed=0)
-    assert found.value.tolist() == pytest.approx([1, 0])
+    assert found.table().agreement.tolist() == pytest.approx([1, 0])
     assert found.table().agreement.between(found.table().low, found.table().high).all()
     (duel,) = found.duels([("a", "flat")]).itertuples()
     assert (duel.difference, duel.low, duel.high, duel.n) == (pytest.approx(1), 1, 1, 30)
@@ -227,7 +227,7 @@ def test_digits_have_constant_exact_fi_and_units_that_matter() -> None:
     exact = scores[lab.EXACT].to_numpy()
     np.testing.assert_allclose(exact, exact[0], rtol=1e-4)
     found = lab.agreement(scores, falls, seed=0)
-    assert found.value[lab.EXACT] == 0
+    assert found.table().set_index("relative").agreement[lab.EXACT] == 0
     assert found.duels([(lab.LENGTH, lab.RANDOM)]).difference.item() > 0
     assert len(found.duels(lab.DIGIT_PAIRS)) == 5
 
