@@ -86,7 +86,7 @@ def rank_agreement(scores: np.ndarray, damage: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Agreement:
-    """Rank agreement of scores with a damage: `ranks` (1 + resamples, scores), first as it is, then resampled.
+    """Rank agreement of scores with a damage: `ranks` (1 + resamples, scores), first whole, then resampled.
 
     Both components and questions are resampled, so that intervals cover the choice of both. n: components.
     """
