@@ -269,8 +269,8 @@ def alike(scores: Mapping[str, Scores], other: str) -> dict[str, float]:
 
 def noted(outcome: Outcome, likeness: float) -> dict[str, Tensor]:
     """What was answered, with the likeness of the ranking beside it, the same for each question."""
-    alike = torch.full((len(outcome.correct),), likeness, dtype=torch.float64)
-    return {"correct": outcome.correct, "log_prob": outcome.log_prob, "alike": alike}
+    of_each = torch.full_like(outcome.log_prob, likeness, dtype=torch.float64)
+    return {"correct": outcome.correct, "log_prob": outcome.log_prob, "alike": of_each}
 
 
 def paired(sweep: Trials, pairs: Iterable[tuple[str, str]], seed: int) -> pd.DataFrame:
