@@ -19,7 +19,7 @@ from fihelpers.models import language
 from fihelpers.models.language import LanguageModel, open_model
 from fihelpers.models.vision import VisionModel, open_vision_model
 from fihelpers.perturb.sparsify import linear_names, select, zeroed
-from fihelpers.scores.pixels import score_pixels
+from fihelpers.scores.pixels import pixel_batches, score_pixels
 from fihelpers.scores.weights import score_weights
 from fihelpers.tasks import Example, load_task
 from fihelpers.trials import collect
@@ -196,8 +196,9 @@ def pictures(count: int) -> list[Example]:
 def test_peers_of_pixels_are_the_jacobian_norm(seeing: VisionModel) -> None:
     shown = pictures(3)
     ours = torch.stack(score_pixels(seeing, shown, ["Jacobian norm"])["Jacobian norm"])
+    (batch,) = pixel_batches(seeing, shown)
     for peer in (peers.plain_jacobian, peers.captum_saliency):
-        found = peer(*peers.asked(seeing, shown))
+        found = peer(batch)
         assert float((found - ours).abs().max()) < 1e-4 * float(ours.max())
 
 

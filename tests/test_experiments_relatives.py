@@ -1,6 +1,7 @@
 """Chapter 11: components and their gates, relatives of FI on them, ranks, and calibration without sense."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -96,18 +97,38 @@ def test_a_step_uphill_raises_the_loss_and_leaves_the_model(
     assert torch.equal(log_probs(model), before)
 
 
-def test_attribution_fits_what_removals_do(model: LanguageModel, parts: list[Component]) -> None:
-    sizes = {"ablated": 0.1, "ablations": 30, "held": 8, "attributed": 2}
+SIZES = {"ablated": 0.1, "ablations": 30, "held": 8}
+
+
+def test_attribution_leaves_the_model(model: LanguageModel, parts: list[Component]) -> None:
     before = log_probs(model)
-    found, r2 = components.attribution(model, EXAMPLES, parts, 0, **sizes)
+    found, r2 = components.attribution(model, EXAMPLES, parts, 0, attributed=2, **SIZES)
     assert found.shape == (len(parts),) and len(r2) == 2 and r2.max() <= 1
     assert torch.equal(log_probs(model), before)
-    rng = np.random.default_rng(0)
-    gone = rng.random((60, 5)) < 0.3
-    slopes = np.array([-1.0, 0.0, 0.5, -0.2, 0.1])
-    told, whole = components.linear_fit(gone, -0.3 + gone @ slopes, held=20)
-    np.testing.assert_allclose(told, slopes, atol=1e-12)
-    assert whole == pytest.approx(1)
+
+
+def test_attribution_finds_what_each_removal_costs(
+    model: LanguageModel, parts: list[Component], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    costs = torch.linspace(-0.2, 1, len(parts), dtype=torch.float64)
+    out = torch.zeros_like(costs)
+
+    @contextmanager
+    def removed(_: LanguageModel, gone: Iterable[Component]) -> Iterator[None]:
+        out[[parts.index(part) for part in gone]] = 1
+        yield
+        out.zero_()
+
+    def ask() -> SimpleNamespace:
+        return SimpleNamespace(log_prob=-0.3 - torch.stack([costs @ out, 3 * costs @ out]))
+
+    monkeypatch.setattr(components, "removed", removed)
+    monkeypatch.setattr(components, "Evaluator", lambda *_: ask)
+    sizes = {**SIZES, "ablations": 4 * len(parts)}
+    found, r2 = components.attribution(model, EXAMPLES, parts, 0, attributed=2, **sizes)
+    # as many parts are out each time, so a constant more for each is the same as another intercept
+    torch.testing.assert_close(found - found.mean(), 2 * (costs - costs.mean()))
+    assert r2 == pytest.approx([1, 1])
 
 
 def test_random_scores_are_the_same_for_a_seed_and_differ_by_matrix(model: LanguageModel) -> None:
@@ -123,7 +144,7 @@ def test_rank_agreement_is_spearmans_and_a_constant_has_none(parts: list[Compone
     scores = pd.DataFrame({"a": rng.random(30), "flat": np.full(30, 0.17) + 1e-12 * rng.random(30)})
     falls = scores.a.to_numpy()[:, None] ** 3 + np.zeros((30, 4))
     found = lab.agreement(scores, falls, seed=0)
-    assert found.value.tolist() == pytest.approx([1, 0])
+    assert found.table().agreement.tolist() == pytest.approx([1, 0])
     assert found.table().agreement.between(found.table().low, found.table().high).all()
     (duel,) = found.duels([("a", "flat")]).itertuples()
     assert (duel.difference, duel.low, duel.high, duel.n) == (pytest.approx(1), 1, 1, 30)
@@ -206,7 +227,7 @@ def test_digits_have_constant_exact_fi_and_units_that_matter() -> None:
     exact = scores[lab.EXACT].to_numpy()
     np.testing.assert_allclose(exact, exact[0], rtol=1e-4)
     found = lab.agreement(scores, falls, seed=0)
-    assert found.value[lab.EXACT] == 0
+    assert found.table().set_index("relative").agreement[lab.EXACT] == 0
     assert found.duels([(lab.LENGTH, lab.RANDOM)]).difference.item() > 0
     assert len(found.duels(lab.DIGIT_PAIRS)) == 5
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from torch.func import jacrev
 
 from fichapters import explorers
 from fichapters.ch02 import lab as manifold
@@ -42,20 +43,22 @@ def test_the_browser_computes_what_python_computes(
         [node, "--no-warnings", "--input-type=module", "-e", code], check=True, capture_output=True, text=True
     )
     found = json.loads(shown.stdout)
-    here = manifold.local(net.log_probs, torch.tensor(omega, dtype=torch.float64))
+    point = torch.tensor(omega, dtype=torch.float64)
+    probs, grads = net.log_probs(point).exp(), jacrev(net.log_probs)(point)
+    metric = torch.einsum("k,ki,kj->ij", probs, grads, grads)
     angle = torch.tensor(degrees, dtype=torch.float64).deg2rad()
     u = torch.stack([angle.cos(), angle.sin()])
-    damped = influence.fi(here.grads, here.probs, over=0, spectral=filters.Damped(lam))
-    exact = influence.fi(here.grads, here.probs, over=0, spectral=filters.Exact(0.0))
+    damped = influence.fi(grads, probs, over=0, spectral=filters.Damped(lam))
+    exact = influence.fi(grads, probs, over=0, spectral=filters.Exact(0.0))
     expected = {
-        "P": here.probs,
-        "G": here.metric,
-        "df": -here.grads[here.predicted],
-        "length2": u @ here.metric @ u,
-        "along": influence.fi((here.grads @ u)[:, None], here.probs)[0],
+        "P": probs,
+        "G": metric,
+        "df": -grads[probs.argmax()],
+        "length2": u @ metric @ u,
+        "along": influence.fi((grads @ u)[:, None], probs)[0],
         "pair": exact,
         "damped": damped,
-        "odds": influence.ceiling(here.probs),
+        "odds": influence.ceiling(probs),
     }
     for name, value in expected.items():
         assert found[name] == pytest.approx(value.numpy(), rel=1e-6), name

@@ -33,7 +33,7 @@ from fihelpers.influence import SaturationWarning
 from fihelpers.models.vision import VisionModel, open_vision_model
 from fihelpers.perturb.topshare import CHUNK, TopShare
 from fihelpers.scores.hooks import frozen
-from fihelpers.scores.pixels import score_pixels
+from fihelpers.scores.pixels import pixel_batches, score_pixels
 from fihelpers.tasks import Example, load_task
 
 UNITS = {work: sum(peers.passes(work)) for work in (JACOBIAN, FI, STORED)}
@@ -173,11 +173,12 @@ def pixel_rows(model: VisionModel, examples: Sequence[Example], rounds: int) -> 
     images. The floor counts a forward pass and one back to the pixels for each class but one, of which the
     Jacobian norm has one.
     """
-    count, given = len(examples), peers.asked(model, examples)
+    count = len(examples)
+    (batch,) = pixel_batches(model, examples, batch_size=count)
     ours = partial(score_pixels, model, examples, ["FI"], batch_size=count)
     works: dict[str, tuple[Work, int]] = {f"FI {f}": (partial(ours, spectral=f), count) for f in FILTERS}
-    works[PLAIN] = (lambda: peers.plain_jacobian(*given), count)
-    works[SALIENCY] = (lambda: peers.captum_saliency(*given), count)
+    works[PLAIN] = (lambda: peers.plain_jacobian(batch), count)
+    works[SALIENCY] = (lambda: peers.captum_saliency(batch), count)
     with frozen(model.network), warnings.catch_warnings():
         warnings.simplefilter("ignore", SaturationWarning)  # exact FI of pixels is, and takes as long
         seconds = in_turn(works, rounds)

@@ -33,12 +33,9 @@ def picture_and_words(figure: Figure) -> tuple[bytes, dict[str, str]]:
 
 def small_png(png: bytes) -> bytes:
     """The same picture in at most 256 colours: about a third of the bytes, and the same to the eye."""
-    picture = Image.open(io.BytesIO(png)).convert("RGB")
-    few = picture.quantize(COLOURS, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
-    buffer = io.BytesIO()
-    few.save(
-        buffer, format="png", compress_level=9, dpi=Image.open(io.BytesIO(png)).info.get("dpi", (96, 96))
-    )
+    picture, buffer = Image.open(io.BytesIO(png)), io.BytesIO()
+    few = picture.convert("RGB").quantize(COLOURS, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    few.save(buffer, format="png", compress_level=9, dpi=picture.info.get("dpi", (96, 96)))
     return buffer.getvalue()
 
 

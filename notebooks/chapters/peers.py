@@ -5,7 +5,7 @@ The command ``bench`` and chapter 10 time these works and count their operations
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -24,8 +24,7 @@ from fihelpers.answers import Groups
 from fihelpers.filters import Cut, Damped, Exact, Spectral
 from fihelpers.models.language import Batch, LanguageModel, left_padded
 from fihelpers.models.linear import linear_names
-from fihelpers.models.vision import VisionModel
-from fihelpers.scores.pixels import image_of, option_letters
+from fihelpers.scores.pixels import PixelBatch
 from fihelpers.scores.weights import score_contexts
 from fihelpers.tasks import Example
 
@@ -205,37 +204,21 @@ def peak_bytes(questions: Questions, save_memory: bool) -> int:
 # --- pixels
 
 
-def asked(model: VisionModel, examples: Sequence[Example]) -> tuple[VisionModel, Tensor, list[str], int]:
-    """What the peers are given: model, images (B, 3, H, W), prompts, and the number of options."""
-    images = torch.stack([image_of(example) for example in examples]).to(model.device)
-    return model, images, [example.prompt for example in examples], len(examples[0].options)
-
-
-def pixel_log_probs(model: VisionModel, prompts: Sequence[str], options: int) -> Callable[[Tensor], Tensor]:
-    """From images in [0, 1] to log-probabilities of the letters; one prompt serves any number of images."""
-    answers = option_letters(model.tokenizer, options)
-
-    def log_probs(x: Tensor) -> Tensor:
-        each = list(prompts) if len(prompts) == len(x) else [prompts[0]] * len(x)
-        return answers.log_probs(model.last_logits(x * 255, each))
-
-    return log_probs
-
-
-def plain_jacobian(model: VisionModel, images: Tensor, prompts: Sequence[str], options: int) -> Tensor:
+def plain_jacobian(batch: PixelBatch) -> Tensor:
     """The norm over the channels (B, H, W) of the gradient of log P(y_hat): one backward pass."""
-    x = (images / 255).requires_grad_()
-    log_p = pixel_log_probs(model, prompts, options)(x)
+    x = (batch.images / 255).requires_grad_()
+    log_p = batch.log_probs(x, torch.arange(len(x)))
     (grad,) = torch.autograd.grad(log_p.amax(-1).sum(), x)
     return grad.norm(dim=1)
 
 
-def captum_saliency(model: VisionModel, images: Tensor, prompts: Sequence[str], options: int) -> Tensor:
+def captum_saliency(batch: PixelBatch) -> Tensor:
     """The same by Captum, which has to be told the predicted class."""
     from captum.attr import Saliency
 
-    log_probs, x = pixel_log_probs(model, prompts, options), images / 255
+    x, rows = batch.images / 255, torch.arange(len(batch.images))
     with torch.no_grad():
-        predicted = log_probs(x).argmax(-1)
-    made: Tensor = Saliency(log_probs).attribute(x.requires_grad_(), target=predicted)
+        predicted = batch.log_probs(x, rows).argmax(-1)
+    saliency = Saliency(batch.log_probs)
+    made: Tensor = saliency.attribute(x.requires_grad_(), target=predicted, additional_forward_args=rows)
     return made.norm(dim=1)

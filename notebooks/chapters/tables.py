@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from fichapters.claims import judge
@@ -22,6 +23,13 @@ def difference(a: pd.Series, b: pd.Series, seed: int) -> tuple[float, float, flo
 def average(values: pd.Series, seed: int) -> tuple[float, float, float]:
     """Mean over pictures or questions, and its bootstrap interval over them: (mean, low, high)."""
     return difference(values, 0 * values, seed)
+
+
+def with_ends(drawn: np.ndarray | pd.Series) -> tuple[float, float, float]:
+    """The first of some numbers, and the 95 % percentile interval of the others, widened to hold it."""
+    value, *others = np.asarray(drawn).tolist()
+    low, high = np.quantile(others, [0.025, 0.975])
+    return value, min(float(low), value), max(float(high), value)
 
 
 def measures_of(trials: Trials) -> list[str]:

@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.func import jacrev
 
 from fichapters.papers import published
 from fihelpers.evaluate.stats import wilson
 from fihelpers.filters import Exact
 from fihelpers.influence import SaturationWarning, ceiling, fi
-from fihelpers.measures import JACOBIAN, SNIP
+from fihelpers.measures import MEASURES
 from fihelpers.models.language import LanguageModel
+from fihelpers.scores.class_gradients import class_gradients
 
 BASE = (0.55, 0.30, 0.15)  # P at omega = 0 of the network with three answers
 BASE5 = (0.4, 0.25, 0.15, 0.12, 0.08)  # and of that with five
@@ -28,8 +28,6 @@ NETS = ((BASE, 2, 8), (BASE5, 2, 0))  # the two that the chapter searches: P, in
 RTOL = 1e-6  # the rank cut of float32, for every way to compute FI in the rounding experiment
 RESAMPLES = 500  # of the bootstrap
 TOLERANCE = 1e-5  # how far above its ceiling FI counts as a violation, relative
-
-Map = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -50,15 +48,6 @@ class Family:
         return torch.log_softmax(self.bias + hidden @ self.outer.T, -1)
 
 
-class Local(NamedTuple):
-    """All that FI needs to know at one point: P (K,), class gradients (K, p), y_hat and metric G (p, p)."""
-
-    probs: Tensor
-    grads: Tensor
-    predicted: int
-    metric: Tensor
-
-
 def make_family(base: Sequence[float], dims: int, seed: int, hidden: int = 6) -> Family:
     """A random network of `dims` inputs omega with the probabilities `base` at omega = 0."""
     g = torch.Generator().manual_seed(seed)
@@ -67,13 +56,6 @@ def make_family(base: Sequence[float], dims: int, seed: int, hidden: int = 6) ->
     outer = torch.randn(len(base), hidden, generator=g, dtype=torch.float64)
     bias = torch.tensor(base, dtype=torch.float64).log() - outer @ torch.tanh(shift)
     return Family(inner, shift, outer, bias)
-
-
-def local(log_probs: Map, origin: Tensor) -> Local:
-    """P, class gradients, y_hat and metric of omega -> log P at a point `origin` of shape (p,)."""
-    probs = log_probs(origin).exp()
-    grads = jacrev(log_probs)(origin)
-    return Local(probs, grads, int(probs.argmax()), torch.einsum("k,ki,kj->ij", probs, grads, grads))
 
 
 def weight_of(model: LanguageModel, name: str) -> Tensor:
@@ -90,8 +72,7 @@ def probes(rows: Sequence[Sequence[Any]]) -> pd.DataFrame:
     By FI's promise f changes by sqrt(FI) times the length; that, and the measured over it, join as columns.
     """
     columns = ["weight", "FI", "|∂f|", "length ℓ", "step / typical weight", "measured |Δf|"]
-    lines = [[row[0], *map(float, row[1:])] for row in rows]
-    table = pd.DataFrame(lines, columns=columns).set_index("weight")
+    table = pd.DataFrame(rows, columns=columns).set_index("weight").astype(float)
     table.insert(4, "predicted |Δf|", table["length ℓ"] * table["FI"] ** 0.5)
     return table.assign(**{"measured / predicted": table["measured |Δf|"] / table["predicted |Δf|"]})
 
@@ -110,13 +91,12 @@ def curved(nu: Tensor) -> Tensor:
     return torch.stack([3 * torch.sinh(nu[0]) + nu[1] + nu[1] ** 2, (torch.exp(4 * nu[1]) - 1) / 2])
 
 
-def linear(rows: Sequence[Sequence[float]]) -> Map:
+def linear(rows: Sequence[Sequence[float]]) -> Callable[[Tensor], Tensor]:
     """The map nu -> matrix nu."""
-    matrix = torch.tensor(rows, dtype=torch.float64)
-    return lambda nu: matrix @ nu
+    return torch.tensor(rows, dtype=torch.float64).matmul
 
 
-COORDINATES: dict[str, Map] = {
+COORDINATES: dict[str, Callable[[Tensor], Tensor]] = {
     "as given": lambda nu: nu,
     "other units (× 100, × 0.02)": linear([[100, 0], [0, 0.02]]),
     "rotated by 30°": linear([[0.75**0.5, -0.5], [0.5, 0.75**0.5]]),
@@ -133,13 +113,10 @@ def invariance(family: Family) -> pd.DataFrame:
     """
     rows = {}
     for name, phi in COORDINATES.items():
-
-        def log_probs(nu: Tensor, phi: Map = phi) -> Tensor:
-            return family.log_probs(phi(nu))
-
-        here = local(log_probs, torch.zeros(2, dtype=torch.float64))
-        norm = here.grads[here.predicted].norm()
-        rows[name] = (float(fi(here.grads, here.probs, over=0)), float(norm))
+        nu = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+        log_p = family.log_probs(phi(nu))
+        grads, probs = class_gradients(log_p, nu), log_p.detach().exp()
+        rows[name] = (float(fi(grads, probs, over=0)), float(grads[probs.argmax()].norm()))
     table = pd.DataFrame.from_dict(rows, "index", columns=["FI", "Jacobian norm"]).rename_axis("coordinates")
     table.insert(1, "relative difference", (table["FI"] / table["FI"].iloc[0] - 1).abs())
     return table
@@ -175,7 +152,7 @@ def _log_softmax_grads(logits: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
     """P (K, n) and d log P / d omega (K, n, p) for logits (K, n) with gradients slopes (K, n, p)."""
     leaf = logits.clone().requires_grad_(True)
     log_p = torch.log_softmax(leaf, 0)
-    rows = [torch.autograd.grad(log_p[y].sum(), leaf, retain_graph=True)[0] for y in range(len(logits))]
+    rows = class_gradients(log_p.sum(1), leaf)
     return log_p.detach().exp(), torch.stack([torch.einsum("kn,knp->np", row, slopes) for row in rows])
 
 
@@ -248,21 +225,15 @@ def margins(draws: int, seed: int) -> pd.DataFrame:
     under both; the value for SNIP is drawn as well. Index: quantity. Columns: value, the ratio of the means,
     with its bootstrap interval low, high, and n.
     """
-    printed = [published(f"pair_{one}").values for one in ("sure", "unsure")]
-    pair = [torch.tensor(values, dtype=torch.float64) for values in printed]
+    pair = [torch.tensor(published(f"pair_{one}").values, dtype=torch.float64) for one in ("sure", "unsure")]
     pair = [probs / probs.sum() for probs in pair]
     rows = {"ceiling": (float(ceiling(pair[1]) / ceiling(pair[0])), None, None, len(pair))}
     g = torch.Generator().manual_seed(seed)
     slopes = torch.randn(len(pair[0]), draws, generator=g, dtype=torch.float64)
     value = torch.randn(draws, generator=g, dtype=torch.float64)
-    found: dict[str, list[Tensor]] = {"FI exact": [], "Jacobian norm": [], "SNIP": []}
-    for probs in pair:
-        grads = slopes - probs @ slopes
-        found["FI exact"].append(fi(grads, probs))
-        found["Jacobian norm"].append(JACOBIAN(grads, probs))
-        found["SNIP"].append(SNIP(grads, probs, value=value))
     pick = torch.randint(draws, (RESAMPLES, draws), generator=g)
-    for name, (sure, unsure) in found.items():
+    for name in ("FI exact", "Jacobian norm", "SNIP"):
+        sure, unsure = (MEASURES[name](slopes - probs @ slopes, probs, value=value) for probs in pair)
         again = unsure[pick].mean(1) / sure[pick].mean(1)
         low, high = again.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
         rows[name] = (float(unsure.mean() / sure.mean()), low, high, draws)

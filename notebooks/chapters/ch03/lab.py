@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from fichapters.papers import published
-from fichapters.tables import measures_of
+from fichapters.tables import measures_of, with_ends
 from fihelpers.answers import Answers, Top, usual_answers
 from fihelpers.evaluate.questions import Outcome, answer_all
 from fihelpers.evaluate.stats import mean_interval, spearman
@@ -267,10 +267,10 @@ def alike(scores: Mapping[str, Scores], other: str) -> dict[str, float]:
     return dict(zip(scores, found.tolist(), strict=True))
 
 
-def noted(outcome: Outcome, likeness: float) -> dict[str, np.ndarray]:
+def noted(outcome: Outcome, likeness: float) -> dict[str, Tensor]:
     """What was answered, with the likeness of the ranking beside it, the same for each question."""
-    answered = {name: getattr(outcome, name).cpu().numpy() for name in ("correct", "log_prob")}
-    return {**answered, "alike": np.full(len(outcome.correct), likeness)}
+    of_each = torch.full_like(outcome.log_prob, likeness, dtype=torch.float64)
+    return {"correct": outcome.correct, "log_prob": outcome.log_prob, "alike": of_each}
 
 
 def paired(sweep: Trials, pairs: Iterable[tuple[str, str]], seed: int) -> pd.DataFrame:
@@ -441,7 +441,6 @@ def rank_correlations(
     for name, values in guesses.items():
         guessed = values.cpu().numpy()[:, index].swapaxes(0, 1)
         each = np.nan_to_num(spearman(guessed, truth)).mean(1)  # a constant ranks nothing
-        low, high = np.quantile(each[1:], [0.025, 0.975])
-        lines.append((name, each[0], min(low, each[0]), max(high, each[0]), count, rows))
+        lines.append((name, *with_ends(each), count, rows))
     table = pd.DataFrame(lines, columns=["measure", "correlation", "low", "high", "n", "questions"])
     return table.assign(exact_high=table.set_index("measure").high.get("FI exact", np.nan))

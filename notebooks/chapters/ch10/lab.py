@@ -12,6 +12,8 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,7 +38,7 @@ from fihelpers.scores import hooks
 from fihelpers.scores import weights as scores_of_weights
 from fihelpers.scores.hooks import frozen
 from fihelpers.scores.inputs import class_grads_of_inputs
-from fihelpers.scores.pixels import image_of
+from fihelpers.scores.pixels import PixelBatch, pixel_batches
 from fihelpers.tasks import Example, load_task
 
 WORKS = (FORWARD, JACOBIAN, FI, STORED)
@@ -147,9 +149,9 @@ def fi_written_out(questions: Questions) -> dict[str, Tensor]:
         return peers.fi_of_weights(questions)
 
 
-def class_grads(model: VisionModel, images: Tensor, prompts: Sequence[str], options: int) -> Tensor:
-    """The class gradients (K, B, 3, H, W) of grey levels in [0, 255] alone, of which FI of pixels is made."""
-    return class_grads_of_inputs(peers.pixel_log_probs(model, prompts, options), images / 255)[0]
+def class_grads(batch: PixelBatch) -> Tensor:
+    """The class gradients (K, B, 3, H, W) alone, of which FI of pixels is made, each time anew."""
+    return replace(batch).grads.class_grads
 
 
 # --- ratios
@@ -235,11 +237,10 @@ def count_pixels(model: VisionModel, example: Example) -> dict[str, float]:
 
     The same for class gradients alone as for each filter, as the algebra is no matrix product.
     """
-    given = peers.asked(model, [example])
+    (batch,) = pixel_batches(model, [example])
     with frozen(model.network):
-        ratio = counted_by_torch(lambda: class_grads(*given)) / counted_by_torch(
-            lambda: peers.plain_jacobian(*given)
-        )
+        ours, peer = (counted_by_torch(partial(f, batch)) for f in (class_grads, peers.plain_jacobian))
+    ratio = ours / peer
     return dict.fromkeys([GRADIENTS, *(f"FI {spectral}" for spectral in FILTERS)], ratio)
 
 
@@ -251,8 +252,12 @@ def by_differences(model: VisionModel, example: Example, pixels: int, levels: Se
     Columns levels, worst (largest difference, relative to the highest FI), pixels, passes (used) and
     passes_all (that all pixels of the image would take).
     """
-    image = (image_of(example)[None] / 255).to(model.network.dtype)
-    ask = peers.pixel_log_probs(model, [example.prompt], len(example.options))
+    (batch,) = pixel_batches(model, [example])
+    image = (batch.images / 255).to(model.network.dtype)
+
+    def ask(x: Tensor) -> Tensor:
+        return batch.log_probs(x, torch.zeros(len(x), dtype=torch.int64))
+
     with frozen(model.network):
         grads, probs, predicted = class_grads_of_inputs(ask, image)
     probs, chosen = probs[:, 0], int(predicted[0])

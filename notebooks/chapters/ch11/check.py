@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -79,13 +79,11 @@ def attributed(answer: object, gone: Tensor, log_p: Tensor) -> str:
     parts = gone.shape[1]
     values = tensor(answer, (parts,))
     design = torch.cat([torch.ones(len(gone), 1, dtype=torch.float64), gone.double()], 1)
-    found = torch.linalg.lstsq(design, log_p.double()[:, None]).solution[:, 0]
-    truth = -found[1:]
+    truth = -torch.linalg.lstsq(design, log_p.double()[:, None]).solution[1:, 0]
     if torch.allclose(values, truth, rtol=0.01, atol=CLOSE):
-        order: Mapping[str, int] = {"first": int(truth.argmax()) + 1}
         return (
-            f"Part {order['first']} is needed most. Averages with and without a part would have mixed in "
-            "whatever else was gone by chance."
+            f"Part {int(truth.argmax()) + 1} is needed most. Averages with and without a part would have "
+            "mixed in whatever else was gone by chance."
         )
     if torch.allclose(values, -truth, rtol=0.01, atol=CLOSE):
         raise Wrong("The sign is turned: a part that is needed should get a number above zero.")

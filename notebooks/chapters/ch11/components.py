@@ -8,27 +8,27 @@ whole components and published attributions can be held against one and the same
 from __future__ import annotations
 
 import itertools
-import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from sklearn.metrics import r2_score
 from torch import Tensor
 from tqdm import tqdm
 
-from fihelpers.answers import usual_answers
+from fichapters.ch03.lab import questions, unwarned
 from fihelpers.evaluate.questions import Evaluator
 from fihelpers.filters import Damped, Exact
-from fihelpers.influence import SaturationWarning, fi_from_gram, fi_of_moments, gram, moments_of_others
+from fihelpers.influence import fi, fi_from_gram, gram
 from fihelpers.measures import Random
 from fihelpers.models.language import LanguageModel
-from fihelpers.scores.hooks import class_grad_blocks, frozen, missed_by_hooks, named_parameters
 from fihelpers.tasks import Example
 
 READERS = {"o_proj": "head", "down_proj": "neurons"}  # the matrix that reads a component, and its kind
 JOINT, JOINT_DAMPED = "joint FI exact", "joint FI damped 0.0001"
+FILTERS = {JOINT: Exact(1e-6), JOINT_DAMPED: Damped(1e-4)}
 GATE_FI = "FI of the gate"
 
 
@@ -103,39 +103,17 @@ def whole_scores(
     "joint FI" takes all weights of a component together, exact and damped. The gate is one number, by which
     the component is multiplied: 1 is intact, 0 is removal.
     """
-    classes = usual_answers(model.tokenizer, examples)
-    parameters = named_parameters(model.network, {c.weight for c in parts})
-    n, k = len(examples), classes.size - 1
-    grams, gates = (torch.zeros(*shape, n, len(parts)).double() for shape in ((k, k), (k,)))
-    others, chosen = torch.zeros(k, n).double(), torch.zeros(n).double()
-    with frozen(model.network):
-        batches = model.batches([e.prompt for e in examples], 16)
-        missed = missed_by_hooks(model, batches, classes, parameters)
-        for batch in batches:
-            for block in class_grad_blocks(model, batch, classes, parameters, missed):
-                closing = block.grads * parameters[block.name].detach()[block.rows]
-                for c in (c for c, part in enumerate(parts) if part.weight == block.name):
-                    columns = parts[c].columns
-                    grams[:, :, block.index, c] += gram(block.grads[..., columns], (1, 2)).cpu()
-                    gates[:, block.index, c] += closing[..., columns].sum((-1, -2)).double().cpu()
-                others[:, block.index] = block.others.double().cpu()
-                chosen[block.index] = block.chosen.double().cpu()
-    of_gates = fi_of_moments(moments_of_others(gates, others, chosen))
-    return {**_joint(grams, others, chosen), GATE_FI: of_gates.mean(0)}
-
-
-def _joint(grams: Tensor, others: Tensor, chosen: Tensor) -> dict[str, Tensor]:
-    """Joint FI (components,) from the Gram matrices (K-1, K-1, n, components) of the other classes."""
-    whole = grams.new_zeros(len(grams) + 1, len(grams) + 1, *grams.shape[2:])
-    whole[1:, 1:] = grams  # the predicted class is class 0, whose row follows from the others
-    probs = torch.cat([chosen[None], others])
-    first = torch.zeros(len(chosen), dtype=torch.long)
-    # that it saturates is what the chapter shows
-    with warnings.catch_warnings(action="ignore", category=SaturationWarning):
-        return {
-            name: fi_from_gram(whole, probs, predicted=first, spectral=spectral).mean(0)
-            for name, spectral in ((JOINT, Exact(1e-6)), (JOINT_DAMPED, Damped(1e-4)))
-        }
+    weights = [model.network.get_parameter(c.weight).detach()[:, c.columns] for c in parts]
+    found: dict[str, list[Tensor]] = {name: [] for name in (*FILTERS, GATE_FI)}
+    for q in questions(model, examples, list(dict.fromkeys(c.weight for c in parts))):
+        grads = [q.grads[c.weight][..., c.columns] for c in parts]
+        gates = [(s * w).sum((1, 2), dtype=torch.float64) for s, w in zip(grads, weights, strict=True)]
+        found[GATE_FI].append(fi(torch.stack(gates, 1), q.probs))
+        products = torch.stack([gram(s, (0, 1)) for s in grads], -1)
+        with unwarned():
+            for name, spectral in FILTERS.items():
+                found[name].append(fi_from_gram(products, q.probs, spectral=spectral))
+    return {name: torch.stack(each).mean(0) for name, each in found.items()}
 
 
 def sharpness(
@@ -147,33 +125,19 @@ def sharpness(
     """
     ask = Evaluator(model, examples)
     base = ask()
-    grads = _loss_gradients(model, examples, {c.weight for c in parts}, base.answer)
+    weights = {c.weight: model.network.get_parameter(c.weight).data for c in parts}
+    uphill = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    for q, right in zip(questions(model, examples, list(weights)), base.answer.tolist(), strict=True):
+        for name, grads in q.grads.items():
+            uphill[name] -= grads[right]
     found = []
     for c in parts:
-        weight = model.network.get_parameter(c.weight)
-        kept, uphill = weight.data[:, c.columns].clone(), grads[c.weight][:, c.columns]
-        weight.data[:, c.columns] = kept + radius * uphill / uphill.norm().clamp(min=1e-30)
+        columns = weights[c.weight][:, c.columns]
+        kept, step = columns.clone(), uphill[c.weight][:, c.columns]
+        columns += radius * step / step.norm().clamp(min=1e-30)
         found.append(base.log_prob.double().mean() - ask().log_prob.double().mean())
-        weight.data[:, c.columns] = kept
+        columns.copy_(kept)
     return torch.stack(found)
-
-
-def _loss_gradients(
-    model: LanguageModel, examples: Sequence[Example], names: Collection[str], right: Tensor
-) -> Mapping[str, Tensor]:
-    """Gradients of the mean of -log P of the classes `right` (N,), for each named weight."""
-    classes = usual_answers(model.tokenizer, examples)
-    parameters = named_parameters(model.network, names)
-    with frozen(model.network):
-        for p in parameters.values():
-            p.requires_grad_(True)
-        total = {name: torch.zeros_like(p) for name, p in parameters.items()}
-        for batch in model.batches([e.prompt for e in examples]):
-            log_p = classes.rows(batch.index).log_probs(model.last_logits(batch))
-            loss = -log_p.gather(1, right[batch.index].to(log_p.device)[:, None]).sum() / len(examples)
-            for name, g in zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True):
-                total[name] += g
-    return total
 
 
 def attribution(
@@ -199,22 +163,11 @@ def attribution(
     gone = np.argsort(rng.random((m, len(parts))), axis=1) < out
     ask = Evaluator(model, examples[:attributed])
     ask()  # the intact model, whose choice counts where no answer is right
-    log_p = []
+    asked = []
     for row in tqdm(gone, desc="ablations", leave=False, delay=3):
         with removed(model, itertools.compress(parts, row)):
-            log_p.append(ask().log_prob.double())
-    fits = [linear_fit(gone, of.numpy(), held) for of in torch.stack(log_p, 1)]
-    slopes, r2 = zip(*fits, strict=True)
-    return -torch.tensor(np.mean(slopes, axis=0)), np.array(r2)
-
-
-def linear_fit(gone: np.ndarray, outcome: np.ndarray, held: int) -> tuple[np.ndarray, float]:
-    """Least squares of outcome (M,) on what is gone (M, parts); the last `held` rows judge the fit.
-
-    Returns a slope for each part, and R2 in the rows held out, the share of their variance that is told.
-    """
-    design = np.column_stack([np.ones(len(gone)), gone])
-    train, test = slice(None, len(gone) - held), slice(len(gone) - held, None)
-    found = np.linalg.lstsq(design[train], outcome[train], rcond=None)[0]
-    missed = outcome[test] - design[test] @ found
-    return found[1:], float(1 - (missed**2).sum() / ((outcome[test] - outcome[test].mean()) ** 2).sum())
+            asked.append(ask().log_prob.double())
+    log_p, design = torch.stack(asked).numpy(), np.column_stack([np.ones(m), gone])
+    slopes = np.linalg.lstsq(design[:ablations], log_p[:ablations], rcond=None)[0]
+    r2 = r2_score(log_p[ablations:], design[ablations:] @ slopes, multioutput="raw_values")
+    return -torch.tensor(slopes[1:].mean(1)), r2

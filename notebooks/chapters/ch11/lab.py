@@ -10,10 +10,12 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import torch
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from fichapters.ch11 import components
 from fichapters.claims import of_run
+from fichapters.tables import with_ends
 from fihelpers.evaluate.stats import spearman
 from fihelpers.measures import MEASURES
 from fihelpers.models.language import LanguageModel
@@ -84,18 +86,17 @@ def rank_agreement(scores: np.ndarray, damage: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Agreement:
-    """Rank agreement of scores with a damage: `value`, and `draws` of the bootstrap (resamples, scores).
+    """Rank agreement of scores with a damage: `ranks` (1 + resamples, scores), first whole, then resampled.
 
     Both components and questions are resampled, so that intervals cover the choice of both. n: components.
     """
 
-    value: pd.Series
-    draws: pd.DataFrame
+    ranks: pd.DataFrame
     n: int
 
     def table(self) -> pd.DataFrame:
         """Columns relative, agreement, low, high, n."""
-        lines = [(name, *_interval(self.value[name], self.draws[name]), self.n) for name in self.value.index]
+        lines = [(name, *with_ends(ranks), self.n) for name, ranks in self.ranks.items()]
         return pd.DataFrame(lines, columns=["relative", "agreement", "low", "high", "n"])
 
     def duels(self, pairs: Iterable[tuple[str, str]]) -> pd.DataFrame:
@@ -103,30 +104,19 @@ class Agreement:
 
         Columns first, minus, n, difference, low, high.
         """
-        lines = []
-        for first, minus in pairs:
-            value, draws = (of[first] - of[minus] for of in (self.value, self.draws))
-            lines.append((first, minus, self.n, *_interval(value, draws)))
+        lines = [(a, b, self.n, *with_ends(self.ranks[a] - self.ranks[b])) for a, b in pairs]
         return pd.DataFrame(lines, columns=["first", "minus", "n", "difference", "low", "high"])
 
 
 def agreement(scores: pd.DataFrame, falls: np.ndarray, seed: int) -> Agreement:
     """How scores (parts, m) rank the mean of falls (parts, questions): Spearman's rank correlation."""
-    values, names = scores.to_numpy(dtype=float), scores.columns
+    values, (parts, n) = scores.to_numpy(dtype=float), falls.shape
     rng = np.random.default_rng(seed)
-    parts, n = falls.shape
-    draws = []
+    ranks = [rank_agreement(values, falls.mean(1))]
     for _ in range(RESAMPLES):
         c, q = rng.integers(parts, size=parts), rng.integers(n, size=n)
-        draws.append(rank_agreement(values[c], falls[c][:, q].mean(1)))
-    value = pd.Series(rank_agreement(values, falls.mean(1)), names)
-    return Agreement(value, pd.DataFrame(draws, columns=names), parts)
-
-
-def _interval(value: float, draws: pd.Series) -> tuple[float, float, float]:
-    """A percentile interval, widened to its value where the bootstrap's ties have moved it away."""
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return float(value), float(min(low, value)), float(max(high, value))
+        ranks.append(rank_agreement(values[c], falls[c][:, q].mean(1)))
+    return Agreement(pd.DataFrame(ranks, columns=scores.columns), parts)
 
 
 # --- a network that is no language model
@@ -140,11 +130,8 @@ def train(n: int, seed: int, steps: int = 400) -> Digits:
 
     n: at most 497.
     """
-    from sklearn.datasets import load_digits
-
     data = load_digits()
-    x = torch.tensor(data.data, dtype=torch.float32) / 16
-    y = torch.tensor(data.target)
+    x, y = torch.tensor(data.data, dtype=torch.float32) / 16, torch.tensor(data.target)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10))
@@ -257,12 +244,9 @@ def overlap_gaps(trials: Trials, p: SimpleNamespace, measures: Sequence[str]) ->
     """
     pairs, first = [(OTHER, SHUFFLED), (OTHER, TOKENS)], p.NONSENSE["shares"][0]
     here = trials.where(test="overlap", share=first)
-    found = [
-        here.where(measure=m).compare(pairs, "measure", label="source", value="overlap", over_sets=True)
-        for m in measures
-    ]
-    made = pd.concat(found, ignore_index=True).drop(columns="first").rename(columns={"minus": "source"})
-    made = made.assign(share=first, n=p.NONSENSE["seeds"])
+    found = here.compare(pairs, "measure", label="source", value="overlap", over_sets=True)
+    found = found.sort_values("measure", key=lambda names: names.map(measures.index), kind="stable")
+    made = found.assign(source=found["minus"], share=first, n=p.NONSENSE["seeds"])
     return made[["measure", "source", "share", "n", "difference", "low", "high"]]
 
 
