@@ -11,7 +11,7 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import cache, reduce
 from importlib import import_module
 from pathlib import Path
@@ -49,14 +49,13 @@ ITEM = re.compile(r"(?m)^[-*] ")
 ARGUMENT = re.compile(r"(?m)^(?=\*{0,2}[a-z_]\w*(?:, \w+)*: )")
 
 
-def module_names(packages: Mapping[str, Path] = PACKAGES) -> list[str]:
+def module_names() -> list[str]:
     """Dotted names of all modules of the packages, without those that are empty."""
-    return [
-        _dotted(path, name, folder)
-        for name, folder in packages.items()
-        for path in sorted(folder.rglob("*.py"))
-        if path.read_text("utf-8").strip()
-    ]
+    found = []
+    for name, folder in PACKAGES.items():
+        paths = [path for path in sorted(folder.rglob("*.py")) if path.read_text("utf-8").strip()]
+        found += [".".join((name, *path.relative_to(folder).with_suffix("").parts)) for path in paths]
+    return [name.removesuffix(".__init__") for name in found]
 
 
 def below(name: str) -> list[str]:
@@ -66,10 +65,10 @@ def below(name: str) -> list[str]:
     return [found for found in module_names() if found == name or found.startswith(f"{name}.")]
 
 
-def file_of(name: str, packages: Mapping[str, Path] = PACKAGES) -> Path:
+def file_of(name: str) -> Path:
     """The file of a module. Raises FileNotFoundError for a name that is no module of the packages."""
     package, *rest = name.split(".")
-    place = packages[package].joinpath(*rest) if package in packages else Path(name)
+    place = PACKAGES[package].joinpath(*rest) if package in PACKAGES else Path(name)
     path = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
     if not path.is_file():
         raise FileNotFoundError(f"the packages have no module {name}")
@@ -165,11 +164,6 @@ def source_line(where: Address | None, module: str, name: str) -> str | None:
         return None
     place = file_of(module).relative_to(ROOT).as_posix()
     return f"{where.repository}/blob/{BRANCH}/{place}#L{found.lineno}"
-
-
-def _dotted(path: Path, package: str, folder: Path) -> str:
-    parts = (package, *path.relative_to(folder).with_suffix("").parts)
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def _definitions(tree: Any, owner: str = "") -> Iterator[tuple[str, Definition]]:
