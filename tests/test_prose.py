@@ -65,7 +65,6 @@ def test_published_figures_know_where_they_are_printed() -> None:
     )
     assert published.published("pixels_random").value == pytest.approx(10.335 / 12)
     assert published.published("rouge_fi").value == pytest.approx(0.39 / 5)
-    assert published.published("win_least").value == 0.14
     assert "4.9 (earlier version, Figure 1)" in published.published("pixel_fi").as_text()
     with pytest.raises(KeyError, match="no figure 'nothing'"):
         published.published("nothing")

@@ -15,6 +15,7 @@ from nbformat.v4 import new_notebook
 
 from fibook import site as publish
 from fibook.build import BOOK
+from fibook.card import LANDING, landing_picture
 from fibook.site import Address, address, check_sizes, write_status
 from fichapters.runs import chapters
 from fihelpers import __version__
@@ -129,11 +130,10 @@ def test_the_workflow_that_publishes_checks_the_pages_first() -> None:
 
 
 def test_the_first_page_shows_the_numbers_that_are_kept(tmp_path: Path) -> None:
-    (tmp_path / "images").mkdir()
-    publish.draw_landing_picture(tmp_path)
-    picture = (tmp_path / "images" / publish.LANDING).read_bytes()
+    landing_picture(tmp_path / "landing.png")
+    picture = (tmp_path / "landing.png").read_bytes()
     assert struct.unpack(">II", picture[16:24]) == (900, 660)
-    assert f"images/{publish.LANDING}" in (BOOK / "intro.md").read_text("utf-8")
+    assert LANDING in (BOOK / "intro.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize("page", ["book/intro.md", "README.md", "book/copies.md", "CONTRIBUTING.md"])

@@ -4,7 +4,7 @@ import asyncio
 import re
 import shutil
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -24,8 +24,14 @@ Scheme = Literal["light", "dark"]
 SCHEMES: tuple[Scheme, ...] = ("light", "dark")
 Result = TypeVar("Result")
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-MAC_CHROME = Path("/Applications/Google Chrome.app/Contents/MacOS/Google Chrome")
+BROWSERS = (
+    "chromium",
+    "chromium-browser",
+    "google-chrome",
+    "google-chrome-stable",
+    "chrome",
+    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
+)
 BROWSER_FLAGS = [
     "--headless",
     "--no-sandbox",
@@ -38,6 +44,7 @@ BROWSER_FLAGS = [
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",  # no answer from any other host
 ]
 PATIENCE = 30_000  # milliseconds a page has to show its mathematics and widgets
+KEYS = ("ArrowRight", "ArrowLeft", "ArrowDown", "Enter")  # that move an explorer
 REACTION = 1_500  # milliseconds an explorer has to answer a click or a key
 SETTLING = 10_000  # milliseconds the theme has to follow a new width
 TABS = 2  # pages open at a time
@@ -61,10 +68,7 @@ WIDTHS = (1280, 380)  # CSS pixels: a laptop's screen and a phone's
 
 def find_browser() -> Path | None:
     """An installed Chromium or Chrome, or None."""
-    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
-    if found:
-        return Path(found)
-    return MAC_CHROME if MAC_CHROME.exists() else None
+    return next((Path(found) for name in BROWSERS if (found := shutil.which(name))), None)
 
 
 def check_pages(html: Path, browser: Path) -> list[str]:
@@ -114,15 +118,12 @@ def print_pdf(html: Path, page: str, target: Path, browser: Path) -> Path:
 @contextmanager
 def serve(html: Path) -> Iterator[str]:
     """Serves the folder on a free port of this machine alone; yields the address, with a closing slash."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(html)))
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(html))) as server:
+        threading.Thread(target=server.serve_forever).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/"
+        finally:
+            server.shutdown()
 
 
 class _Quiet(SimpleHTTPRequestHandler):
@@ -159,12 +160,11 @@ def _in_browser(path: Path, work: Callable[["Browser"], Awaitable[Result]]) -> R
     from playwright.async_api import async_playwright
 
     async def run() -> Result:
-        async with async_playwright() as playwright:
-            chromium = await playwright.chromium.launch(executable_path=path, args=BROWSER_FLAGS)
-            try:
-                return await work(chromium)
-            finally:
-                await chromium.close()
+        async with (
+            async_playwright() as playwright,
+            await playwright.chromium.launch(executable_path=path, args=BROWSER_FLAGS) as chromium,
+        ):
+            return await work(chromium)
 
     return asyncio.run(run())
 
@@ -175,10 +175,8 @@ async def _all_faults(chromium: "Browser", site: _Site, names: list[str]) -> lis
     bar = tqdm(total=len(names), desc="pages in the browser", unit="page")
 
     async def one(name: str) -> list[str]:
-        async with free:
-            page = await chromium.new_page()
+        async with free, await chromium.new_page() as page:
             faults = await _faults(page, site, name)
-            await page.close()
             bar.update()
             return [f"{name}: {fault}" for fault in faults]
 
@@ -241,75 +239,49 @@ async def _open(page: "Page", address: str) -> None:
 def _listen(page: "Page", address: str, faults: list[str]) -> None:
     """Adds what the page reports while it loads to faults."""
 
-    def on_request(url: str) -> None:
-        if not url.startswith((address, "data:", "blob:")):
-            faults.append(f"request to {url}")
+    def note(fault: str, seen: bool = True) -> None:
+        if seen:
+            faults.append(fault)
 
-    def on_response(status: int, url: str) -> None:
-        if status >= 400:
-            faults.append(f"answer {status} for {url}")
-
-    def on_console(kind: str, text: str) -> None:
-        if kind == "error":
-            faults.append(f"console error: {text}")
-
-    page.on("request", lambda request: on_request(request.url))
-    page.on("response", lambda response: on_response(response.status, response.url))
-    page.on("console", lambda message: on_console(message.type, message.text))
-    page.on("pageerror", lambda error: faults.append(f"uncaught exception: {error}"))
+    own = (address, "data:", "blob:")
+    page.on("request", lambda asked: note(f"request to {asked.url}", not asked.url.startswith(own)))
+    page.on("response", lambda found: note(f"answer {found.status} for {found.url}", found.status >= 400))
+    page.on("console", lambda said: note(f"console error: {said.text}", said.type == "error"))
+    page.on("pageerror", lambda error: note(f"uncaught exception: {error}"))
 
 
 async def _explore(page: "Page") -> list[str]:
     """Explorers of a page that the mouse or the keyboard does not move, by their numbers."""
-    faults = []
-    explorers = page.locator(_VIEW).locator("xpath=..")
-    for number in range(await explorers.count()):
-        explorer = explorers.nth(number)
-        for way, act, controls in (("mouse", _click, _CLICKED), ("keyboard", _press, _FOCUSED)):
-            if not await _moves(explorer, explorer.locator(controls), act):
-                faults.append(f"explorer {number + 1} does not react to the {way}")
-    return faults
+    explorers = await page.locator(_VIEW).locator("xpath=..").all()
+    return [
+        f"explorer {number} does not react to the {way}"
+        for number, explorer in enumerate(explorers, start=1)
+        for way in _CONTROLS
+        if not await _moves(explorer, way)
+    ]
 
 
-async def _moves(
-    explorer: "Locator", controls: "Locator", act: "Callable[[Locator], AsyncIterator[None]]"
-) -> bool:
-    """Whether one of the controls changes what the explorer shows."""
+async def _moves(explorer: "Locator", way: str) -> bool:
+    """Whether a control changes what the explorer shows, clicked at both its ends or by the keyboard."""
     from playwright.async_api import TimeoutError
 
-    for place in range(await controls.count()):
-        control = controls.nth(place)
-        if not await control.is_visible():
-            continue
+    for control in await explorer.locator(_CONTROLS[way]).locator("visible=true").all():
         await explorer.evaluate(_REMEMBER)
-        with suppress(TimeoutError):
-            async for _ in act(control):
+        for place in (0.85, 0.15) if way == "mouse" else KEYS:
+            with suppress(TimeoutError):
+                await _act(control, place)
                 if await explorer.evaluate(_CHANGED, REACTION):
                     return True
     return False
 
 
-async def _click(control: "Locator") -> AsyncIterator[None]:
-    """Clicks a control to the right of its middle and then to the left; a list of choices is chosen from."""
-    if await control.evaluate("control => control.localName") == "select":
-        for index in (1, 0):
-            await control.select_option(index=index)  # the open list is the system's own, out of reach here
-            yield
-        return
-    box = await control.bounding_box()
-    for share in (0.85, 0.15):
-        if box:
-            await control.click(
-                position={"x": share * box["width"], "y": box["height"] / 2}, timeout=REACTION
-            )
-            yield
-
-
-async def _press(control: "Locator") -> AsyncIterator[None]:
-    """Gives a control the focus and presses the keys that move such things."""
-    for key in ("ArrowRight", "ArrowLeft", "ArrowDown", "Enter"):
-        await control.press(key, timeout=REACTION)
-        yield
+async def _act(control: "Locator", place: float | str) -> None:
+    """Press a key on a control, or click it at a share of its width."""
+    if isinstance(place, str):
+        await control.press(place, timeout=REACTION)
+    elif box := await control.bounding_box():
+        middle = box["height"] / 2
+        await control.click(position={"x": place * box["width"], "y": middle}, timeout=REACTION)
 
 
 async def _search(page: "Page", site: _Site) -> list[str]:
@@ -326,18 +298,15 @@ async def _search(page: "Page", site: _Site) -> list[str]:
 
 _VIEW = 'script[type="application/vnd.jupyter.widget-view+json"]'
 
-# The parts of an explorer that are tried. A Play button moves it by itself, and would hide what follows.
-_CLICKED = ".noUi-target, input, select, button:not(.widget-play button), canvas, svg"
-_FOCUSED = ".noUi-handle, input, select, button:not(.widget-play button), [tabindex='0']"
+# The parts of an explorer that are tried. An open menu is the system's own, out of the mouse's reach.
+_CONTROLS = {"mouse": "input, button, svg", "keyboard": "input, select, button, [tabindex='0']"}
 
-# What an explorer shows, without its controls: sources of pictures, drawings, texts.
-_SHOWN = """explorer => [...explorer.querySelectorAll("*")]
-  .filter(part => !part.closest("script, style, button, input, select, .noUi-target, .widget-readout"))
-  .map(part => [part.localName, part.getAttribute("src"), part.getAttribute("style"), part.getAttribute("d"),
-    ...["transform", "points", "cx", "cy", "x", "y"].map(name => part.getAttribute(name)),
-    part.localName === "canvas" && part.toDataURL(),
-    [...part.childNodes].filter(node => node.nodeType === 3).map(node => node.data)].join())
-  .join()"""
+# What an explorer shows, without its controls.
+_SHOWN = """explorer => {
+  const copy = explorer.cloneNode(true);
+  for (const part of copy.querySelectorAll("script, style, button, input, select")) part.remove();
+  return copy.innerHTML;
+}"""
 _REMEMBER = f"explorer => {{ explorer.shown = ({_SHOWN})(explorer); }}"
 _CHANGED = f"""async (explorer, patience) => {{
   const end = performance.now() + patience;

@@ -33,8 +33,8 @@ def _add_build(commands: Any) -> None:
 
 
 def _build(options: argparse.Namespace) -> None:
-    from fibook import site
     from fibook.build import build_book
+    from fibook.card import LANDING, landing_picture
     from fichapters import runs
     from fichapters.schedule import run_all
 
@@ -47,7 +47,7 @@ def _build(options: argparse.Namespace) -> None:
     run_all(folder, options.profile, out, options.jobs, options.threads)
     if options.keep_results:
         runs.keep_results(out, root / "data" / "results")
-        site.draw_landing_picture(root / "book")
+        landing_picture(root / "book" / LANDING)
     pages = root / "book" / "_build" if shown else root / "build" / "book" / options.profile
     index = build_book(out, pages, root / "book")
     if options.check:

@@ -24,9 +24,8 @@ def setup(app: Any) -> dict[str, bool]:
     app.connect("autodoc-skip-member", reference.choose_member)
     app.add_directive("fi-modules", reference.ModulesDirective)
     app.add_directive("fi-pictures", reference.PicturesDirective)
-    app.connect("doctree-read", reference.collect_pictures)
     app.connect("doctree-resolved", reference.list_pictures)
-    return {"parallel_read_safe": False, "parallel_write_safe": True}  # one process collects the pictures
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
 
 
 def _set_up(app: Any, config: Any) -> None:

@@ -11,7 +11,7 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import cache, reduce
 from importlib import import_module
 from pathlib import Path
@@ -20,7 +20,6 @@ from typing import Any, ClassVar, get_type_hints
 from docutils import nodes
 from docutils.parsers.rst import Parser
 from docutils.utils import new_document
-from sphinx import addnodes
 from sphinx.util.docutils import SphinxDirective
 from sphinx.util.inspect import stringify_signature
 
@@ -49,14 +48,13 @@ ITEM = re.compile(r"(?m)^[-*] ")
 ARGUMENT = re.compile(r"(?m)^(?=\*{0,2}[a-z_]\w*(?:, \w+)*: )")
 
 
-def module_names(packages: Mapping[str, Path] = PACKAGES) -> list[str]:
+def module_names() -> list[str]:
     """Dotted names of all modules of the packages, without those that are empty."""
-    return [
-        _dotted(path, name, folder)
-        for name, folder in packages.items()
-        for path in sorted(folder.rglob("*.py"))
-        if path.read_text("utf-8").strip()
-    ]
+    found = []
+    for name, folder in PACKAGES.items():
+        paths = [path for path in sorted(folder.rglob("*.py")) if path.read_text("utf-8").strip()]
+        found += [".".join((name, *path.relative_to(folder).with_suffix("").parts)) for path in paths]
+    return [name.removesuffix(".__init__") for name in found]
 
 
 def below(name: str) -> list[str]:
@@ -66,10 +64,10 @@ def below(name: str) -> list[str]:
     return [found for found in module_names() if found == name or found.startswith(f"{name}.")]
 
 
-def file_of(name: str, packages: Mapping[str, Path] = PACKAGES) -> Path:
+def file_of(name: str) -> Path:
     """The file of a module. Raises FileNotFoundError for a name that is no module of the packages."""
     package, *rest = name.split(".")
-    place = packages[package].joinpath(*rest) if package in packages else Path(name)
+    place = PACKAGES[package].joinpath(*rest) if package in PACKAGES else Path(name)
     path = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
     if not path.is_file():
         raise FileNotFoundError(f"the packages have no module {name}")
@@ -167,11 +165,6 @@ def source_line(where: Address | None, module: str, name: str) -> str | None:
     return f"{where.repository}/blob/{BRANCH}/{place}#L{found.lineno}"
 
 
-def _dotted(path: Path, package: str, folder: Path) -> str:
-    parts = (package, *path.relative_to(folder).with_suffix("").parts)
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
 def _definitions(tree: Any, owner: str = "") -> Iterator[tuple[str, Definition]]:
     """The public functions and classes of a module's tree, or the methods of a class's, by their names."""
     for node in tree.body:
@@ -204,7 +197,7 @@ def _code(text: str, module: str) -> str:
 class ModulesDirective(SphinxDirective):
     """``{fi-modules}``, with names of modules, a line each: a section for each, and for those in its folder.
 
-    A section has the module's source, and its docstring, public functions and classes from autodoc.
+    A section has the module's file, which the book carries with it, and what autodoc says of the module.
     """
 
     has_content = True
@@ -223,7 +216,10 @@ class ModulesDirective(SphinxDirective):
     def _section(self, name: str) -> nodes.section:
         section = nodes.section("", nodes.title("", "", nodes.literal(name, name)), names=[name])
         self.state.document.note_implicit_target(section, section)
-        section += [self._source(name), *self._parsed(self._described(name))]
+        path = file_of(name)
+        target = Path(os.path.relpath(path, self.env.srcdir)).as_posix()
+        source = f"Source: :download:`{path.relative_to(ROOT).as_posix()} </{target}>`"
+        section += self._parsed(f"{source}\n\n{self._described(name)}")
         return section
 
     def _described(self, name: str) -> str:
@@ -245,15 +241,6 @@ class ModulesDirective(SphinxDirective):
         Parser().parse(text, document)
         return document.children
 
-    def _source(self, name: str) -> nodes.Node:
-        """A link to the module's file, which the book carries with it."""
-        path = file_of(name)
-        target = Path(os.path.relpath(path, self.env.srcdir)).as_posix()
-        link = addnodes.download_reference("", "", reftarget=f"/{target}", refdoc=self.env.docname)
-        place = path.relative_to(ROOT).as_posix()
-        link += nodes.literal(place, place)
-        return nodes.paragraph("", "", nodes.Text("Source: "), link)
-
 
 class PicturesDirective(SphinxDirective):
     """``{fi-pictures}``: all pictures of the chapters, each in a link, under their chapters' titles."""
@@ -267,32 +254,30 @@ class Pictures(nodes.General, nodes.Element):
     """Where the list of pictures will stand."""
 
 
-def collect_pictures(app: Any, doctree: nodes.document) -> None:
-    """Sphinx's `doctree-read`: keeps the chapter's sections that show pictures, and the pictures' words."""
-    if not app.env.docname.startswith("chapters/"):
-        return
-    sections: dict[str, tuple[str, list[str]]] = {}
-    for image in doctree.findall(nodes.image):
-        section = image.parent
-        while not isinstance(section, nodes.section):
-            section = section.parent
-        heading = section.next_node(nodes.title).astext()
-        sections.setdefault(section["ids"][0], (heading, []))[1].append(image.get("alt", ""))
-    pictures = app.env.__dict__.setdefault("fi_pictures", {})
-    pictures[app.env.docname] = sections
-
-
 def list_pictures(app: Any, doctree: nodes.document, page: str) -> None:
     """Sphinx's `doctree-resolved`: puts the list of pictures where the page asks for it."""
     for place in list(doctree.findall(Pictures)):
         found: list[nodes.Node] = []
-        for chapter, sections in sorted(getattr(app.env, "fi_pictures", {}).items()):
+        for chapter in sorted(name for name in app.env.found_docs if name.startswith("chapters/")):
             uri = app.builder.get_relative_uri(page, chapter)
+            sections = _sections(app.env.get_doctree(chapter))
             items = [_item(f"{uri}#{name}", *shown) for name, shown in sections.items()]
             if items:
                 title = nodes.rubric("", app.env.titles[chapter].astext())
                 found += [title, nodes.bullet_list("", *items)]
         place.replace_self(found)
+
+
+def _sections(chapter: nodes.document) -> dict[str, tuple[str, list[str]]]:
+    """The sections of a chapter that show pictures, by their anchors: heading, and the pictures' words."""
+    sections: dict[str, tuple[str, list[str]]] = {}
+    for image in chapter.findall(nodes.image):
+        section = image.parent
+        while not isinstance(section, nodes.section):
+            section = section.parent
+        heading = section.next_node(nodes.title).astext()
+        sections.setdefault(section["ids"][0], (heading, []))[1].append(image.get("alt", ""))
+    return sections
 
 
 def _item(uri: str, heading: str, texts: list[str]) -> nodes.Node:

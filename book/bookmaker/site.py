@@ -15,16 +15,14 @@ from xml.sax.saxutils import escape
 import nbformat
 import yaml
 
-from fibook.card import landing_picture, social_card
-from fihelpers.data import data_folder, package_sha256, write_atomically
+from fibook.card import social_card
+from fihelpers.data import package_sha256, write_atomically
 
 ADDRESS_PATTERN = re.compile(r"https://github\.com/(?P<owner>[\w-]+)/(?P<name>[\w.-]+?)(?:\.git)?/?")
 BRANCH = "main"
 OFFLINE = "fihelpers-book.zip"
 ONLINE_ONLY = re.compile(r'<div class="online-only[^"]*">.*?</div>', re.DOTALL)  # such as the zip's own link
 CARD = "social-card.png"
-LANDING = "first_look.png"
-CURVES = "01_first_look.curves.csv"  # what both pictures show
 STATUS = "status.txt"  # in book/chapters, beside the runs that it describes; book/status.md shows it
 NOT_STORED = (".map",)  # for developers of the theme; no page loads them
 SITE_LIMIT = 60e6  # bytes
@@ -101,15 +99,10 @@ def finish(html: Path, where: Address | None) -> None:
     for path in html.rglob("*"):
         if path.suffix in NOT_STORED:
             path.unlink()
-    _draw_card(html / "_static" / CARD)
+    social_card(html / "_static" / CARD)
     if where:
         write_atomically(html / "sitemap.xml", _sitemap(html, where).encode())
     write_offline_copy(html, html / OFFLINE)
-
-
-def draw_landing_picture(book: Path) -> None:
-    """Draws the picture of the first page (and of README.md) from the numbers that the project keeps."""
-    landing_picture(data_folder() / "results" / CURVES, book / "images" / LANDING)
 
 
 def write_offline_copy(html: Path, target: Path) -> None:
@@ -197,12 +190,6 @@ def _commit(book: Path) -> str:
     if not commit:
         return "not recorded"
     return f"`{commit[:12]}`" + (", with later changes" if ask("status", "--porcelain") else "")
-
-
-def _draw_card(target: Path) -> None:
-    """The picture that other sites show beside a link to the book, drawn from the book's own numbers."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    social_card(data_folder() / "results" / CURVES, target)
 
 
 def _sitemap(html: Path, where: Address) -> str:

@@ -22,24 +22,10 @@
   window.require = { paths: { anywidget: root + "_static/anywidget/index" } };
 }
 
-// Names for controls that the widgets' own scripts leave without one, as soon as they are drawn.
-{
-  const icons = { "fa-play": "Play or pause", "fa-stop": "Stop", "fa-retweet": "Repeat" };
-  const name = () => {
-    for (const icon of document.querySelectorAll(".widget-play button:not([aria-label]) i"))
-      for (const [kind, label] of Object.entries(icons))
-        if (icon.classList.contains(kind)) icon.parentElement.setAttribute("aria-label", label);
-    for (const handle of document.querySelectorAll(".widget-slider .noUi-handle:not([aria-label])")) {
-      const label = handle.closest(".widget-slider").querySelector(".widget-label");
-      handle.setAttribute("aria-label", label?.textContent.trim() || "Value");
-    }
-  };
-  document.addEventListener("DOMContentLoaded", () => {
-    for (const arrow of document.querySelectorAll("summary:has(.toctree-toggle)"))
-      arrow.setAttribute("aria-label", "Show or hide the pages below");
-    new MutationObserver(name).observe(document.body, { childList: true, subtree: true });
-    // From the disk, a page may not read others to quote from them.
-    if (location.protocol === "file:" && typeof DOCUMENTATION_OPTIONS !== "undefined")
-      DOCUMENTATION_OPTIONS.SHOW_SEARCH_SUMMARY = false;
-  });
-}
+document.addEventListener("DOMContentLoaded", () => {
+  for (const arrow of document.querySelectorAll("summary:has(.toctree-toggle)"))
+    arrow.setAttribute("aria-label", "Show or hide the pages below");
+  // From the disk, a page may not read others to quote from them.
+  if (location.protocol === "file:" && typeof DOCUMENTATION_OPTIONS !== "undefined")
+    DOCUMENTATION_OPTIONS.SHOW_SEARCH_SUMMARY = false;
+});

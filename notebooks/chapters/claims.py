@@ -28,7 +28,6 @@ WEB = Path(__file__).parent / "web"
 HOLDS, FAILS, OPEN = "holds", "does not hold", "undecided"
 NOT_MEASURED, ANSWERED = "not measured", "answered"
 IN_PART = "holds in part"  # of whole claims only
-HEADLINES = (HOLDS, IN_PART, FAILS, OPEN, NOT_MEASURED)
 NO_FILTER = "no filter"
 FILTERS = ("exact", "cut", "damped", NO_FILTER)
 COLUMNS = ["id", "chapter", "part", "setting", "filter", "n", "value", "low", "high", "verdict"]
@@ -138,10 +137,8 @@ def judged(claims: Mapping[str, Claim], read: Read) -> pd.DataFrame:
 
     Raises ValueError for a column that a table does not have, and for a measure whose filter nobody named.
     """
-    lines = [
-        line for claim in claims.values() for part in claim.parts for line in _lines(claim.id, part, read)
-    ]
-    return pd.DataFrame(lines, columns=COLUMNS)
+    parts = [(claim.id, part) for claim in claims.values() for part in claim.parts]
+    return pd.DataFrame([line for named in parts for line in _lines(*named, read)], columns=COLUMNS)
 
 
 def _lines(claim: str, part: Part, read: Read) -> Iterator[tuple[Any, ...]]:
@@ -239,12 +236,7 @@ def counts(rows: pd.DataFrame, *by: str) -> pd.DataFrame:
 
 
 def headline(claim: Claim, rows: pd.DataFrame) -> str:
-    """The verdict on a claim from its settings (`rows` of :func:`judged`).
-
-    It *holds* where every setting does, *in part* where more than half of the settings of some part and
-    filter do. It *does not hold* where more than half of all settings say so, and is *undecided* otherwise. A
-    question is *answered* by a number.
-    """
+    """The verdict on a claim from its settings (`rows` of :func:`judged`), by the rule of chapter 12."""
     counted = deciding(rows)
     if counted.empty:
         return NOT_MEASURED
@@ -262,8 +254,7 @@ def carried(rows: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
     """How often two models say the same of a setting: columns of, n, value, low, high (Wilson, 95 %).
 
     rows, others: of `judged`. of: a chapter, or "all". n: settings that hold or do not on both, and decide on
-    both. value: the share of them with one verdict. Settings share models and questions, so the interval
-    says less than it seems to.
+    both. value: the share of them with one verdict.
     """
     keys = ["id", "chapter", "part", "setting", "filter"]
     both = deciding(rows).merge(deciding(others), on=keys, suffixes=("", "_there"))
@@ -309,7 +300,8 @@ def as_html(
 
 def finder() -> str:
     """Fields that narrow the lists of claims on the page down, by words and verdict; they need no kernel."""
-    options = "".join(f"<option>{verdict}</option>" for verdict in (*HEADLINES, ANSWERED))
+    verdicts = (HOLDS, IN_PART, FAILS, OPEN, NOT_MEASURED, ANSWERED)
+    options = "".join(f"<option>{verdict}</option>" for verdict in verdicts)
     script = (WEB / "claims.js").read_text(encoding="utf-8")
     return (
         '<div role="search"><label>Words <input type="search"></label> '
@@ -340,9 +332,8 @@ def _on_another(claim: Claim, rows: pd.DataFrame, model: str) -> str:
     """The verdict on another model, with the settings that were measured there."""
     known = rows[rows.verdict != NOT_MEASURED]
     verdict = f"<p>On {escape(model)}: <strong>{escape(headline(claim, rows))}</strong>.</p>"
-    return verdict + (
-        _parts(known, f" on {model}") + _settings(claim, known, f" on {model}") if len(known) else ""
-    )
+    where = f" on {model}"
+    return verdict if known.empty else verdict + _parts(known, where) + _settings(claim, known, where)
 
 
 def _parts(rows: pd.DataFrame, where: str = "") -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from statistics import mean
 from typing import Any
 
 import yaml
@@ -12,18 +13,12 @@ import yaml
 from fihelpers.data import check_file, data_folder
 
 FILE = "published.yaml"
-FOLDS: Mapping[str, Callable[[list[float]], float]] = {
-    "mean_of": lambda values: sum(values) / len(values),
-    "least_of": min,
-    "most_of": max,
-}
 
 
 @dataclass(frozen=True)
 class Figure:
     """One published number (or a few, such as a distribution), with where it is printed."""
 
-    key: str
     values: tuple[float, ...]
     unit: str
     what: str
@@ -55,20 +50,19 @@ def _figures() -> dict[str, Figure]:
     path = data_folder() / FILE
     check_file(path)
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return {key: _figure(key, given, content) for key, given in content["figures"].items()}
+    return {key: _figure(given, content) for key, given in content["figures"].items()}
 
 
-def _figure(key: str, given: Mapping[str, Any], content: Mapping[str, Any]) -> Figure:
-    fold = next((name for name in FOLDS if name in given), None)
-    if fold is None:
-        values = tuple(given["values"]) if "values" in given else (given["value"],)
-        origin = given
-    else:
-        name, measure = given[fold]
+def _figure(given: Mapping[str, Any], content: Mapping[str, Any]) -> Figure:
+    if "mean_of" in given:
+        name, measure = given["mean_of"]
         origin = content["tables"][name]
-        values = (FOLDS[fold](_cells(origin, measure, given.get("column"), given.get("models"))),)
+        values = (mean(_cells(origin, measure, given.get("column"), given.get("models"))),)
+    else:
+        origin = given
+        values = tuple(given["values"]) if "values" in given else (given["value"],)
     source = content["sources"][origin["source"]]["short"]
-    return Figure(key, values, given.get("unit", ""), given["what"], source, origin["place"])
+    return Figure(values, given.get("unit", ""), given["what"], source, origin["place"])
 
 
 def _cells(

@@ -32,14 +32,16 @@ def run(
     """
     profiles = notebooks / "profiles"
     minutes = read_minutes(profiles, PROFILE)
-    wanted = [find_chapter(notebooks, name) for name in only] or [find_chapter(notebooks, n) for n in minutes]
+    wanted = [find_chapter(notebooks, name) for name in only or minutes]
     for path in wanted:
         if path.stem not in minutes:
             raise ValueError(f"the profile {PROFILE} has no {path.stem}; it has {', '.join(minutes)}.")
     profile = read_profile(profiles, PROFILE)
-    settings = {path: _of_chapter(given, declared(path), profile.get(path.stem, {})) for path in wanted}
+    settings = {}
     for path in wanted:
-        _enough_questions(settle(path.stem, declared(path), profile, {"PROFILE": PROFILE, **settings[path]}))
+        names = declared(path)
+        settings[path] = _of_chapter(given, names, profile.get(path.stem, {}))
+        _enough_questions(settle(path.stem, names, profile, {"PROFILE": PROFILE, **settings[path]}))
     done = []
     for place, path in enumerate(wanted):
         left = sum(minutes[other.stem] for other in wanted[place:])

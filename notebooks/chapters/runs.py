@@ -182,40 +182,32 @@ def used_files(notebook: Path, chapters: Path = CHAPTERS) -> list[Path]:
     A chapter's own folder counts whole, as do files that are no modules, such as those of widgets.
     """
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    todo = [name for source in code for name in _imported(source)]
+    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     own = chapters / f"ch{notebook.stem[:2]}"
     found = {path for path in lasting_files(chapters) if path.suffix != ".py" or path.parent == own}
-    todo += [name for path in found if path.suffix == ".py" for name in _imports_of(path)]
+    sources += [path.read_text(encoding="utf-8") for path in found if path.suffix == ".py"]
+    todo = [name for source in sources for name in _imported(source)]
     while todo:
         place = chapters.joinpath(*todo.pop().split(".")[1:])
         for path in (place.with_suffix(".py"), place / "__init__.py"):
             if path.is_file() and path not in found:
                 found.add(path)
-                todo += _imports_of(path)
+                todo += _imported(path.read_text(encoding="utf-8"))
     return sorted(found)
 
 
-def _imports_of(path: Path) -> tuple[str, ...]:
-    return _read_imports(path, path.stat().st_mtime_ns)
-
-
 @lru_cache(maxsize=256)
-def _read_imports(path: Path, _mtime: int) -> tuple[str, ...]:
-    return tuple(_imported(path.read_text(encoding="utf-8")))
-
-
-def _imported(source: str) -> Iterator[str]:
+def _imported(source: str) -> list[str]:
     """The modules of the chapters' package that a source imports, and what might be one."""
     try:
         nodes = list(ast.walk(ast.parse(source)))
     except SyntaxError:  # of a notebook's cell; running it will say so
-        return
+        return []
+    found = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
     for node in nodes:
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(str(__package__)):
-            yield from (str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names))
-        elif isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if alias.name.startswith(f"{__package__}."))
+        if isinstance(node, ast.ImportFrom):
+            found += [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return [name for name in found if name.partition(".")[0] == __package__]
 
 
 def _texts(settings: Mapping[str, Any]) -> Iterator[str]:

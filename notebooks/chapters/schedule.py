@@ -45,11 +45,10 @@ def run_all(
 ) -> list[Path]:
     """Run every chapter of a folder and return the executed notebooks, in order.
 
-    Chapters run `jobs` at a time (by default as :func:`side_by_side` finds), first those that were not run
-    before, then the longest; at last, each by itself, those that measure time, and those that read the
-    others' results. threads: of each chapter, by default those of :func:`fihelpers.threads.threads_for`.
-    After a failure no chapter starts any more, and when those under way have ended, the first failure in the
-    order of the chapters is raised. An interrupt ends all kernels at once. Raises ValueError for jobs < 1.
+    jobs: run at a time (by default as :func:`side_by_side` finds), the longest first; those that measure time
+    and those that read the others' results come last, each by itself. threads: of each chapter, by default as
+    :func:`fihelpers.threads.threads_for` says. After a failure no chapter starts any more, and the first one
+    in the order of the chapters is raised. An interrupt ends all kernels. Raises ValueError for jobs < 1.
     """
     if jobs is not None and jobs < 1:
         raise ValueError(f"at least one job must run, not {jobs}.")
