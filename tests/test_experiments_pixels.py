@@ -23,9 +23,6 @@ from fihelpers.models.vision import VisionModel, open_vision_model
 from fihelpers.tasks import Example, image_prompt
 from fihelpers.trials import Trials, collect
 
-# the chapter measures the saturation that scores warn of
-pytestmark = pytest.mark.filterwarnings("ignore::fihelpers.influence.SaturationWarning")
-
 SIZE = 28
 SETTINGS = {
     "SEED": 0, "DRAWS": 2, "BATCH": 4, "MASK_SHARES": [0.1, 1.0], "MASK_SHARE": 0.1, "MASK_PATCHES": [1, 99],
@@ -153,6 +150,10 @@ def test_readings_of_the_trials(trials: Trials, examples: list[Example]) -> None
     guided = lab.random_and_guided([ten, trials.where(kind="patches", amount=8)], 0)
     assert set(guided[guided["first"] == "random"]["second"]) == {lab.INTACT} and (guided.n == 6).all()
 
+    gains = lab.gains(trials.where(kind="share"), 0).set_index("measure")
+    # two straight pieces, 0 to 0.1 and 0.1 to 1; at their ends all measures are alike
+    middle = [trials.answers("log_prob", measure=m, kind="share", amount=0.1) for m in ("SNIP", "random")]
+    assert gains.difference["SNIP"] == pytest.approx(0.5 * np.mean(middle[0] - middle[1]), abs=1e-5)
     left = trials.where(kind="share", amount=0.1)
     order = lab.from_fragile(left, "SNIP")
     known = left.where(measure="SNIP").rows().set_index("id").log_prob
@@ -192,6 +193,14 @@ def test_maps_of_the_settings(batches: list[lab.Pictures], names: dict[str, Any]
 def test_the_drawn_things_are_found() -> None:
     found = lab.drawn_things(picture(0))
     assert found[5:11, 8:18].all() and found.sum() == 60
+
+
+def test_patch_sums_keep_the_total_and_cut_smaller_patches_at_the_edges() -> None:
+    maps = torch.arange(2.0 * 5 * 7).reshape(2, 5, 7)
+    sums = lab.patch_sums(maps, 3)
+    assert sums.shape == (2, 2, 3)
+    assert torch.equal(sums.sum((1, 2)), maps.sum((1, 2)))
+    assert sums[1, 1, 2] == maps[1, 3:, 6:].sum()
 
 
 def test_noises_have_the_loss_of_the_mask(names: dict[str, Any], batches: list[lab.Pictures]) -> None:

@@ -316,24 +316,20 @@ def _entry(claim: Claim, rows: pd.DataFrame, line: pd.Series, others: Mapping[st
     if line.missing:
         where += f" Chapter {line.missing.replace(' ', ', ')}: {NOT_MEASURED}."
     needs = f" It takes {escape(claim.needs)}." if claim.needs else ""
+    said = f"<strong>{escape(line.verdict)}</strong>"
+    for model, own in others.items():
+        said += f"; on {escape(model)} <strong>{escape(headline(claim, own))}</strong>"
+    measured = {model: own[own.verdict != NOT_MEASURED] for model, own in others.items()}
     pieces = [
         f"<p><strong>{claim.id}.</strong> {escape(claim.words)} <em>({escape(claim.source)})</em></p>",
-        f"<p><strong>{escape(line.verdict)}</strong>.{where}{needs}</p>",
+        f"<p>{said}.{where}{needs}</p>",
         _parts(rows) if claim.parts else "",
         _published(claim),
         _settings(claim, rows) if claim.parts else "",
-        *(_on_another(claim, own, model) for model, own in others.items()),
+        *(_settings(claim, own, f" on {model}") for model, own in measured.items() if len(own)),
     ]
     place = f'id="claim-{claim.id.lower()}" data-verdict="{escape(line.verdict)}"'
     return f"<section {place}>{''.join(pieces)}</section>"
-
-
-def _on_another(claim: Claim, rows: pd.DataFrame, model: str) -> str:
-    """The verdict on another model, with the settings that were measured there."""
-    known = rows[rows.verdict != NOT_MEASURED]
-    verdict = f"<p>On {escape(model)}: <strong>{escape(headline(claim, rows))}</strong>.</p>"
-    where = f" on {model}"
-    return verdict if known.empty else verdict + _parts(known, where) + _settings(claim, known, where)
 
 
 def _parts(rows: pd.DataFrame, where: str = "") -> str:
@@ -352,13 +348,14 @@ def _published(claim: Claim) -> str:
 
 
 def _settings(claim: Claim, rows: pd.DataFrame, where: str = "") -> str:
-    """Every setting with its number, to unfold."""
+    """Every setting with its number, to unfold; of another model, with the verdicts of the parts."""
     lines = [[r.chapter[:2], r.part, r.setting, _number(r), r.verdict] for r in rows.itertuples()]
     region = f"settings of claim {claim.id}{where}"
     table = _table(region, ["chapter", "part", "setting", "number", "verdict"], lines)
     many = ("The one setting" if len(rows) == 1 else f"All {len(rows)} settings") + where
     about = f" Numbers: {escape(claim.number)}." if claim.number else ""
-    return f"<details><summary>{many}.{about}</summary>{table}</details>"
+    parts = _parts(rows, where) if where else ""
+    return f"<details><summary>{many}.{about}</summary>{parts}{table}</details>"
 
 
 def _number(row: Any) -> str:

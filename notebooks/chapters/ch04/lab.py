@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 from tqdm import tqdm
 
 from fichapters import tables
@@ -19,7 +22,7 @@ from fichapters.noises import NOISES, information_loss, noised
 from fihelpers.answers import Top
 from fihelpers.evaluate.questions import Outcome, answer_images
 from fihelpers.evaluate.stats import wilson
-from fihelpers.influence import ceiling, saturated
+from fihelpers.influence import SaturationWarning, ceiling, saturated
 from fihelpers.measures import Measure, Random
 from fihelpers.models.vision import VisionModel
 from fihelpers.perturb.pixels import masked, top_pixels
@@ -58,13 +61,18 @@ SETTINGS: dict[str, tuple[str, Grouping]] = {  # a measure, which implies the cl
 
 @dataclass(frozen=True, eq=False)
 class Pictures(PixelBatch):
-    """Pictures of one size with their questions."""
+    """Pictures of one size with their questions; that FI may rank nothing is measured, so nothing warns."""
 
     @cached_property
-    def likeliest(self) -> PixelBatch:
+    def likeliest(self) -> Pictures:
         """The same pictures under the likeliest tokens and the rest as classes."""
         (batch,) = pixel_batches(self.model, self.examples, Top(CLASSES), len(self.examples))
-        return batch
+        return Pictures(**vars(batch))
+
+    def scores(self, *args: Any, **settings: Any) -> dict[str, Tensor]:
+        """As of :class:`fihelpers.scores.pixels.PixelBatch`."""
+        with warnings.catch_warnings(action="ignore", category=SaturationWarning):
+            return super().scores(*args, **settings)
 
 
 def batches_of(model: VisionModel, examples: Sequence[Example], size: int) -> Iterator[Pictures]:
@@ -96,6 +104,11 @@ def typical(outcome: Outcome) -> int:
     right = outcome.correct if outcome.correct.any() else torch.ones_like(outcome.correct)
     places = right.nonzero()[:, 0]
     return int(places[outcome.log_prob[places].argsort(stable=True)[len(places) // 2]])
+
+
+def patch_sums(maps: Tensor, patch: int = PATCH) -> Tensor:
+    """Sums over squares of `patch` pixels: (N, H, W) to (N, rows, columns), smaller at the far edges."""
+    return avg_pool2d(maps, patch, ceil_mode=True, divisor_override=1)
 
 
 Score = Callable[[Pictures, str, Grouping], Tensor]  # maps (N, *groups) of a batch by a measure
@@ -177,7 +190,7 @@ def drawn_things(image: Tensor) -> Tensor:
     return ((image - ground[:, None, None]).abs() > TOLERANCE).any(0)
 
 
-def _classes(batch: Pictures, measure: str) -> PixelBatch:
+def _classes(batch: Pictures, measure: str) -> Pictures:
     return batch.likeliest if measure == FI_TOP else batch
 
 
@@ -270,6 +283,29 @@ def random_and_guided(trials: Sequence[Trials], seed: int) -> pd.DataFrame:
     lines = [tables.compare(one, pairs, "kind", "amount", seed=seed, value="accuracy") for one in trials]
     columns = ["kind", "amount", "first", "second", "n", "difference", "low", "high"]
     return pd.concat(lines, ignore_index=True).rename(columns={"minus": "second"})[columns]
+
+
+def gains(trials: Trials, seed: int) -> pd.DataFrame:
+    """Mean height of each measure's deletion curve of log P, less that of random masks, over the pictures.
+
+    trials: of masks of one kind. The curve goes in straight lines from the untouched picture on. Columns:
+    measure, n, difference, low, high (nats); below zero a measure finds what the answer rests on.
+    """
+    rows = trials.rows()
+    start = rows[rows.measure == INTACT].groupby("id").log_prob.first()
+    heights = {}
+    for measure, part in rows[rows.measure != INTACT].groupby("measure", sort=False):
+        curve = part.pivot(index="id", columns="amount", values="log_prob")
+        curve.insert(0, 0.0, start)
+        amounts = curve.columns.to_numpy(float)
+        area = np.trapezoid(curve.to_numpy(), amounts, axis=1)
+        heights[measure] = pd.Series(area / amounts[-1], curve.index)
+    lines = [
+        (name, len(own), *tables.difference(own, heights[RANDOM], seed))
+        for name, own in heights.items()
+        if name != RANDOM
+    ]
+    return pd.DataFrame(lines, columns=["measure", "n", "difference", "low", "high"])
 
 
 def matched_noises(image: Tensor, loss: float, seed: int) -> dict[str, Tensor]:
