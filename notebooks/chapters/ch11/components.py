@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from fichapters.ch03.lab import questions, unwarned
 from fihelpers.evaluate.questions import Evaluator
-from fihelpers.filters import Damped, Exact
+from fihelpers.filters import Damped, Exact, Spectral
 from fihelpers.influence import fi, fi_from_gram, gram
 from fihelpers.measures import Random
 from fihelpers.models.language import LanguageModel
@@ -28,7 +28,7 @@ from fihelpers.tasks import Example
 
 READERS = {"o_proj": "head", "down_proj": "neurons"}  # the matrix that reads a component, and its kind
 JOINT, JOINT_DAMPED = "joint FI exact", "joint FI damped 0.0001"
-FILTERS = {JOINT: Exact(1e-6), JOINT_DAMPED: Damped(1e-4)}
+FILTERS: dict[str, Spectral] = {JOINT: Exact(1e-6), JOINT_DAMPED: Damped(1e-4)}
 GATE_FI = "FI of the gate"
 
 
