@@ -37,7 +37,7 @@ SIZES: dict[str, dict[str, Any]] = {  # in place of every profile's own
     "07_sparsification": {
         "SUBJECTS": ["law"], "N_CALIBRATION": 2, "N_TEST": 4, "SEEDS": 2, "RATES": [0.01, 0.05],
         "PRUNING": {"test": 2, "top": [0.01], "bottom": [0.2, 0.5], "compared": [0.2, 0.5]},
-        "TEXT": {"n_calibration": 2, "n_test": 4, "seeds": 2, "rates": [0.1], "length": 6, "horizon": 2,
+        "TEXT": {"n_calibration": 2, "n_test": 4, "rates": [0.1], "length": 6, "horizon": 2,
                  "samples": 2},
     },
     "09_merging": {

@@ -5,7 +5,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 
 from fichapters.kernels import end_kernels
-from fichapters.parameters import declared
+from fichapters.parameters import MINUTES, declared, read_profile
 from fichapters.runs import READS, chapters, run_chapter
 from fihelpers.threads import threads_for
 
@@ -57,7 +57,8 @@ def run_all(
     reading = [path for path in paths if READS in declared(path)]
     timing = [path for path in paths if path.stem in ALONE and path not in reading]
     others = [path for path in paths if path not in (*reading, *timing)]
-    others.sort(key=lambda path: _seconds(path.stem, out), reverse=True)
+    foreseen = read_profile(folder / "profiles", profile).get(MINUTES, {})
+    others.sort(key=lambda path: _seconds(path.stem, out, foreseen), reverse=True)
     jobs = min(side_by_side(jobs), max(1, len(others)))
     done = _run(others, profile, out, jobs, threads_for(jobs, threads))
     for path in (*timing, *reading):
@@ -95,10 +96,13 @@ def _end(runs: Sequence[Future[Path]]) -> None:
         time.sleep(0.1)
 
 
-def _seconds(chapter: str, out: Path) -> float:
-    """How long a chapter took when it was last run into this folder; one that was not comes first."""
+def _seconds(chapter: str, out: Path, foreseen: Mapping[str, float]) -> float:
+    """How long a chapter took when it was last run into this folder, or what its profile foresees in minutes.
+
+    A chapter of which neither is known comes first.
+    """
     last = out / f"{chapter}.ipynb"
-    if not last.is_file():
-        return math.inf
-    found = json.loads(last.read_text(encoding="utf-8"))["metadata"].get("fihelpers", {})
-    return float(found.get("seconds", math.inf))
+    found = {}
+    if last.is_file():
+        found = json.loads(last.read_text(encoding="utf-8"))["metadata"].get("fihelpers", {})
+    return float(found.get("seconds", 60 * foreseen.get(chapter, math.inf)))
