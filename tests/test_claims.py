@@ -184,8 +184,8 @@ def test_the_claims_are_complete_and_name_what_exists() -> None:
 def test_the_verdicts_are_those_of_before_in_the_words_of_today(rows: pd.DataFrame) -> None:
     """Frozen: the chapters' own verdicts of 713 settings before claims became data.
 
-    Since then the book's run asks fewer questions in chapters 05 and 07, which is why the settings in
-    claims_changed.csv have other verdicts. Two things are put right in what is frozen: the budget stands in
+    Since then the book's run asks fewer questions in chapters 04, 05 and 07 to 09, which is why the settings
+    in claims_changed.csv have other verdicts. Two things are put right in what is frozen: the budget stands in
     the settings of claim 12 that had none, and "against 1/K" is not taken for an opponent.
     """
     before = pd.read_csv(BEFORE / "claims_before.csv", dtype={"id": str}).set_index(PLACE)
@@ -207,7 +207,8 @@ def test_the_headlines_are_those_of_before_in_the_words_of_today(rows: pd.DataFr
         i: next(now for was, now in words.items() if said.startswith(was)) for i, said in before.items()
     }
     now = condense(judges.load_claims(), rows).set_index("id").verdict.drop([*LATER])
-    assert now.to_dict() == mapped
+    # fewer settings of chapter 08: among two bits' more than half hold by damped FI
+    assert now.to_dict() == {**mapped, "19": "holds in part"}
 
 
 def test_no_evidence_is_lost(rows: pd.DataFrame) -> None:
@@ -227,7 +228,7 @@ def test_what_is_kept_tells_every_claim(rows: pd.DataFrame) -> None:
     for claim, line in zip(claims.values(), condensed.itertuples(), strict=True):
         page = judges.as_html([claim], rows, condensed, {"another": rows})
         assert f'id="claim-{claim.id.lower()}"' in page and "nan" not in page
-        assert f"On another: <strong>{line.verdict}" in page
+        assert f"; on another <strong>{line.verdict}" in page
         assert all(f'href="{chapter}.html"' in page for chapter in str(line.tested).split())
     shown = condensed[condensed.kind != "question"].assign(real=NOT_MEASURED)
     figure = draw.verdict_grid(shown, judges.counts(rows, "id", "filter"), "Settings")

@@ -302,27 +302,19 @@ def finder() -> str:
     """Fields that narrow the lists of claims on the page down, by words and verdict; they need no kernel."""
     verdicts = (HOLDS, IN_PART, FAILS, OPEN, NOT_MEASURED, ANSWERED)
     options = "".join(f"<option>{verdict}</option>" for verdict in verdicts)
-    script = (WEB / "claims.js").read_text(encoding="utf-8")
+    script, style = ((WEB / f"claims.{kind}").read_text(encoding="utf-8") for kind in ("js", "css"))
     return (
-        '<div role="search"><label>Words <input type="search"></label> '
+        f'<style>{style}</style><div role="search"><label>Words <input type="search"></label> '
         f'<label>Verdict <select><option value="">any</option>{options}</select></label> '
         f"<output></output><script>{script}</script></div>"
     )
 
 
 def _entry(claim: Claim, rows: pd.DataFrame, line: pd.Series, others: Mapping[str, pd.DataFrame]) -> str:
-    tested = ", ".join(f'<a href="{name}.html">{name[:2]}</a>' for name in line.tested.split())
-    where = f" Tested in chapter {tested}." if tested else ""
-    if line.missing:
-        where += f" Chapter {line.missing.replace(' ', ', ')}: {NOT_MEASURED}."
-    needs = f" It takes {escape(claim.needs)}." if claim.needs else ""
-    said = f"<strong>{escape(line.verdict)}</strong>"
-    for model, own in others.items():
-        said += f"; on {escape(model)} <strong>{escape(headline(claim, own))}</strong>"
     measured = {model: own[own.verdict != NOT_MEASURED] for model, own in others.items()}
     pieces = [
         f"<p><strong>{claim.id}.</strong> {escape(claim.words)} <em>({escape(claim.source)})</em></p>",
-        f"<p>{said}.{where}{needs}</p>",
+        _said(claim, line, measured),
         _parts(rows) if claim.parts else "",
         _published(claim),
         _settings(claim, rows) if claim.parts else "",
@@ -330,6 +322,20 @@ def _entry(claim: Claim, rows: pd.DataFrame, line: pd.Series, others: Mapping[st
     ]
     place = f'id="claim-{claim.id.lower()}" data-verdict="{escape(line.verdict)}"'
     return f"<section {place}>{''.join(pieces)}</section>"
+
+
+def _said(claim: Claim, line: pd.Series, others: Mapping[str, pd.DataFrame]) -> str:
+    """The verdict, that on other models, and where it was tested; a question is asked of one model only."""
+    said = f"<strong>{escape(line.verdict)}</strong>"
+    for model, own in others.items():
+        if len(own) or claim.kind != "question":
+            said += f"; on {escape(model)} <strong>{escape(headline(claim, own))}</strong>"
+    tested = ", ".join(f'<a href="{name}.html">{name[:2]}</a>' for name in line.tested.split())
+    where = f" Tested in chapter {tested}." if tested else ""
+    if line.missing:
+        where += f" Chapter {line.missing.replace(' ', ', ')}: {NOT_MEASURED}."
+    needs = f" It takes {escape(claim.needs)}." if claim.needs else ""
+    return f"<p>{said}.{where}{needs}</p>"
 
 
 def _parts(rows: pd.DataFrame, where: str = "") -> str:
@@ -353,7 +359,7 @@ def _settings(claim: Claim, rows: pd.DataFrame, where: str = "") -> str:
     region = f"settings of claim {claim.id}{where}"
     table = _table(region, ["chapter", "part", "setting", "number", "verdict"], lines)
     many = ("The one setting" if len(rows) == 1 else f"All {len(rows)} settings") + where
-    about = f" Numbers: {escape(claim.number)}." if claim.number else ""
+    about = f" Numbers: {escape(claim.number)}." if claim.number and not where else ""
     parts = _parts(rows, where) if where else ""
     return f"<details><summary>{many}.{about}</summary>{parts}{table}</details>"
 

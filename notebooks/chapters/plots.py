@@ -88,7 +88,7 @@ def forest(
     parts = _panels(table, by, panels)
     names = list(dict.fromkeys(table[name]))
     kinds = list(dict.fromkeys([*first, *table[by]])) if by else []
-    size = (WIDTH, 1.2 + 0.34 * len(names) * max(1, 0.6 * len(kinds)))
+    size = (WIDTH, 1.2 + 0.34 * len(names) * max(1, 0.5 * len(kinds)))
     figure, axes = new_figure(1, len(parts), size=size, sharey=True, sharex=True)
     for ax, (title, part) in zip(axes[0], parts.items(), strict=True):
         for row in part.to_dict("records"):
