@@ -185,8 +185,8 @@ def test_the_verdicts_are_those_of_before_in_the_words_of_today(rows: pd.DataFra
     """Frozen: the chapters' own verdicts of 713 settings before claims became data.
 
     Since then the book's run asks fewer questions in chapters 04, 05 and 07 to 09, which is why the settings
-    in claims_changed.csv have other verdicts. Two things are put right in what is frozen: the budget stands in
-    the settings of claim 12 that had none, and "against 1/K" is not taken for an opponent.
+    in claims_changed.csv have other verdicts. Two things are put right in what is frozen: the budget stands
+    in the settings of claim 12 that had none, and "against 1/K" is not taken for an opponent.
     """
     before = pd.read_csv(BEFORE / "claims_before.csv", dtype={"id": str}).set_index(PLACE)
     now = rows[~rows.id.isin(LATER)].set_index(PLACE)

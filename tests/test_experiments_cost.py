@@ -193,11 +193,17 @@ def test_what_claims_rest_on_has_a_line_for_every_setting() -> None:
     places = pd.MultiIndex.from_tuples([("FI, block by block", "memory, MB")])
     foreseen = pd.DataFrame({"over_least": [1.25]}, index=places)
     given = ({"batch 1": pixels}, {"long": works}, {lab.GRADIENTS: 2.5}, counted, steps, works, foreseen)
-    table = lab.claimed_ratios(*given)
+    table = lab.claimed_ratios(parameters(), *given)
     assert table.of.tolist() == ["pixels", "weights", *["operations"] * 2, "differences", *["cost"] * 3]
     assert table.measure[0] == "FI exact" and table.n.tolist() == [6, 6, 1, 1, 4, 1, 6, 1]
     assert table.value.tolist() == [4, 4, 2.5, 2, 2e-3, 8, 0.5, 1.25]
     assert table.loc[4, ["low", "high"]].tolist() == [1e-3, 3e-3]
+    # of a model that is named; the bundled one of pictures has its own run
+    own = lab.claimed_ratios(parameters(MODEL="a"), *given)
+    assert own.of.tolist() == ["weights", "operations", *["cost"] * 3]
+    shown = lab.beside(pd.concat([table.assign(model="none"), own.assign(model="a")]))
+    assert shown.shape == (5, 2) and (shown["a"] == shown["none"]).all()
+    assert shown.loc["time over the Jacobian norm, one by one", "a"] == "4.00 (3.00 to 5.00)"
 
 
 def _fits(figure: Figure) -> None:

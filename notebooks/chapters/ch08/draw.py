@@ -72,6 +72,12 @@ def against_random(table: pd.DataFrame, axis: str) -> Figure:
     return forest(shown, "first", panels="case", label=f"accuracy minus that with random {axis} kept")
 
 
+def beside(both: pd.DataFrame, case: str) -> Figure:
+    """Every score minus random rows in one case, a panel a model. both: `against_random` by `real.both`."""
+    shown = both[(both.score == "accuracy") & (both.axis == "rows") & (both.case == case)]
+    return forest(shown, "first", panels="model", label=f"accuracy minus that with random rows kept, {case}")
+
+
 def duels(table: pd.DataFrame) -> Figure:
     """Pairs of scores, the first minus the second, a panel a case. table: of `lab.compare`."""
     shown = table[table.score == "accuracy"]

@@ -32,7 +32,7 @@ from fichapters.papers import published
 from fichapters.peers import FI, FILTER, FILTERS, FORWARD, JACOBIAN, LLAMA, STORED, Questions, Size
 from fihelpers.influence import fi
 from fihelpers.jobs.preflight import Estimate, estimate_scores
-from fihelpers.models.language import WEIGHTS, LanguageModel
+from fihelpers.models.language import WEIGHTS, LanguageModel, bundled_models
 from fihelpers.models.vision import VisionModel
 from fihelpers.scores import hooks
 from fihelpers.scores import weights as scores_of_weights
@@ -195,6 +195,7 @@ def paper_ratios() -> dict[str, float]:
 
 
 def claimed_ratios(
+    p: SimpleNamespace,
     pixels: Mapping[str, pd.DataFrame],
     weights: Mapping[str, pd.DataFrame],
     pixel_count: Mapping[str, float],
@@ -205,6 +206,7 @@ def claimed_ratios(
 ) -> pd.DataFrame:
     """What claims 24 and 25 and the question R10 rest on: of, measure, setting, n, value, low, high.
 
+    With a MODEL the bundled model of pictures has no line: what it costs is told by a run without one.
     pixels, weights: from `middles`, in times of the Jacobian norm, by setting. pixel_count: from
     `count_pixels`. counted: from `count_table`. differences: from `by_differences`; the value is the median
     over the steps, with their range. floor: from `middles`, in times of the matrix products of a forward
@@ -226,7 +228,26 @@ def claimed_ratios(
         ("cost", "", "FI of weights, time over its matrix products", *over),
         ("cost", "", "FI of weights, peak over weights and result", 1, *[peak] * 3),
     ]
-    return pd.DataFrame(lines, columns=["of", "measure", "setting", "n", "value", "low", "high"])
+    table = pd.DataFrame(lines, columns=["of", "measure", "setting", "n", "value", "low", "high"])
+    if p.MODEL and p.SEEING in bundled_models():
+        table = table[~table.setting.str.contains("pixels") & (table.of != "pixels")]
+    return table.reset_index(drop=True)
+
+
+def beside(both: pd.DataFrame) -> pd.DataFrame:
+    """The claimed ratios of FI of weights, medians and ranges in words: a row a ratio, a column a model.
+
+    both: `claimed_ratios` by `real.both`.
+    """
+    shown = both[both.of.isin(["weights", "operations", "cost"]) & ~both.setting.str.contains("pixels")]
+    ways = shown.setting.str.contains("batch").map({True: "in batches", False: "one by one"})
+    named = {"operations, weights": "operations over the Jacobian norm"}
+    about = shown.setting.where(shown.of != "weights", "time over the Jacobian norm, " + ways).replace(named)
+    ends = zip(shown.value, shown.low, shown.high, strict=True)
+    words = [f"{x:.2f} ({low:.2f} to {high:.2f})" if low < high else f"{x:.2f}" for x, low, high in ends]
+    told = shown.assign(ratio=about.str.removeprefix("FI of weights, "), words=words)
+    order = [list(dict.fromkeys(told[column])) for column in ("ratio", "model")]
+    return told.pivot(index="ratio", columns="model", values="words").loc[order[0], order[1]]
 
 
 # --- pixels
