@@ -37,7 +37,7 @@ PROGRAMS = ("python", "papermill", "torchrun", "make", "conda", "pip", ".ci/run"
 ALONE = ("make", ".ci/run")  # commands of one word; another program's name alone is no command
 SMALLER = {  # sizes that the documents set, and what there is no network for
     "{task: tatsu-lab/alpaca_eval, length: 128}": "{task: alpaca_eval.json, length: 6, n_calibration: 2, "
-    "n_test: 4, seeds: 2, rates: [0.1], horizon: 2, samples: 2}",
+    "n_test: 4, rates: [0.1], horizon: 2, samples: 2}",
     "n=200": "n=2",
     "--nproc_per_node 4": "--nproc_per_node 2",
 }

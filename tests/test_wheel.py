@@ -60,7 +60,7 @@ def test_it_scores_a_local_model_with_nothing_but_its_dependencies(wheel: Path, 
     assert scores.metadata["n"] == "4" and all(value.isfinite().all() for value in scores.values.values())
 
 
-@pytest.mark.parametrize("arguments", [["run", "07"], ["build"], ["bench", "evaluation"], ["manifest"]])
+@pytest.mark.parametrize("arguments", [["run", "07"], ["build"], ["bench", "pixels"], ["manifest"]])
 def test_what_needs_a_checkout_says_so(arguments: list[str], wheel: Path, tmp_path: Path) -> None:
     done = command(wheel, tmp_path, *arguments)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
