@@ -201,9 +201,9 @@ def test_what_claims_rest_on_has_a_line_for_every_setting() -> None:
     # of a model that is named; the bundled one of pictures has its own run
     own = lab.claimed_ratios(parameters(MODEL="a"), *given)
     assert own.of.tolist() == ["weights", "operations", *["cost"] * 3]
-    shown = lab.beside(pd.concat([table.assign(model="none"), own.assign(model="a")]))
-    assert shown.shape == (5, 2) and (shown["a"] == shown["none"]).all()
-    assert shown.loc["time over the Jacobian norm, one by one", "a"] == "4.00 (3.00 to 5.00)"
+    shown = lab.beside(pd.concat([table.assign(model="none"), own.assign(model="a\nb")]))
+    assert shown.shape == (5, 2) and (shown["a, b"] == shown["none"]).all()
+    assert shown.loc["time over the Jacobian norm, one by one", "a, b"] == "4.00 (3.00 to 5.00)"
 
 
 def _fits(figure: Figure) -> None:

@@ -246,6 +246,7 @@ def beside(both: pd.DataFrame) -> pd.DataFrame:
     ends = zip(shown.value, shown.low, shown.high, strict=True)
     words = [f"{x:.2f} ({low:.2f} to {high:.2f})" if low < high else f"{x:.2f}" for x, low, high in ends]
     told = shown.assign(ratio=about.str.removeprefix("FI of weights, "), words=words)
+    told["model"] = told.model.str.replace("\n", ", ")
     order = [list(dict.fromkeys(told[column])) for column in ("ratio", "model")]
     return told.pivot(index="ratio", columns="model", values="words").loc[order[0], order[1]]
 
