@@ -207,7 +207,7 @@ def test_the_headlines_are_those_of_before_in_the_words_of_today(rows: pd.DataFr
         i: next(now for was, now in words.items() if said.startswith(was)) for i, said in before.items()
     }
     now = condense(judges.load_claims(), rows).set_index("id").verdict.drop([*LATER])
-    # fewer settings of chapter 08: among two bits' more than half hold by damped FI
+    # two calibration sets of chapter 08 in place of three: by damped FI two of three settings of a part hold
     assert now.to_dict() == {**mapped, "19": "holds in part"}
 
 

@@ -203,6 +203,23 @@ def test_patch_sums_keep_the_total_and_cut_smaller_patches_at_the_edges() -> Non
     assert sums[1, 1, 2] == maps[1, 3:, 6:].sum()
 
 
+def test_a_map_of_captum_is_made_once_for_pixels_and_patches(
+    names: dict[str, Any], batches: list[lab.Pictures], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+
+    def counted(batch: lab.Pictures) -> torch.Tensor:
+        made.append(len(batch.examples))
+        return torch.ones(len(batch.examples), SIZE, SIZE)
+
+    monkeypatch.setitem(lab.ATTRIBUTIONS, lab.GRAD_CAM, counted)
+    batch = replace(batches[0])
+    whole, patches = (names["score"](batch, lab.GRAD_CAM, over) for over in ("pixel", "patch"))
+    assert whole.sum() == patches.sum() and len(made) == 1
+    names["score"](replace(batch), lab.GRAD_CAM)
+    assert len(made) == 2
+
+
 def test_noises_have_the_loss_of_the_mask(names: dict[str, Any], batches: list[lab.Pictures]) -> None:
     mask = names["DAMPED"]
     found = collect(names["ask"], names["noises"], sets=batches)

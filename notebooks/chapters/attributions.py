@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -22,7 +21,6 @@ INTEGRATED_GRADIENTS = "integrated gradients"
 PATH_STEPS = 16  # points on the path from black to the image where integrated gradients are taken
 
 
-@lru_cache(maxsize=1)  # pixels and then patches are made of the same map
 def integrated_gradients(batch: PixelBatch) -> Tensor:
     """Absolute integrated gradients (N, H, W) on the path from black, summed over a pixel's channels."""
     with optional():
@@ -35,7 +33,6 @@ def integrated_gradients(batch: PixelBatch) -> Tensor:
     return made.detach().abs().sum(1)
 
 
-@lru_cache(maxsize=1)
 def grad_cam(batch: PixelBatch) -> Tensor:
     """Grad-CAM (N, H, W) at the image tokens, spread over the image; 0 where the model cuts the image off."""
     with optional():

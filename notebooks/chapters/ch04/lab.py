@@ -6,7 +6,7 @@ import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch.nn.functional import avg_pool2d
 from tqdm import tqdm
 
 from fichapters import tables
-from fichapters.attributions import GRAD_CAM, INTEGRATED_GRADIENTS
+from fichapters.attributions import ATTRIBUTIONS, GRAD_CAM, INTEGRATED_GRADIENTS
 from fichapters.noises import NOISES, information_loss, noised
 from fihelpers.answers import Top
 from fihelpers.evaluate.questions import Outcome, answer_images
@@ -68,6 +68,11 @@ class Pictures(PixelBatch):
         """The same pictures under the likeliest tokens and the rest as classes."""
         (batch,) = pixel_batches(self.model, self.examples, Top(CLASSES), len(self.examples))
         return Pictures(**vars(batch))
+
+    @cached_property
+    def attributed(self) -> Callable[[str], Tensor]:
+        """Captum's map (N, H, W) by a measure of `ATTRIBUTIONS`, made once: patches are sums over pixels."""
+        return cache(lambda measure: ATTRIBUTIONS[measure](self))
 
     def scores(self, *args: Any, **settings: Any) -> dict[str, Tensor]:
         """As of :class:`fihelpers.scores.pixels.PixelBatch`."""
