@@ -23,8 +23,8 @@ from fichapters.claims import (
     headline,
     judge,
 )
+from fichapters.kept import results_beside
 from fichapters.papers import published
-from fichapters.results import results_beside
 from fichapters.runs import chapters
 from fihelpers.evaluate.stats import wilson
 

@@ -10,6 +10,7 @@ import pytest
 from opening import NOTEBOOKS, ROOT
 
 from fichapters import real, real_runs
+from fichapters.kept import REAL
 from fichapters.parameters import read_minutes, read_profile
 
 NAMES = ["01_first_look", "07_sparsification"]
@@ -39,9 +40,9 @@ def ran(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, dict
 
 def test_its_chapters_have_minutes_and_do_not_take_longer_than_an_evening() -> None:
     profiles = ROOT / "notebooks" / "profiles"
-    minutes = read_minutes(profiles, real.PROFILE)
+    minutes = read_minutes(profiles, REAL)
     assert sum(minutes.values()) <= MOST and set(minutes) <= set(NOTEBOOKS)
-    for section in read_profile(profiles, real.PROFILE):
+    for section in read_profile(profiles, REAL):
         assert section in (*minutes, "all", "minutes")
     with pytest.raises(ValueError, match="has no section 'minutes'"):
         read_minutes(profiles, "smoke")

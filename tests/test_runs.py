@@ -15,6 +15,7 @@ import pandas as pd
 import psutil
 import pytest
 from conftest import WriteChapter
+from nbformat.v4 import new_markdown_cell
 
 from fichapters import runs, schedule
 from fichapters.runs import ChapterError, chapters, find_chapter, run_chapter
@@ -78,6 +79,37 @@ def test_a_chapter_runs_in_this_environment_and_is_not_run_again(
     assert {path: path.stat().st_mtime_ns for path in OUT.iterdir()} == before
 
 
+def test_a_change_of_prose_runs_nothing(
+    write_chapter: WriteChapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The executed notebook gets the new text, wherever cells of text came or went; its outputs stay."""
+    monkeypatch.setattr(runs, "PACKAGE", tmp_path / "data")  # so that nobody's edit meanwhile changes the key
+    monkeypatch.setattr(runs, "CHAPTERS", tmp_path / "data")
+    notebook = write_chapter(KEEP, "print(run.p)")
+    done = run_chapter(notebook, "smoke", {}, OUT)
+    ran = [cell for cell in nbformat.read(done, as_version=4).cells if cell.cell_type == "code"]
+    monkeypatch.setattr(runs, "execute", None)
+
+    source = nbformat.read(notebook, as_version=4)
+    source.cells[0].source = "# Small"
+    source.cells.insert(2, new_markdown_cell("A word between"))
+    source.cells.append(new_markdown_cell("and one at the end."))
+    nbformat.write(source, notebook)
+    assert run_chapter(notebook, "smoke", {}, OUT) == done
+    executed = nbformat.read(done, as_version=4)
+    assert [cell for cell in executed.cells if cell.cell_type == "code"] == ran
+    texts = [cell.source for cell in executed.cells if cell.cell_type == "markdown"]
+    assert texts == ["# Small", "A word between", "and one at the end."]
+    assert executed.metadata.fihelpers["seconds"] > 0
+    kinds = [cell.cell_type for cell in executed.cells]
+    assert kinds == ["markdown", "code", "code", "markdown", "code", "code", "code", "markdown"]
+
+    executed.cells[-2].source = "print('by hand')"  # nobody's run stands for it
+    nbformat.write(executed, done)
+    with pytest.raises(TypeError):  # what calling the missing execute raises
+        run_chapter(notebook, "smoke", {}, OUT)
+
+
 def test_the_key_sees_all_that_a_run_depends_on(
     write_chapter: WriteChapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -96,7 +128,12 @@ def test_the_key_sees_all_that_a_run_depends_on(
     (package / "a.pyc").write_text("compiled again")
     assert key() == keys[0]
     assert key(N=3) != keys[0]
-    for path in (notebook, package / "a.py", package / "b.js", model / "weights", Path("data/manifest.json")):
+    source = notebook.read_text()
+    notebook.write_text(source.replace("# Tiny", "# Small"))
+    assert key() == keys[0]
+    notebook.write_text(source.replace("begin(", "begin (", 1))
+    keys.append(key())
+    for path in (package / "a.py", package / "b.js", model / "weights", Path("data/manifest.json")):
         path.write_text(path.read_text() + " " if path.exists() else "new")
         keys.append(key())
     assert len(set(keys)) == len(keys)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from fichapters.described import small_png
-from fichapters.results import KEPT
+from fichapters.kept import KEPT
 from fichapters.style import GREY, INK, look, use_style
 from fihelpers.data import data_folder
 

@@ -18,8 +18,8 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from fichapters.kept import KEPT
 from fichapters.papers import published
-from fichapters.results import KEPT
 from fihelpers.data import check_file, data_folder
 from fihelpers.evaluate.stats import wilson
 

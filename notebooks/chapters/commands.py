@@ -110,6 +110,7 @@ def _sweep(options: argparse.Namespace) -> None:
 
 def _real(options: argparse.Namespace) -> None:
     from fichapters import real_runs, runs
+    from fichapters.kept import REAL
     from fihelpers.threads import threads_for
 
     folder = runs.notebooks_folder()
@@ -117,7 +118,7 @@ def _real(options: argparse.Namespace) -> None:
     given = {"MODEL": options.model, "TASK": options.task}
     given |= {"SUBJECTS": options.subjects, "SUBJECT": subjects[0]}
     given = {name: value for name, value in given.items() if value}
-    out = options.out or runs.runs_folder(folder, real_runs.PROFILE)
+    out = options.out or runs.runs_folder(folder, REAL)
     threads = threads_for(asked=options.threads)
     for notebook in real_runs.run(folder, out, given, options.chapters, threads):
         print(notebook)

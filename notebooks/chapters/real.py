@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from fichapters.results import KEPT, Chapter
-from fihelpers.data import data_folder
+from fichapters.kept import REAL, kept_folder
+from fichapters.results import Chapter
 
-PROFILE = "real"
 KEPT_MARK = ", kept"  # after the name of a model whose table was kept
-
-
-def kept_folder() -> Path:
-    """Where the tables of the project's own run of a real model lie."""
-    return data_folder() / KEPT / PROFILE
 
 
 def table(chapter: Chapter, name: str) -> pd.DataFrame:
@@ -26,7 +19,7 @@ def table(chapter: Chapter, name: str) -> pd.DataFrame:
 
     Raises FileNotFoundError where none is kept.
     """
-    folder = chapter.folder if chapter.p.PROFILE == PROFILE else kept_folder()
+    folder = chapter.folder if chapter.p.PROFILE == REAL else kept_folder()
     path = folder / f"{chapter.name}.{name}.csv"
     if not path.is_file():
         raise FileNotFoundError(f"no table {path.name} of a real model is kept; run make real.")
@@ -37,7 +30,7 @@ def beside(chapter: Chapter, name: str, own: pd.DataFrame) -> dict[str, pd.DataF
     """A running chapter's table, which it keeps, and the one kept of a real model, by the models' names."""
     chapter.keep(name, own)
     asked = _asked(vars(chapter.p))
-    if chapter.p.PROFILE == PROFILE:
+    if chapter.p.PROFILE == REAL:
         return {asked: own}
     kept = table(chapter, name)
     return {asked: own, _asked(_record(chapter)["parameters"]) + KEPT_MARK: kept}

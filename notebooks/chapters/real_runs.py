@@ -11,8 +11,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from fichapters.kept import REAL, kept_folder
 from fichapters.parameters import declared, read_minutes, read_profile, settle
-from fichapters.real import PROFILE, kept_folder
 from fichapters.runs import find_chapter, keep_results, run_chapter
 from fichapters.schedule import say
 from fihelpers.jobs.preflight import tokenizer_of
@@ -31,22 +31,22 @@ def run(
     has no minutes for and for too few questions, before anything runs, and what `run_chapter` raises.
     """
     profiles = notebooks / "profiles"
-    minutes = read_minutes(profiles, PROFILE)
+    minutes = read_minutes(profiles, REAL)
     wanted = [find_chapter(notebooks, name) for name in only or minutes]
     for path in wanted:
         if path.stem not in minutes:
-            raise ValueError(f"the profile {PROFILE} has no {path.stem}; it has {', '.join(minutes)}.")
-    profile = read_profile(profiles, PROFILE)
+            raise ValueError(f"the profile {REAL} has no {path.stem}; it has {', '.join(minutes)}.")
+    profile = read_profile(profiles, REAL)
     settings = {}
     for path in wanted:
         names = declared(path)
         settings[path] = _of_chapter(given, names, profile.get(path.stem, {}))
-        _enough_questions(settle(path.stem, names, profile, {"PROFILE": PROFILE, **settings[path]}))
+        _enough_questions(settle(path.stem, names, profile, {"PROFILE": REAL, **settings[path]}))
     done = []
     for place, path in enumerate(wanted):
         left = sum(minutes[other.stem] for other in wanted[place:])
         say(f"{path.stem}: about {minutes[path.stem]} of {left} minutes that are left on two quiet cores")
-        done.append(run_chapter(path, PROFILE, settings[path], out, threads))
+        done.append(run_chapter(path, REAL, settings[path], out, threads))
         if not given:
             keep_results(out, kept_folder(), path.stem)
     return done

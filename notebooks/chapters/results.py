@@ -24,15 +24,16 @@ from fihelpers.data import (
     package_sha256,
     write_atomically,
 )
-from fihelpers.models.language import LanguageModel
-from fihelpers.models.vision import VisionModel
 from fihelpers.threads import use_threads
-from fihelpers.trials import Kept
 
 if TYPE_CHECKING:
     import pandas as pd
 
-KEPT = "results"  # in the data folder: the results of the book's own run
+    from fihelpers.models.language import LanguageModel
+    from fihelpers.models.vision import VisionModel
+    from fihelpers.trials import Kept
+
+MODELS = {"fihelpers.models.language": "LanguageModel", "fihelpers.models.vision": "VisionModel"}
 
 
 class Chapter:
@@ -55,13 +56,15 @@ class Chapter:
         """Where the results of the same run's other chapters lie, as far as they were run."""
         return Path(os.environ.get("FIHELPERS_RUN") or self.folder)
 
-    def kept(self, name: str) -> Kept:
+    def kept(self, name: str) -> "Kept":
         """Where the trials of an experiment are kept, for :func:`fihelpers.trials.collect`.
 
         They are made again where the library, the chapter's `lab` with what it imports, the data, the settled
         parameters or a package changed, beside the loop itself and what it reads; not where a figure, a check
         or a sentence did.
         """
+        from fihelpers.trials import Kept
+
         folder = os.environ.get("FIHELPERS_CACHE") or self.folder / "cache"
         name_of_lab = f"{__package__}.ch{self.name[:2]}.lab"
         lab = import_module(name_of_lab) if find_spec(name_of_lab) else None
@@ -78,11 +81,10 @@ class Chapter:
         named = any(level is not None for level in frame.index.names)
         text = frame.to_csv(index=named, lineterminator="\n")
         write_atomically(self.folder / f"{self.name}.{_name(name)}.csv", text.encode())
-        for value in getattr(get_ipython(), "user_ns", {}).values():
-            if isinstance(value, LanguageModel | VisionModel):
-                weights = sum(tensor.numel() for tensor in value.network.parameters())
-                about = {"revision": value.revision, "sha256": value.sha256, "weights": weights}
-                self._models.setdefault(value.name, about)  # the one that was opened, before its copies
+        for model in _open_models():
+            weights = sum(tensor.numel() for tensor in model.network.parameters())
+            about = {"revision": model.revision, "sha256": model.sha256, "weights": weights}
+            self._models.setdefault(model.name, about)  # the one that was opened, before its copies
         self._save()
 
     def _save(self) -> None:
@@ -128,10 +130,10 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "fihelpers": __version__, **packages, "machine": machine}
 
 
-def results_beside(folder: Path, pattern: str) -> dict[str, Path]:
-    """Files of results by name: those of a run's folder, and for the rest those kept in the data folder."""
-    folders = (data_folder() / KEPT, Path(folder))  # a later one replaces an earlier one
-    return {path.name: path for place in folders for path in sorted(place.glob(pattern))}
+def _open_models() -> "list[LanguageModel | VisionModel]":
+    """The models that the notebook has open; none while their modules, slow to import, are not there."""
+    kinds = tuple(getattr(sys.modules[name], kind) for name, kind in MODELS.items() if name in sys.modules)
+    return [value for value in getattr(get_ipython(), "user_ns", {}).values() if isinstance(value, kinds)]
 
 
 def _name(name: str) -> str:

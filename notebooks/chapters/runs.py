@@ -20,11 +20,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from fichapters.kept import REAL, kept_folder, results_beside
 from fichapters.kernels import ChapterError, execute
 from fichapters.parameters import NOTEBOOKS, declared, nearest, read_profile, settle
-from fichapters.real import PROFILE as REAL
-from fichapters.real import kept_folder
-from fichapters.results import results_beside
 from fihelpers.data import (
     MANIFEST,
     PACKAGE,
@@ -39,6 +37,7 @@ from fihelpers.threads import VARIABLE, patient
 CHAPTERS = Path(__file__).resolve().parent
 RECORDS = ("*.json", "*.csv")
 READING = threading.Lock()  # Python 3.11 cannot parse sources in several threads at once
+INJECTED = "injected-parameters"  # the tag of the cell that papermill adds
 READS = "READS"  # the parameter of a chapter that names, by a pattern, the results of others that it reads
 
 
@@ -79,9 +78,10 @@ def run_chapter(
     """Run one chapter unless it was run before, and return its executed notebook in the folder `out`.
 
     `parameters` go before the profile's values; `threads` limits the CPU threads of the kernel. Progress is
-    told by `say`, a line at the start and one at the end, else shown by papermill. Raises ValueError for an
-    unknown or ill-typed parameter before anything runs, and ChapterError if a cell fails. Nothing in `out`
-    changes but by success, apart from ``{chapter}.failed.ipynb`` for a look at the failure.
+    told by `say`, a line at the start and one at the end, else shown by papermill. Where only Markdown
+    changed since, the executed notebook gets the new text and nothing runs. Raises ValueError for an unknown
+    or ill-typed parameter before anything runs, and ChapterError if a cell fails. Nothing in `out` changes
+    but by success, apart from ``{chapter}.failed.ipynb`` for a look at the failure.
     """
     if "PROFILE" in parameters:
         raise ValueError("PROFILE is not given as a parameter here; name the profile itself (--profile).")
@@ -92,7 +92,7 @@ def run_chapter(
         settled = settle(chapter, declared(notebook), read_profile(profiles, profile), given)
         key = _key(notebook, settled, out)
     done = out / f"{chapter}.ipynb"
-    if _is_current(done, key):
+    if _is_current(done, key) and _has_text_of(notebook, done):
         if say:
             say(f"{chapter} stands: nothing that it depends on has changed")
         return done
@@ -152,7 +152,7 @@ def _records(folder: Path, chapter: str) -> list[Path]:
 
 
 def _key(notebook: Path, settings: Mapping[str, Any], out: Path) -> str:
-    """Hash of notebook, library, what it uses of the chapters, versions, data, parameters, files these name.
+    """Hash of the notebook's code, library, what it uses of the chapters, versions, data, parameters, files.
 
     For a chapter that reads others' results, those that it would find beside `out` count as well, and for all
     the kept ones of a real model that they may draw.
@@ -164,7 +164,7 @@ def _key(notebook: Path, settings: Mapping[str, Any], out: Path) -> str:
         drawn = kept_folder().glob("*" if READS in settings else f"{notebook.stem}.*")
         others |= {f"{REAL}/{path.name}": path for path in drawn}
     parts = {
-        "notebook": file_sha256(notebook),
+        "notebook": [(_source(cell), _tags(cell)) for cell in _code(notebook)],
         "library": package_sha256(PACKAGE),
         "chapters": {path.name: file_sha256(path) for path in used_files(notebook)},
         "versions": [sys.version, *(version(name) for name in ("torch", "transformers"))],
@@ -181,8 +181,7 @@ def used_files(notebook: Path, chapters: Path = CHAPTERS) -> list[Path]:
 
     A chapter's own folder counts whole, as do files that are no modules, such as those of widgets.
     """
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    sources = [_source(cell) for cell in _code(notebook)]
     own = chapters / f"ch{notebook.stem[:2]}"
     found = {path for path in lasting_files(chapters) if path.suffix != ".py" or path.parent == own}
     sources += [path.read_text(encoding="utf-8") for path in found if path.suffix == ".py"]
@@ -194,6 +193,22 @@ def used_files(notebook: Path, chapters: Path = CHAPTERS) -> list[Path]:
                 found.add(path)
                 todo += _imported(path.read_text(encoding="utf-8"))
     return sorted(found)
+
+
+def _cells(notebook: Path) -> list[dict[str, Any]]:
+    return list(json.loads(notebook.read_text(encoding="utf-8"))["cells"])
+
+
+def _code(notebook: Path) -> list[dict[str, Any]]:
+    return [cell for cell in _cells(notebook) if cell["cell_type"] == "code"]
+
+
+def _source(cell: Mapping[str, Any]) -> str:
+    return "".join(cell["source"])
+
+
+def _tags(cell: Mapping[str, Any]) -> list[str]:
+    return list(cell["metadata"].get("tags", []))
 
 
 @lru_cache(maxsize=256)
@@ -228,6 +243,25 @@ def _stamps(path: Path) -> list[tuple[str, int, int]]:
 def _is_current(done: Path, key: str) -> bool:
     stored = done.with_suffix(".key")
     return done.is_file() and stored.is_file() and stored.read_text(encoding="utf-8") == key
+
+
+def _has_text_of(notebook: Path, done: Path) -> bool:
+    """Give an executed notebook the Markdown of its source; False where it ran other cells."""
+    executed = json.loads(done.read_text(encoding="utf-8"))
+    ran, cells = _code(done), []
+    for cell in _cells(notebook):
+        if cell["cell_type"] != "code":
+            cells.append(cell)
+            continue
+        if not ran or _source(ran[0]) != _source(cell):
+            return False
+        cells.append(ran.pop(0))
+        while ran and INJECTED in _tags(ran[0]):
+            cells.append(ran.pop(0))
+    if [*map(_source, cells)] != [*map(_source, executed["cells"])]:
+        text = json.dumps({**executed, "cells": cells}, indent=1, ensure_ascii=False)
+        write_atomically(done, text.encode())
+    return not ran
 
 
 def _publish(work: Path, out: Path, chapter: str, key: str) -> None:
