@@ -79,11 +79,20 @@ def test_the_table_and_its_file(tmp_path, monkeypatch, capsys) -> None:
         "K backward passes, .grad kept",
     ]
     assert all(r["seconds"] > 0 and r["low"] <= r["ratio"] <= r["high"] for r in measured)
-    assert kept["machine"]["threads"] >= 1 and ">= 4" in shown
+    assert kept["machine"]["threads"] >= 1 and ">= 5" in shown
     assert kept["rows"][0]["floor"] == pytest.approx(14 / 6)
     assert missing["note"] == "not measured: no GPU" and "200 tokens: not measured: no GPU" in shown
     assert "nan" not in shown.lower() and "None" not in shown
-    assert set(kept["machine"]) == {"cpu", "cores", "threads", "load", "gpu", "torch", "python"}  # no name
+    assert set(kept["machine"]) == {
+        "cpu",
+        "vector unit",
+        "cores",
+        "threads",
+        "load",
+        "gpu",
+        "torch",
+        "python",
+    }  # no name
 
 
 def test_peaks_of_memory_lie_above_what_is_needed() -> None:
@@ -91,6 +100,14 @@ def test_peaks_of_memory_lie_above_what_is_needed() -> None:
     assert blocks["goal"] == "<= 1.15" and "goal" not in once
     assert 1 <= blocks["ratio"] <= once["ratio"] and blocks["seconds"] > 0
     assert blocks["peak MB"] == pytest.approx(blocks["ratio"] * peers.least_bytes(SMALL.model()) / 1e6)
+
+
+def test_three_measures_are_set_beside_the_jacobian_norm_and_what_they_need() -> None:
+    time, memory = bench.three_measures(SMALL, 1, length=7, count=3)
+    assert time["peer"] == "Jacobian norm" and time["goal"] == "<= 3" and time["seconds"] > 0
+    assert memory["goal"] == "<= 1.15" and memory["ratio"] >= 1
+    one, three = (peers.least_bytes(SMALL.model(), count) for count in (1, 3))
+    assert memory["peak MB"] == pytest.approx(memory["ratio"] * three / 1e6) and one < three < 3 * one
 
 
 def test_bad_requests_are_named(capsys) -> None:

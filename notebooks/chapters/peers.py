@@ -5,8 +5,9 @@ The command ``bench`` and chapter 10 time these works and count their operations
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -25,7 +26,7 @@ from fihelpers.filters import Cut, Damped, Exact, Spectral
 from fihelpers.models.language import Batch, LanguageModel, left_padded
 from fihelpers.models.linear import linear_names
 from fihelpers.scores.pixels import PixelBatch
-from fihelpers.scores.weights import score_contexts
+from fihelpers.scores.weights import Scores, score_contexts
 from fihelpers.tasks import Example
 
 FORWARD, JACOBIAN, FI, STORED = "forward pass", "Jacobian norm", "FI", "K backward passes, .grad kept"
@@ -75,6 +76,9 @@ class Size:
         return random_model(config, torch.float32)
 
 
+HALF_A_BILLION = Size(896, 4864, 24, 14, 151936)  # Qwen2.5-0.5B's shape
+
+
 @dataclass(frozen=True)
 class Questions:
     """Random prompts of one length, as batches of one and as batches of several."""
@@ -115,10 +119,13 @@ def passes(work: str, classes: int = 4) -> tuple[int, int, int]:
     return 1, times, times
 
 
-def least_bytes(model: LanguageModel) -> int:
-    """What no way of computing can do without: the weights, and a float32 score for each linear one."""
-    held = sum(p.numel() * p.element_size() for p in model.network.parameters())
-    return held + 4 * linear(model.network.config)
+def least_bytes(model: LanguageModel, measures: int = 1) -> int:
+    """What no way of computing can do without: the weights, and float32 scores for each linear one."""
+    return _bytes(model) + 4 * measures * linear(model.network.config)
+
+
+def _bytes(model: LanguageModel) -> int:
+    return sum(p.numel() * p.element_size() for p in model.network.parameters())
 
 
 def weights_of(model: LanguageModel) -> dict[str, nn.Parameter]:
@@ -130,14 +137,24 @@ def fi_of_weights(
     questions: Questions, batch_size: int = 1, classes: int = 4, save_memory: bool = False
 ) -> dict[str, Tensor]:
     """Mean damped FI of every linear weight, by the engine of `score_weights`: {name: (outputs, inputs)}."""
+    return dict(scored(questions, ["FI"], batch_size, classes, save_memory)[f"FI {FILTER}"].values)
+
+
+def scored(
+    questions: Questions,
+    measures: Sequence[str],
+    batch_size: int,
+    classes: int = 4,
+    save_memory: bool = False,
+) -> dict[str, Scores]:
+    """Scores of every linear weight by some measures, FI damped."""
     model, answers = questions.model, groups(classes)
     contexts = [(b, torch.ones(len(b.index))) for b in questions.batches(batch_size)]
     examples = [Example(str(i), "random", "", answers.names, None, "") for i in range(len(questions.ids))]
     names = linear_names(model.network)
-    scores = score_contexts(
-        model, contexts, examples, ["FI"], FILTER, answers, names, save_memory=save_memory
+    return score_contexts(
+        model, contexts, examples, measures, FILTER, answers, names, save_memory=save_memory
     )
-    return dict(scores[f"FI {FILTER}"].values)
 
 
 def jacobian_norm(questions: Questions) -> dict[str, Tensor]:
@@ -195,10 +212,12 @@ def extra_bytes(work: Callable[[], object]) -> int:
     return most
 
 
-def peak_bytes(questions: Questions, save_memory: bool) -> int:
-    """Bytes of a model, and the most that scoring its weights by FI takes beside it."""
-    held = sum(p.numel() * p.element_size() for p in questions.model.network.parameters())
-    return held + extra_bytes(lambda: fi_of_weights(questions, save_memory=save_memory))
+def peak_bytes(
+    questions: Questions, save_memory: bool, measures: Sequence[str] = ("FI",), batch_size: int = 1
+) -> int:
+    """Bytes of a model, and the most that scoring its weights takes beside it."""
+    work = partial(scored, questions, measures, batch_size, save_memory=save_memory)
+    return _bytes(questions.model) + extra_bytes(work)
 
 
 # --- pixels
