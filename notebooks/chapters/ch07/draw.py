@@ -79,17 +79,19 @@ def concentration_curves(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def damage_of_text(table: pd.DataFrame, floor: float) -> Figure:
+def damage_of_text(table: pd.DataFrame, floor: float | None = None, scale: str = "percent") -> Figure:
     """The scores of written answers against the share of weights zeroed, a panel each.
 
-    table: of `lab.text_tables`. floor: ROUGE-1 of unrelated answers, drawn as a line.
+    table: of `lab.text_tables`. floor: ROUGE-1 of unrelated answers, drawn as a line. scale: of the shares.
     """
     shown = table.assign(panel=table.score.map(TEXT))
-    starts = shown.groupby("panel").intact.first().to_dict()
-    across = "share of linear weights zeroed (dashed: ROUGE-1 of unrelated answers)"
-    labels = (across, f"against intact answers ({int(table.n.max())} prompts)")
-    figure = plots.curves(shown, "rate", "value", panels="panel", start=starts, labels=labels)
-    figure.axes[0].axhline(floor, color=INK, linewidth=0.8, linestyle=plots.DASHED)
+    starts = None if scale == "log" else shown.groupby("panel").intact.first().to_dict()
+    dashed = "" if floor is None else " (dashed: ROUGE-1 of unrelated answers)"
+    asked = f"against intact answers ({int(table.n.max())} prompts)"
+    labels = (f"share of linear weights zeroed{dashed}", asked)
+    figure = plots.curves(shown, "rate", "value", panels="panel", start=starts, labels=labels, scale=scale)
+    if floor is not None:
+        figure.axes[0].axhline(floor, color=INK, linewidth=0.8, linestyle=plots.DASHED)
     return figure
 
 
