@@ -16,12 +16,13 @@ if TYPE_CHECKING:
     from fihelpers.scores.pixels import score_pixels
     from fihelpers.scores.weights import score_weights
     from fihelpers.tasks import load_task
-    from fihelpers.trials import Trials, collect
+    from fihelpers.trials import Kept, Trials, collect
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Evaluator",
+    "Kept",
     "Trials",
     "answer_all",
     "changed",
@@ -38,6 +39,7 @@ __all__ = [
 
 _HOMES = {
     "Evaluator": "evaluate.questions",
+    "Kept": "trials",
     "Trials": "trials",
     "answer_all": "evaluate.questions",
     "changed": "perturb.sparsify",

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from IPython import get_ipython
 
+import fihelpers
 from fichapters.parameters import executed, profiles_folder, read_profile, settle
-from fihelpers import __version__
 from fihelpers.data import (
     MANIFEST,
     data_folder,
@@ -63,14 +63,12 @@ class Chapter:
         parameters or a package changed, beside the loop itself and what it reads; not where a figure, a check
         or a sentence did.
         """
-        from fihelpers.trials import Kept
-
         folder = os.environ.get("FIHELPERS_CACHE") or self.folder / "cache"
         name_of_lab = f"{__package__}.ch{self.name[:2]}.lab"
         lab = import_module(name_of_lab) if find_spec(name_of_lab) else None
         packages = [sys.version, *(version(package) for package in ("torch", "transformers", "numpy"))]
         about = [package_sha256(), lab, file_sha256(data_folder() / MANIFEST), self.p, packages]
-        return Kept(Path(folder), f"{self.name}.{_name(name)}", about)
+        return fihelpers.Kept(Path(folder), f"{self.name}.{_name(name)}", about)
 
     def keep(self, name: str, frame: "pd.DataFrame") -> None:
         """Keep a table as ``{chapter}.{name}.csv``, for the book's results, its claims and other programs.
@@ -127,7 +125,12 @@ def versions() -> dict[str, str]:
     cpu = torch.backends.cpu.get_cpu_capability()
     machine = f"{platform.system()} {platform.machine()} {cpu}, {torch.get_num_threads()} threads"
     packages = {package: version(package) for package in ("torch", "transformers")}
-    return {"python": platform.python_version(), "fihelpers": __version__, **packages, "machine": machine}
+    return {
+        "python": platform.python_version(),
+        "fihelpers": fihelpers.__version__,
+        **packages,
+        "machine": machine,
+    }
 
 
 def _open_models() -> "list[LanguageModel | VisionModel]":
