@@ -1,6 +1,7 @@
 """Runs of chapters for real: kernels, caching, failures, and the command line on top."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -108,6 +109,17 @@ def test_a_change_of_prose_runs_nothing(
     nbformat.write(executed, done)
     with pytest.raises(TypeError):  # what calling the missing execute raises
         run_chapter(notebook, "smoke", {}, OUT)
+
+
+def test_what_a_killed_run_left_goes_and_what_another_works_in_stays(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    names = [f".01_tiny.{dead.pid}.abc", f".01_tiny.{os.getpid()}.abc", f".02_tiny.{dead.pid}.abc", "cache"]
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "01_tiny.ipynb").touch()
+    runs._clear_killed(tmp_path, "01_tiny")
+    assert _names(tmp_path) == {*names[1:]}
 
 
 def test_the_key_sees_all_that_a_run_depends_on(

@@ -9,6 +9,7 @@ import ast
 import hashlib
 import json
 import os
+import shutil
 import sys
 import tempfile
 import threading
@@ -19,6 +20,8 @@ from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from fichapters.kept import REAL, kept_folder, results_beside
 from fichapters.kernels import ChapterError, execute
@@ -97,7 +100,9 @@ def run_chapter(
             say(f"{chapter} stands: nothing that it depends on has changed")
         return done
     out.mkdir(parents=True, exist_ok=True)
-    with _told(chapter, say), tempfile.TemporaryDirectory(prefix=f".{chapter}.", dir=out) as folder:
+    _clear_killed(out, chapter)
+    prefix = f".{chapter}.{os.getpid()}."
+    with _told(chapter, say), tempfile.TemporaryDirectory(prefix=prefix, dir=out) as folder:
         work = Path(folder)
         environment = {
             "FIHELPERS_RESULTS": folder,
@@ -129,6 +134,14 @@ def _told(chapter: str, say: Callable[[str], None] | None) -> Iterator[None]:
         say(f"{chapter} failed after {time.monotonic() - started:.0f} s: {error}")
         raise
     say(f"{chapter} is done after {time.monotonic() - started:.0f} s")
+
+
+def _clear_killed(out: Path, chapter: str) -> None:
+    """Remove what killed runs of a chapter left: working folders named by processes that are no more."""
+    for folder in out.glob(f".{chapter}.*.*"):
+        process = folder.name.split(".")[-2]
+        if process.isdecimal() and not psutil.pid_exists(int(process)):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def runs_folder(notebooks: Path, profile: str) -> Path:
