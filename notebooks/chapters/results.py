@@ -29,9 +29,9 @@ from fihelpers.threads import use_threads
 if TYPE_CHECKING:
     import pandas as pd
 
+    import fihelpers.trials
     from fihelpers.models.language import LanguageModel
     from fihelpers.models.vision import VisionModel
-    from fihelpers.trials import Kept
 
 MODELS = {"fihelpers.models.language": "LanguageModel", "fihelpers.models.vision": "VisionModel"}
 
@@ -56,7 +56,7 @@ class Chapter:
         """Where the results of the same run's other chapters lie, as far as they were run."""
         return Path(os.environ.get("FIHELPERS_RUN") or self.folder)
 
-    def kept(self, name: str) -> "Kept":
+    def kept(self, name: str) -> "fihelpers.trials.Kept":
         """Where the trials of an experiment are kept, for :func:`fihelpers.trials.collect`.
 
         They are made again where the library, the chapter's `lab` with what it imports, the data, the settled
