@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -114,7 +115,9 @@ def test_a_change_of_prose_runs_nothing(
 def test_what_a_killed_run_left_goes_and_what_another_works_in_stays(tmp_path: Path) -> None:
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    names = [f".01_tiny.{dead.pid}.abc", f".01_tiny.{os.getpid()}.abc", f".02_tiny.{dead.pid}.abc", "cache"]
+    here = platform.node()
+    names = [f".01_tiny.{here}.{dead.pid}.abc", f".01_tiny.{here}.{os.getpid()}.abc"]
+    names += [f".02_tiny.{here}.{dead.pid}.abc", f".01_tiny.elsewhere.{dead.pid}.abc", "cache"]
     for name in names:
         (tmp_path / name).mkdir()
         (tmp_path / name / "01_tiny.ipynb").touch()
@@ -143,8 +146,10 @@ def test_the_key_sees_all_that_a_run_depends_on(
     source = notebook.read_text()
     notebook.write_text(source.replace("# Tiny", "# Small"))
     assert key() == keys[0]
-    notebook.write_text(source.replace("begin(", "begin (", 1))
-    keys.append(key())
+    for change in (("begin(", "begin (", 1), ('"tags"', '"hidden": true, "tags"', 1)):
+        assert source.count(change[0])
+        notebook.write_text(source.replace(*change))
+        keys.append(key())
     for path in (package / "a.py", package / "b.js", model / "weights", Path("data/manifest.json")):
         path.write_text(path.read_text() + " " if path.exists() else "new")
         keys.append(key())

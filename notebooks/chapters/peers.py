@@ -76,7 +76,7 @@ class Size:
         return random_model(config, torch.float32)
 
 
-HALF_A_BILLION = Size(896, 4864, 24, 14, 151936)  # Qwen2.5-0.5B's shape
+HALF_A_BILLION = Size(896, 4864, 24, 14, 151936)  # Qwen2.5-0.5B's shape, with half as many keys as heads
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import ast
 import hashlib
 import json
 import os
+import platform
 import shutil
 import sys
 import tempfile
@@ -101,7 +102,7 @@ def run_chapter(
         return done
     out.mkdir(parents=True, exist_ok=True)
     _clear_killed(out, chapter)
-    prefix = f".{chapter}.{os.getpid()}."
+    prefix = f".{chapter}.{platform.node()}.{os.getpid()}."
     with _told(chapter, say), tempfile.TemporaryDirectory(prefix=prefix, dir=out) as folder:
         work = Path(folder)
         environment = {
@@ -137,10 +138,12 @@ def _told(chapter: str, say: Callable[[str], None] | None) -> Iterator[None]:
 
 
 def _clear_killed(out: Path, chapter: str) -> None:
-    """Remove what killed runs of a chapter left: working folders named by processes that are no more."""
-    for folder in out.glob(f".{chapter}.*.*"):
-        process = folder.name.split(".")[-2]
-        if process.isdecimal() and not psutil.pid_exists(int(process)):
+    """Remove what killed runs of a chapter left: folders of processes that are no more, on this machine."""
+    for folder in out.glob(f".{chapter}.*"):
+        place, _, _ = folder.name.rpartition(".")
+        start, _, process = place.rpartition(".")
+        ours = start == f".{chapter}.{platform.node()}" and process.isdecimal()
+        if ours and not psutil.pid_exists(int(process)):
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -177,7 +180,7 @@ def _key(notebook: Path, settings: Mapping[str, Any], out: Path) -> str:
         drawn = kept_folder().glob("*" if READS in settings else f"{notebook.stem}.*")
         others |= {f"{REAL}/{path.name}": path for path in drawn}
     parts = {
-        "notebook": [(_source(cell), _tags(cell)) for cell in _code(notebook)],
+        "notebook": [(_source(cell), cell["metadata"]) for cell in _code(notebook)],
         "library": package_sha256(PACKAGE),
         "chapters": {path.name: file_sha256(path) for path in used_files(notebook)},
         "versions": [sys.version, *(version(name) for name in ("torch", "transformers"))],
@@ -220,10 +223,6 @@ def _source(cell: Mapping[str, Any]) -> str:
     return "".join(cell["source"])
 
 
-def _tags(cell: Mapping[str, Any]) -> list[str]:
-    return list(cell["metadata"].get("tags", []))
-
-
 @lru_cache(maxsize=256)
 def _imported(source: str) -> list[str]:
     """The modules of the chapters' package that a source imports, and what might be one."""
@@ -261,7 +260,8 @@ def _is_current(done: Path, key: str) -> bool:
 def _has_text_of(notebook: Path, done: Path) -> bool:
     """Give an executed notebook the Markdown of its source; False where it ran other cells."""
     executed = json.loads(done.read_text(encoding="utf-8"))
-    ran, cells = _code(done), []
+    ran = [cell for cell in executed["cells"] if cell["cell_type"] == "code"]
+    cells = []
     for cell in _cells(notebook):
         if cell["cell_type"] != "code":
             cells.append(cell)
@@ -269,12 +269,14 @@ def _has_text_of(notebook: Path, done: Path) -> bool:
         if not ran or _source(ran[0]) != _source(cell):
             return False
         cells.append(ran.pop(0))
-        while ran and INJECTED in _tags(ran[0]):
+        while ran and INJECTED in ran[0]["metadata"].get("tags", ()):
             cells.append(ran.pop(0))
+    if ran:
+        return False
     if [*map(_source, cells)] != [*map(_source, executed["cells"])]:
         text = json.dumps({**executed, "cells": cells}, indent=1, ensure_ascii=False)
         write_atomically(done, text.encode())
-    return not ran
+    return True
 
 
 def _publish(work: Path, out: Path, chapter: str, key: str) -> None:
