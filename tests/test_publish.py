@@ -15,7 +15,7 @@ from nbformat.v4 import new_notebook
 
 from fibook import site as publish
 from fibook.build import BOOK
-from fibook.card import LANDING, landing_picture
+from fibook.card import CARD, LANDING, draw
 from fibook.site import Address, address, check_sizes, write_status
 from fichapters.runs import chapters
 from fihelpers import __version__
@@ -130,10 +130,15 @@ def test_the_workflow_that_publishes_checks_the_pages_first() -> None:
 
 
 def test_the_first_page_shows_the_numbers_that_are_kept(tmp_path: Path) -> None:
-    landing_picture(tmp_path / "landing.png")
-    picture = (tmp_path / "landing.png").read_bytes()
-    assert struct.unpack(">II", picture[16:24]) == (900, 660)
+    for place in (LANDING, CARD):
+        (tmp_path / place).parent.mkdir()
+    draw(tmp_path)
+    for place, size in ((LANDING, (900, 660)), (CARD, (1200, 630))):
+        picture = (tmp_path / place).read_bytes()
+        assert struct.unpack(">II", picture[16:24]) == size
+        assert picture == (BOOK / place).read_bytes(), "draw both anew: build --keep-results"
     assert LANDING in (BOOK / "intro.md").read_text("utf-8")
+    assert Path(CARD).name == publish.CARD
 
 
 @pytest.mark.parametrize("page", ["book/intro.md", "README.md", "book/copies.md", "CONTRIBUTING.md"])

@@ -35,6 +35,7 @@ def ran(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, dict
     for module in (real, real_runs):
         monkeypatch.setattr(module, "kept_folder", lambda: tmp_path / "kept")
     monkeypatch.setattr(real_runs, "tokenizer_of", lambda *_: None)
+    monkeypatch.setattr(real_runs, "source_of", lambda *_: SimpleNamespace(parameters=10**9))
     return seen
 
 

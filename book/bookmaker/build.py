@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import importlib.resources
+import json
 import os
 import re
 import shutil
@@ -10,8 +11,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-
-import nbformat
+from typing import Any
 
 from fibook import site
 
@@ -91,16 +91,16 @@ def build_book(runs: Path, out: Path, book: Path = BOOK) -> Path:
 
 def check_executed(notebook: Path) -> None:
     """Raises ValueError where a stored output is an error, or a code cell was not run."""
-    for number, cell in enumerate(nbformat.read(notebook, as_version=4).cells, start=1):
-        if cell.cell_type != "code" or not cell.source.strip():
+    for number, cell in enumerate(json.loads(notebook.read_text("utf-8"))["cells"], start=1):
+        if cell["cell_type"] != "code" or not "".join(cell["source"]).strip():
             continue
-        for output in cell.outputs:
-            if output.output_type == "error":
+        for output in cell["outputs"]:
+            if output["output_type"] == "error":
                 raise ValueError(
-                    f"{notebook.name} stored an error in cell {number}, {output.ename}: {output.evalue}; "
-                    "mend the chapter and run it again"
+                    f"{notebook.name} stored an error in cell {number}, {output['ename']}: "
+                    f"{output['evalue']}; mend the chapter and run it again"
                 )
-        if cell.execution_count is None:
+        if cell["execution_count"] is None:
             raise ValueError(f"{notebook.name} has not run cell {number}; run the chapter before building")
 
 
@@ -159,17 +159,19 @@ def _copy_chapter(notebook: Path, folder: Path) -> None:
 
     Links to entries of the references become citations, which are links to these entries on the page.
     """
-    content = nbformat.read(notebook, as_version=4)
-    for cell in content.cells:
-        if cell.cell_type == "markdown":
-            cell.source = with_citations(cell.source).replace("](../book/", "](../")  # as seen from chapters/
+    content = json.loads(notebook.read_text("utf-8"))
+    for cell in content["cells"]:
+        if cell["cell_type"] == "markdown":  # links as seen from chapters/
+            cell["source"] = with_citations("".join(cell["source"])).replace("](../book/", "](../")
         if "outputs" in cell:
-            cell.outputs = [output for output in cell.outputs if not _is_progress_bar(output)]
+            cell["outputs"] = [output for output in cell["outputs"] if not _is_progress_bar(output)]
         pictures = [output.get("metadata", {}).get("image/png", {}) for output in cell.get("outputs", [])]
         said = [picture["alt"] for picture in pictures if "alt" in picture]
         if said:
-            cell.metadata.setdefault("mystnb", {}).setdefault("image", {}).setdefault("alt", " / ".join(said))
-    nbformat.write(content, folder / notebook.name)
+            image = cell["metadata"].setdefault("mystnb", {}).setdefault("image", {})
+            image.setdefault("alt", " / ".join(said))
+    text = json.dumps(content, indent=1, ensure_ascii=False)
+    (folder / notebook.name).write_text(text, encoding="utf-8")
 
 
 def with_citations(text: str) -> str:
@@ -186,10 +188,10 @@ def with_citations(text: str) -> str:
     return re.sub(REFERENCE, lambda found: "{cite:t}`" + found[1] + "`", text)
 
 
-def _is_progress_bar(output: nbformat.NotebookNode) -> bool:
+def _is_progress_bar(output: dict[str, Any]) -> bool:
     """A widget that tqdm drew: worth watching during a run, and standing still in a page."""
     data = output.get("data", {})
-    return WIDGET_VIEW in data and re.search(r"\d+%\|.*\|", data.get("text/plain", "")) is not None
+    return WIDGET_VIEW in data and re.search(r"\d+%\|.*\|", "".join(data.get("text/plain", ""))) is not None
 
 
 def _build_key(book: Path) -> str:

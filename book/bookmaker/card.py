@@ -1,4 +1,7 @@
-"""The picture of the book's first page, and the one that other sites show beside a link to the book."""
+"""The picture of the book's first page, and the one that other sites show beside a link to the book.
+
+Both show kept numbers and are drawn when these are kept: a build need not import torch for them.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from fichapters.kept import KEPT
 from fichapters.style import GREY, INK, look, use_style
 from fihelpers.data import data_folder
 
-LANDING = "images/first_look.png"  # in the book's folder
+LANDING, CARD = "images/first_look.png", "web/social-card.png"  # in the book's folder
 SIZE = (1200, 630)  # pixels, as the sites that show such pictures ask for
 LANDING_SIZE = (900, 660)  # pixels; shown at 480 of a screen's
 CHANCE = 0.25  # of four letters
@@ -23,6 +26,12 @@ DPI = 150
 MEASURES = ("random", "FI exact", "FI damped 0.0001", "Jacobian norm")
 GROUND = "#0B5FA5"  # the colour of the book's icon
 QUESTION = "Which weights,\nwhich pixels of a\nlarge model are\nthe fragile ones?"
+
+
+def draw(book: Path) -> None:
+    """Draw both into the book's folder."""
+    landing_picture(book / LANDING)
+    social_card(book / CARD)
 
 
 def social_card(target: Path) -> None:

@@ -34,7 +34,6 @@ def _add_build(commands: Any) -> None:
 
 def _build(options: argparse.Namespace) -> None:
     from fibook.build import build_book
-    from fibook.card import LANDING, landing_picture
     from fichapters import runs
     from fichapters.schedule import run_all
 
@@ -46,8 +45,10 @@ def _build(options: argparse.Namespace) -> None:
     out = runs.runs_folder(folder, options.profile)
     run_all(folder, options.profile, out, options.jobs, options.threads)
     if options.keep_results:
+        from fibook import card
+
         runs.keep_results(out, root / "data" / "results")
-        landing_picture(root / "book" / LANDING)
+        card.draw(root / "book")
     pages = root / "book" / "_build" if shown else root / "build" / "book" / options.profile
     index = build_book(out, pages, root / "book")
     if options.check:

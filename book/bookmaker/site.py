@@ -1,4 +1,4 @@
-"""What a published book has beside its pages: addresses, status, a card, a sitemap, an offline copy."""
+"""What a published book has beside its pages: addresses, status, a sitemap, an offline copy."""
 
 import json
 import os
@@ -12,17 +12,15 @@ from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
-import nbformat
 import yaml
 
-from fibook.card import social_card
 from fihelpers.data import package_sha256, write_atomically
 
 ADDRESS_PATTERN = re.compile(r"https://github\.com/(?P<owner>[\w-]+)/(?P<name>[\w.-]+?)(?:\.git)?/?")
 BRANCH = "main"
 OFFLINE = "fihelpers-book.zip"
 ONLINE_ONLY = re.compile(r'<div class="online-only[^"]*">.*?</div>', re.DOTALL)  # such as the zip's own link
-CARD = "social-card.png"
+CARD = "social-card.png"  # among the files that pages share
 STATUS = "status.txt"  # in book/chapters, beside the runs that it describes; book/status.md shows it
 NOT_STORED = (".map",)  # for developers of the theme; no page loads them
 SITE_LIMIT = 60e6  # bytes
@@ -95,11 +93,10 @@ def write_status(runs: Path, chapters: list[str], book: Path) -> None:
 
 
 def finish(html: Path, where: Address | None) -> None:
-    """Makes what Sphinx does not: the card, the sitemap where the address is known, and the offline copy."""
+    """Makes what Sphinx does not: the sitemap where the address is known, and the offline copy."""
     for path in html.rglob("*"):
         if path.suffix in NOT_STORED:
             path.unlink()
-    social_card(html / "_static" / CARD)
     if where:
         write_atomically(html / "sitemap.xml", _sitemap(html, where).encode())
     write_offline_copy(html, html / OFFLINE)
@@ -148,7 +145,7 @@ def _status(runs: Path, chapter: str) -> dict[str, Any]:
     """What is known of one run; a notebook that was run otherwise has no key and no time."""
     about, key = runs / f"{chapter}.json", runs / f"{chapter}.key"
     content = json.loads(about.read_text("utf-8")) if about.is_file() else {}
-    metadata = nbformat.read(runs / f"{chapter}.ipynb", as_version=4).metadata
+    metadata = json.loads((runs / f"{chapter}.ipynb").read_text("utf-8"))["metadata"]
     return {
         "chapter": chapter,
         "seconds": metadata.get("fihelpers", {}).get("seconds"),

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 from weakref import WeakSet
 
 if TYPE_CHECKING:
@@ -22,19 +22,24 @@ class ChapterError(RuntimeError):
 
 
 def execute(
-    notebook: Path, output: Path, given: Mapping[str, Any], environment: Mapping[str, str], bar: bool = True
+    notebook: Path,
+    output: Path,
+    given: Mapping[str, Any],
+    environment: Mapping[str, str],
+    log: TextIO | None = None,
 ) -> None:
     """Execute a notebook into `output`; a failed one is kept in the folder above.
 
-    given: parameters. environment: variables of the kernel. bar: show papermill's progress and what the
-    cells write to stderr. Raises ChapterError if a cell fails or the kernel dies.
+    given: parameters. environment: variables of the kernel. log: takes what the cells write to stderr, such
+    as their bars; without one that is shown, with papermill's own bar. Raises ChapterError if a cell fails or
+    the kernel dies.
     """
     from nbclient.exceptions import DeadKernelError
     from papermill import PapermillExecutionError
 
     failed = output.parent.parent / f"{output.stem}.failed.ipynb"
     try:
-        _papermill(notebook, output, given, environment, bar)
+        _papermill(notebook, output, given, environment, log)
     except PapermillExecutionError as error:
         os.replace(output, failed)
         line = error.source.strip().splitlines()[0]
@@ -57,7 +62,7 @@ def end_kernels() -> None:
 
 
 def _papermill(
-    notebook: Path, output: Path, given: Mapping[str, Any], environment: Mapping[str, str], bar: bool
+    notebook: Path, output: Path, given: Mapping[str, Any], environment: Mapping[str, str], log: TextIO | None
 ) -> None:
     import nbformat
     import papermill
@@ -72,8 +77,8 @@ def _papermill(
             language="python",
             kernel_manager_class=_own_kernel(environment),
             store_widget_state=True,
-            progress_bar={"desc": output.stem} if bar else False,
-            stderr_file=sys.stderr if bar else None,
+            progress_bar=False if log else {"desc": output.stem},
+            stderr_file=log or sys.stderr,
         )
     for part in (executed, *executed.cells):  # times and paths of this machine, which a page would publish
         part.metadata.pop("papermill", None)

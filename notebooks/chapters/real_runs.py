@@ -1,7 +1,8 @@
 """The profile ``real``, run chapter by chapter on a real model.
 
-``python -m fihelpers real`` runs the chapters that the profile has minutes for, one after the other. What is
-finished is kept, to the last calibration set, so that an interrupted or killed run goes on where it stopped.
+``python -m fihelpers real`` runs the chapters that the profile has minutes for, side by side where cores and
+memory allow it. What is finished is kept, to the last calibration set, so that an interrupted or killed run
+goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from typing import Any
 from fichapters.kept import REAL, kept_folder
 from fichapters.parameters import declared, read_minutes, read_profile, settle
 from fichapters.runs import find_chapter, keep_results, run_chapter
-from fichapters.schedule import say
-from fihelpers.jobs.preflight import tokenizer_of
+from fichapters.schedule import NEEDED, run_chapters, say, side_by_side
+from fihelpers.jobs.preflight import SCORE, source_of, tokenizer_of
 from fihelpers.tasks import load_task
 
+COPIES = 12  # of a model's weights in float32, that a chapter holds at most: scores, gradients, experts
 FEWEST = 20  # questions of a subject, below which a model's tokenizer leaves too few
 
 
@@ -42,14 +44,20 @@ def run(
         names = declared(path)
         settings[path] = _of_chapter(given, names, profile.get(path.stem, {}))
         _enough_questions(settle(path.stem, names, profile, {"PROFILE": REAL, **settings[path]}))
-    done = []
-    for place, path in enumerate(wanted):
-        left = sum(minutes[other.stem] for other in wanted[place:])
-        say(f"{path.stem}: about {minutes[path.stem]} of {left} minutes that are left on two quiet cores")
-        done.append(run_chapter(path, REAL, settings[path], out, threads))
+    left = {path.stem: minutes[path.stem] for path in wanted}
+    say(f"{sum(left.values())} minutes by the profile, on two quiet cores; the bars are in {out}/*.log")
+
+    def run_one(path: Path, threads: int | None) -> Path:
+        executed = run_chapter(path, REAL, settings[path], out, threads, say)
         if not given:
             keep_results(out, kept_folder(), path.stem)
-    return done
+        del left[path.stem]
+        say(f"left: {', '.join(f'{name} ({n} minutes)' for name, n in left.items()) or 'nothing'}")
+        return executed
+
+    model = given.get("MODEL", profile["all"]["MODEL"])
+    needed = NEEDED + COPIES * SCORE * source_of(model, given.get("REVISION")).parameters
+    return run_chapters(wanted, run_one, out, minutes, side_by_side(needed=needed), threads)
 
 
 def _of_chapter(given: Mapping[str, Any], names: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

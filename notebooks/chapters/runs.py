@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import psutil
 
@@ -82,9 +82,10 @@ def run_chapter(
     """Run one chapter unless it was run before, and return its executed notebook in the folder `out`.
 
     `parameters` go before the profile's values; `threads` limits the CPU threads of the kernel. Progress is
-    told by `say`, a line at the start and one at the end, else shown by papermill. Where only Markdown
-    changed since, the executed notebook gets the new text and nothing runs. Raises ValueError for an unknown
-    or ill-typed parameter before anything runs, and ChapterError if a cell fails. Nothing in `out` changes
+    told by `say`, a line at the start and one at the end, and the cells' bars go to ``{chapter}.log`` until
+    it succeeds; else all is shown. Where only Markdown changed since, the executed notebook gets the new text
+    and nothing runs. Raises ValueError for an unknown or ill-typed parameter before anything runs, and
+    ChapterError if a cell fails. Nothing in `out` changes
     but by success, apart from ``{chapter}.failed.ipynb`` for a look at the failure.
     """
     if "PROFILE" in parameters:
@@ -114,7 +115,8 @@ def run_chapter(
         }
         if threads:
             environment[VARIABLE] = str(threads)
-        execute(notebook, work / done.name, given, environment, bar=say is None)
+        with _logged(out / f"{chapter}.log", say) as log:
+            execute(notebook, work / done.name, given, environment, log)
         if not (work / f"{chapter}.json").is_file():
             raise ChapterError(f"{chapter} kept nothing; its first cell must call begin({chapter!r}).")
         _publish(work, out, chapter, key)
@@ -135,6 +137,17 @@ def _told(chapter: str, say: Callable[[str], None] | None) -> Iterator[None]:
         say(f"{chapter} failed after {time.monotonic() - started:.0f} s: {error}")
         raise
     say(f"{chapter} is done after {time.monotonic() - started:.0f} s")
+
+
+@contextmanager
+def _logged(path: Path, say: Callable[[str], None] | None) -> Iterator[TextIO | None]:
+    """A file for the bars of a run that tells its progress otherwise; it goes when the run succeeds."""
+    if say is None:
+        yield None
+        return
+    with path.open("w", encoding="utf-8", buffering=1) as log:
+        yield log
+    path.unlink()
 
 
 def _clear_killed(out: Path, chapter: str) -> None:
