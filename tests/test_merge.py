@@ -591,7 +591,7 @@ def synthetic(folder: Path, layers: int, experts: bool) -> None:
 def test_memory_grows_with_the_largest_tensor_and_not_with_the_model(
     tmp_path: Path, experts: bool, layers: tuple[int, int, int]
 ) -> None:
-    """A pair of half a gigabyte together against one of a quarter of that; a tensor has 8 MB, with experts 16.
+    """A pair of half a gigabyte against one of a quarter of that; a tensor has 8 MB, with experts 16.
 
     The highest use holds pages of mapped files too, which the kernel drops when it likes: runs of one merge
     differ by four tensors. One that holds its models would grow by 192 MB, with experts 144.

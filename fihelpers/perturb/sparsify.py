@@ -121,7 +121,7 @@ def _positions(
     if which == "bottom":
         return _largest([-piece for piece in pieces], count, generator)
     if which == "low half":
-        pool = torch.cat(_top(-torch.cat([*pieces]), total // 2, generator))
+        pool = torch.cat(_top(torch.cat([*pieces]).neg_(), total // 2, generator))
         drawn = pool[_drawn(len(pool), count, generator).to(pool.device)]
     elif which == "random":
         drawn = _drawn(total, count, generator).to(pieces[0].device)
