@@ -17,7 +17,8 @@ FI is the largest squared change of -log P(y_hat) per squared length of path, gr
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ from fihelpers.filters import EXACT, LEAST_DAMPING, Damped, Spectral
 
 SATURATED_SHARE = 0.95
 SATURATED_RTOL = 1e-3
+PIECE = 2**20  # elements that are compared with a ceiling at a time: of a large matrix no copies are made
 
 
 class SaturationWarning(UserWarning):
@@ -325,7 +327,10 @@ def _near(values: Tensor, top: Tensor) -> Tensor:
 def warn_if_saturated(values: Tensor | Collection[Tensor], top: Tensor, stacklevel: int = 3) -> None:
     """Elements without any gradient have FI 0 and say nothing about saturation."""
     live = near = 0
-    for part in (values,) if isinstance(values, Tensor) else values:
+    parts: Iterable[Tensor] = (values,) if isinstance(values, Tensor) else values
+    if not top.dim():
+        parts = chain.from_iterable(part.flatten().split(PIECE) for part in parts)
+    for part in parts:
         some = part > 0
         live += int(some.sum())
         near += int((_near(part, like(top, part.dim())) & some).sum())

@@ -135,10 +135,6 @@ class Totals:
         self.measures = chosen
         self.parameters = parameters
         self.grown = {name: m for name, m in chosen.items() if not isinstance(m, DataFree)}
-        self.sums = {
-            name: torch.zeros(len(self.grown), *p.shape, dtype=_working(p), device=p.device)
-            for name, p in parameters.items()
-        }
         self.per_example = {name: torch.zeros(n, dtype=torch.float64) for name in self.grown}
         self.values = {name: p.detach() for name, p in parameters.items()}
         self.weights = sum(p.numel() for p in parameters.values())
@@ -146,6 +142,17 @@ class Totals:
         self.others = any(m.reads_others for m in chosen.values())
         self.taken: list[tuple[str, Tensor, Tensor, Tensor, Tensor]] = []
         self.formulas = [formula(m) for m in self.grown.values()]
+
+    @functools.cached_property
+    def sums(self) -> dict[str, Tensor]:
+        """The running totals of each parameter (measures, *shape), most of what is held.
+
+        They are made when first needed: before, hooks are compared with autograd, which needs room as well.
+        """
+        return {
+            name: torch.zeros(len(self.grown), *p.shape, dtype=_working(p), device=p.device)
+            for name, p in self.parameters.items()
+        }
 
     def tensors(self) -> dict[str, Tensor]:
         """All that grows with the samples, to be kept, taken up again or added to those of other processes.
