@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from opening import NOTEBOOKS, ROOT
 
-from fichapters import real, real_runs
+from fichapters import real, real_runs, schedule
 from fichapters.kept import REAL
 from fichapters.parameters import read_minutes, read_profile
 
@@ -72,6 +72,33 @@ def test_another_model_is_told_to_the_chapters_and_leaves_the_book_alone(
     of_experts = real_runs._of_chapter(given, {"BASE": "", "TASK": ""}, {"TASK": "cloze-experts"})
     assert of_experts == {"BASE": "mini-lm"}
     assert not (tmp_path / "kept").exists()
+
+
+@pytest.mark.parametrize(("weights", "jobs"), [(134_515_008, 2), (10**9, 1)])
+def test_two_chapters_run_at_a_time_where_the_model_leaves_room(
+    ran: list[tuple[str, dict[str, Any]]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    weights: int,
+    jobs: int,
+) -> None:
+    """On two cores and 24 GB, of which 22 are free, as the profile says."""
+    machine = SimpleNamespace(virtual_memory=lambda: SimpleNamespace(available=22e9), cpu_count=lambda **_: 2)
+    monkeypatch.setattr(schedule, "psutil", machine)
+    monkeypatch.setattr(schedule.os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    monkeypatch.setattr(real_runs, "source_of", lambda *_: SimpleNamespace(parameters=weights))
+    seen: list[int] = []
+
+    def run_chapters(paths: Any, run: Any, out: Path, foreseen: Any, jobs: int, threads: Any) -> list[Path]:
+        seen.append(jobs)
+        return [run(path, threads=threads) for path in paths]
+
+    monkeypatch.setattr(real_runs, "run_chapters", run_chapters)
+    real_runs.run(ROOT / "notebooks", tmp_path / "out", {}, ["1", "7"])
+    assert seen == [jobs] and [name for name, _ in ran] == NAMES
+    lines = [line.partition("  ")[2] for line in capsys.readouterr().err.splitlines()]
+    assert lines[-2:] == ["left: 07_sparsification (5 minutes)", "left: nothing"]
 
 
 def test_what_cannot_be_run_is_refused_before_anything_runs(

@@ -1,5 +1,6 @@
 """Vision-language models: images prepared as the library prepares them, with gradients to every pixel."""
 
+import copy
 import json
 import socket
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from transformers import LlavaImageProcessorPil, Qwen2VLImageProcessorPil
 from fihelpers.answers import letters
 from fihelpers.data import file_sha256
 from fihelpers.images import read_image
+from fihelpers.models import vision
 from fihelpers.models.vision import (
     ClipPreprocess,
     Preprocess,
@@ -471,3 +473,17 @@ def test_a_chat_template_without_images_is_refused(folder: Path, template: str, 
     model = open_vision_model(folder)
     with pytest.raises(ValueError, match=message):
         model.last_logits([random_image(16, 16)], ["w1"])
+
+
+@pytest.mark.parametrize(("size", "bias"), [((2, 4, 4), False), ((2, 4, 4), True), ((4, 8, 4), True)])
+def test_patches_are_multiplied_as_they_would_be_convolved(size: tuple[int, ...], bias: bool) -> None:
+    """Also where the input holds more than one patch, which is left to the convolution."""
+    plain = torch.nn.Conv3d(3, 5, (2, 4, 4), stride=(2, 4, 4), bias=bias).double()
+    ours = copy.deepcopy(plain)
+    vision._multiply_patches(ours)
+    x = torch.randn(7, 3, *size, dtype=torch.float64, requires_grad=True)
+    found, truth = ours(x), plain(x)
+    torch.testing.assert_close(found, truth)
+    way = torch.randn_like(truth)
+    torch.testing.assert_close(torch.autograd.grad(found, x, way), torch.autograd.grad(truth, x, way))
+    torch.testing.assert_close(copy.deepcopy(ours)(x), truth)

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from os import PathLike
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import PIL
 import torch
-from torch import Tensor
-from torch.nn.functional import interpolate
+from torch import Tensor, nn
+from torch.nn.functional import interpolate, linear
 from transformers import AutoModelForImageTextToText, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
@@ -369,9 +370,28 @@ def open_vision_model(
     _check_type(folder, label)
     tokenizer = open_tokenizer(folder, label)
     network = open_network(folder, label, weights, AutoModelForImageTextToText).to(place).eval()  # type: ignore[arg-type]
+    _multiply_patches(network)
     preprocess = _open_preprocess(folder, label, network.config)
     template = _template(folder, label, tokenizer)
     return VisionModel(network, tokenizer, label, commit, sha256, preprocess, template)
+
+
+def _multiply_patches(network: nn.Module) -> None:
+    """Let convolutions that see one patch at a time, as Qwen's do, compute the matrix product that they are.
+
+    On a CPU torch takes ten times as long for the gradient of such a convolution with respect to its input,
+    more than half of the time of scoring pixels.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Conv3d) and module.padding == (0, 0, 0) and module.groups == 1:
+            module.forward = MethodType(_of_patches, module)  # type: ignore[method-assign]
+
+
+def _of_patches(module: nn.Conv3d, x: Tensor) -> Tensor:
+    """The convolution of patches (N, channels, *kernel), which has one output of each."""
+    if x.shape[2:] != module.kernel_size or module.dilation != (1, 1, 1):
+        return nn.Conv3d.forward(module, x)
+    return linear(x.flatten(1), module.weight.flatten(1), module.bias)[:, :, None, None, None]
 
 
 def _check_type(folder: Path, label: str) -> None:

@@ -18,7 +18,7 @@ __all__ = ["linear_names", "select", "zeroed"]
 
 Which = Literal["top", "bottom", "random", "low half"]
 Scope = Literal["global", "layer", "row"]
-SAMPLED = 2**17  # values of which quantiles are taken, before those of all are
+SAMPLED = 2**15  # values of which quantiles are taken, before those of all are
 MANY = 2**24  # places of which not all are put in a random order to draw a few
 
 
