@@ -7,8 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import pandas as pd
+import psutil
 import pytest
 import torch
+from conftest import WriteChapter
 from tiny_vision import encode_png, random_image, save_vision_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -100,6 +102,21 @@ def test_three_measures_are_set_beside_the_jacobian_norm_and_what_they_need() ->
     assert memory["goal"] == "<= 1.15" and memory["ratio"] >= 1
     one, three = (peers.least_bytes(SMALL.model(), count) for count in (1, 3))
     assert memory["peak MB"] == pytest.approx(memory["ratio"] * three / 1e6) and one < three < 3 * one
+
+
+def test_a_chapter_is_run_alone_and_beside_a_process_at_work(
+    write_chapter: WriteChapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_chapter()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    cpu, busy = bench.chapters(SMALL, 1, "smoke")
+    assert cpu["work"] == "CPU of 01_tiny" and 1 < cpu["seconds"] < 60 == cpu["peer seconds"] and cpu["met"]
+    assert busy["peer"] == "alone" and busy["peer seconds"] > 1 and busy["goal"] == "<= 2.5"
+    before = set(psutil.Process().children())
+    with bench.at_work():
+        (child,) = set(psutil.Process().children()) - before
+        assert child.is_running()
+    assert not child.is_running()
 
 
 def test_bad_requests_are_named(capsys) -> None:

@@ -14,9 +14,13 @@ import json
 import os
 import platform
 import re
+import subprocess
+import sys
+import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +30,7 @@ import psutil
 import torch
 from transformers import LlamaConfig
 
-from fichapters import peers
+from fichapters import peers, runs
 from fichapters.peers import FI, FILTERS, JACOBIAN, LLAMA, STORED, Questions, Size, fi_of_weights
 from fihelpers.data import write_atomically
 from fihelpers.influence import SaturationWarning
@@ -43,6 +47,9 @@ PLAIN, SALIENCY = "Jacobian norm, plain autograd", "saliency, Captum"
 SORT = "full sort"
 THREE = ("FI", JACOBIAN, "SNIP")
 H100_SECONDS = 0.12  # asked for of a sample
+MINUTE = 60.0  # seconds of one core, asked of a chapter; and of those that may take longer:
+LONGER = dict.fromkeys(("04_fragile_pixels", "09_merging", "10_cost"), 90.0)
+BUSY = 2.5  # times as long a chapter may take beside a process at work
 PRODUCTS, ASKED = "its products at the measured rate", f"{H100_SECONDS} s a sample (asked of an H100)"
 
 Work = Callable[[], object]
@@ -278,6 +285,47 @@ def _device_peak(work: Work, device: str) -> int:
     return int(torch.cuda.max_memory_allocated(device))
 
 
+def chapters(size: Size, rounds: int, profile: str = "embedded") -> list[Row]:
+    """Every chapter of the book, run once by itself on one thread and once beside a process at work.
+
+    Its seconds of CPU (its processes' start and end included) stand beside those asked for.
+    """
+    rows = []
+    for notebook in runs.chapters(runs.notebooks_folder()):
+        name = notebook.stem
+        alone, used = _run_of(name, profile)
+        with at_work():
+            busy, _ = _run_of(name, profile)
+        asked = LONGER.get(name, MINUTE)
+        taken = pd.DataFrame({"CPU": [used], "alone": [alone], "busy": [busy], "asked": [asked]})
+        rows += [
+            beside(f"CPU of {name}", taken, "CPU", "asked", 1.0),
+            beside(f"{name} beside a process at work", taken, "busy", "alone", BUSY),
+        ]
+    return rows
+
+
+def _run_of(chapter: str, profile: str) -> tuple[float, float]:
+    """Seconds and seconds of CPU of one run of a chapter, in a folder of its own and on one thread."""
+    with tempfile.TemporaryDirectory() as out:
+        words = ["run", chapter, "--profile", profile, "--threads", "1", "--out", out]
+        before, start = os.times(), time.perf_counter()
+        subprocess.run([sys.executable, "-m", "fihelpers", *words], check=True, capture_output=True)
+        seconds, after = time.perf_counter() - start, os.times()
+    user, system = (getattr(after, of) - getattr(before, of) for of in ("children_user", "children_system"))
+    return seconds, user + system
+
+
+@contextmanager
+def at_work() -> Iterator[None]:
+    """A process that computes without pause, for as long as the context lasts."""
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
+        try:
+            yield
+        finally:
+            process.kill()
+
+
 ROWS: dict[str, Callable[[Size, int], list[Row]]] = {  # by the name to ask for it
     "long": long_prompts,
     "short": short_prompts,
@@ -286,17 +334,23 @@ ROWS: dict[str, Callable[[Size, int], list[Row]]] = {  # by the name to ask for 
     "pixels": pixels,
     "topshare": topshare,
     "gpu": gpu,
+    "chapters": chapters,
 }
+ASKED_FOR = ("chapters",)  # only by name: they take three quarters of an hour
 
 
 def bench(only: Sequence[str] = (), rounds: int = 5, size: Size | None = None) -> list[Row]:
-    """Measure the rows of these names, all by default. Raises ValueError for an unknown name or no round."""
+    """Measure the rows of these names, by default all but the chapters.
+
+    Raises ValueError for an unknown name or no round.
+    """
     unknown = sorted(set(only) - set(ROWS))
     if unknown:
         raise ValueError(f"unknown row {unknown[0]!r}; known: {', '.join(ROWS)}.")
     if rounds < 1:
         raise ValueError(f"at least one round is needed, not {rounds}.")
-    return [made for name in only or ROWS for made in ROWS[name](size or Size(), rounds)]
+    usual = [name for name in ROWS if name not in ASKED_FOR]
+    return [made for name in only or usual for made in ROWS[name](size or Size(), rounds)]
 
 
 def main(only: Sequence[str], rounds: int, out: Path | None) -> None:

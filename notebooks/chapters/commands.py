@@ -71,7 +71,9 @@ def _add_real(commands: Any) -> None:
 def _add_bench(commands: Any) -> None:
     bench = commands.add_parser("bench", help="measure what FI costs beside simpler ways of computing it")
     bench.add_argument(
-        "rows", nargs="*", help="long, short, memory, half, pixels, topshare, gpu; all by default"
+        "rows",
+        nargs="*",
+        help="long, short, memory, half, pixels, topshare, gpu, chapters; by default all but the last",
     )
     bench.add_argument("--rounds", type=int, default=5, help="each piece of work is timed (%(default)s)")
     bench.add_argument("--out", type=Path, help="a JSON file for the table")
