@@ -19,7 +19,7 @@ __all__ = ["linear_names", "select", "zeroed"]
 Which = Literal["top", "bottom", "random", "low half"]
 Scope = Literal["global", "layer", "row"]
 SAMPLED = 2**15  # values of which quantiles are taken, before those of all are
-MANY = 2**24  # places of which not all are put in a random order to draw a few
+MANY = 2**24  # places of which not all are listed, or put in a random order, to draw a few
 
 
 def select(
@@ -121,8 +121,7 @@ def _positions(
     if which == "bottom":
         return _largest([-piece for piece in pieces], count, generator)
     if which == "low half":
-        pool = torch.cat(_top(torch.cat([*pieces]).neg_(), total // 2, generator))
-        drawn = pool[_drawn(len(pool), count, generator).to(pool.device)]
+        drawn = _of_lowest(torch.cat([*pieces]), total // 2, count, generator)
     elif which == "random":
         drawn = _drawn(total, count, generator).to(pieces[0].device)
     else:
@@ -131,6 +130,26 @@ def _positions(
     drawn = drawn.sort().values
     parts = drawn.tensor_split(torch.searchsorted(drawn, ends).tolist()[:-1])
     return [part - end + len(piece) for part, end, piece in zip(parts, ends, pieces, strict=True)]
+
+
+def _of_lowest(flat: Tensor, half: int, count: int, generator: torch.Generator) -> Tensor:
+    """Positions of a random draw from the `half` lowest values, which are never listed: only its own are."""
+    flat = flat.neg_()
+    if not half:
+        return torch.zeros(0, dtype=torch.long, device=flat.device)
+    border = _border(flat, half)
+    low, tied = flat > border, _where(flat == border)
+    below = int(low.count_nonzero())
+    tied = tied[torch.randperm(len(tied), generator=generator)[: half - below].to(tied.device)]
+    places = _drawn(half, count, generator).to(flat.device)
+    found, seen = [tied[places[places >= below] - below]], 0
+    places = places[places < below].sort().values
+    for number, part in enumerate(low.split(MANY)):
+        here = seen + int(part.count_nonzero())
+        wanted = places[(places >= seen) & (places < here)]
+        found.append(_where(part)[wanted - seen] + number * MANY)
+        seen = here
+    return torch.cat(found)
 
 
 def _drawn(n: int, count: int, generator: torch.Generator) -> Tensor:
