@@ -11,8 +11,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,7 +69,6 @@ NOT_RUN = {  # and why
 }
 FENCED = re.compile(r"^```(.*?)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 INDENTED = re.compile(r"(?:^\n|\A)((?:    .*\n|\n(?=    ))+)", re.MULTILINE)  # after a blank line
-WORKERS = 2
 LONG = 600  # seconds
 
 
@@ -260,25 +258,6 @@ def standins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def started(
-    standins: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> Iterator[Callable[[Command], tuple[Path, "Future[subprocess.CompletedProcess[str]]"]]]:
-    """Starts the commands of the tests that were asked for, a few at a time, each in its own folder."""
-    asked = [
-        item.callspec.params["command"]
-        for item in request.session.items
-        if getattr(item, "originalname", "") == test_a_command_does_what_it_says.__name__
-    ]
-    with ThreadPoolExecutor(WORKERS) as pool:
-        under_way = {}
-        for command in asked:
-            folder = tmp_path_factory.mktemp("command")
-            under_way[command] = (folder, pool.submit(run_in, folder, standins, command))
-        yield under_way.__getitem__
-        pool.shutdown(cancel_futures=True)
-
-
 def run_in(folder: Path, standins: Path, command: Command) -> "subprocess.CompletedProcess[str]":
     """Run a command in a folder where everything lies that it names."""
     for place in standins.iterdir():
@@ -298,26 +277,21 @@ def run_in(folder: Path, standins: Path, command: Command) -> "subprocess.Comple
 
 
 @pytest.mark.parametrize("command", RUN, ids=str)
-def test_a_command_does_what_it_says(
-    command: Command,
-    started: Callable[[Command], tuple[Path, "Future[subprocess.CompletedProcess[str]]"]],
-    standins: Path,
-) -> None:
-    folder, running = started(command)
-    done = running.result()
+def test_a_command_does_what_it_says(command: Command, standins: Path, tmp_path: Path) -> None:
+    done = run_in(tmp_path, standins, command)
     assert done.returncode == 0, done.stdout + done.stderr
     words = command.words
     if runs_a_chapter(command):
-        check_chapter(command, folder)
+        check_chapter(command, tmp_path)
     elif "score" in words:
-        scores = Scores.load(folder / words[words.index("--out") + 1])
+        scores = Scores.load(tmp_path / words[words.index("--out") + 1])
         assert scores.numel() > 0 and scores.metadata["measure"] == "FI exact"
     elif "sweep" in words:
-        out = folder / words[words.index("--out") + 1]
+        out = tmp_path / words[words.index("--out") + 1]
         table = pd.read_csv(out / "07_sparsification.curves.csv")
         assert len(table) and set(table.HEADLINE_RATE) == {0.02} and len(list(out.glob("*/*.json"))) == 1
     elif "cache" in words:
-        assert done.stdout.splitlines() == [str(folder / ".home")]  # nothing is kept yet
+        assert done.stdout.splitlines() == [str(tmp_path / ".home")]  # nothing is kept yet
     elif "manifest" in words:
         assert list(json.loads((standins / "data" / "manifest.json").read_text())) == ["facts.yaml"]
     else:

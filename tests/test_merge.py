@@ -551,16 +551,16 @@ print(peak(small, Ties(), Protection(0.1, small / "scores")) - before)
 def synthetic(folder: Path, layers: int, experts: bool) -> None:
     """Three models in bfloat16, and scores for a tensor of one of them.
 
-    Of `layers` tensors of 8 MB, or of as many layers whose four experts are 24 MB, of which 16 are loaded as
+    Of `layers` tensors of 16 MB, or of as many layers whose four experts are 48 MB, of which 32 are loaded as
     one tensor.
     """
     data = Path(__file__).parent.parent / "data" / "models" / "mini-lm"
-    shapes = {f"layer.{i}.weight": (1024, 4096) for i in range(layers)}
-    config, scored = AutoConfig.from_pretrained(data), layout((1024, 4096), torch.float32)
+    shapes = {f"layer.{i}.weight": (2048, 4096) for i in range(layers)}
+    config, scored = AutoConfig.from_pretrained(data), layout((2048, 4096), torch.float32)
     name = "layer.0.weight"
     if experts:
         config = MixtralConfig(
-            vocab_size=5000, hidden_size=1024, intermediate_size=1024, num_hidden_layers=layers,
+            vocab_size=5000, hidden_size=1024, intermediate_size=2048, num_hidden_layers=layers,
             num_attention_heads=8, num_key_value_heads=8, num_local_experts=4,
         )  # fmt: skip
         with torch.device("meta"):
@@ -568,7 +568,7 @@ def synthetic(folder: Path, layers: int, experts: bool) -> None:
         shapes = {
             n: tuple(v.shape) for n, v in revert_weight_conversion(network, network.state_dict()).items()
         }
-        name, scored = "model.layers.0.mlp.experts.gate_up_proj", layout((4, 2048, 1024), torch.float32)
+        name, scored = "model.layers.0.mlp.experts.gate_up_proj", layout((4, 4096, 1024), torch.float32)
     layouts = {n: layout(shape, torch.bfloat16) for n, shape in shapes.items()}
     most = max(one.numel() for one in layouts.values())
     base = torch.randn(most, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -591,10 +591,10 @@ def synthetic(folder: Path, layers: int, experts: bool) -> None:
 def test_memory_grows_with_the_largest_tensor_and_not_with_the_model(
     tmp_path: Path, experts: bool, layers: tuple[int, int, int]
 ) -> None:
-    """A pair of half a gigabyte against one of a quarter of that; a tensor has 8 MB, with experts 16.
+    """A pair of 1 GB together against one of a quarter of that; a tensor has 16 MB, with experts 32.
 
     The highest use holds pages of mapped files too, which the kernel drops when it likes: runs of one merge
-    differ by four tensors. One that holds its models would grow by 192 MB, with experts 144.
+    differ by four tensors. One that holds its models would grow by 384 MB, with experts 288.
     """
     try:
         for name, count in zip(("tiny", "small", "large"), layers, strict=True):
@@ -602,6 +602,6 @@ def test_memory_grows_with_the_largest_tensor_and_not_with_the_model(
         run = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
         small, large, ties = map(float, run.stdout.split())
-        assert max(small, large, ties) < 160 * (1 + experts) and large < small + 48 * (1 + experts)
+        assert max(small, large, ties) < 320 * (1 + experts) and large < small + 96 * (1 + experts)
     finally:
         shutil.rmtree(tmp_path, ignore_errors=True)
