@@ -271,6 +271,7 @@ def test_all_chapters_run_side_by_side_with_one_thread_each(
     about = [json.loads((OUT / f"{name}.json").read_text()) for name in names]
     assert [content["chapter"] for content in about] == names
     assert all("1 threads" in content["versions"]["machine"] for content in about)
+    assert not list(OUT.glob("*.log"))  # of the cells' bars, until a chapter succeeds
     assert run_all(folder, "smoke", OUT, jobs=2) == done
     lines = [line.partition("  ")[2] for line in capsys.readouterr().err.splitlines()]
     assert sorted(lines[:2]) == [f"{name} starts" for name in names]
