@@ -379,8 +379,8 @@ def open_vision_model(
 def _multiply_patches(network: nn.Module) -> None:
     """Let convolutions that see one patch at a time, as Qwen's do, compute the matrix product that they are.
 
-    On a CPU torch takes ten times as long for the gradient of such a convolution with respect to its input,
-    more than half of the time of scoring pixels.
+    On a CPU the gradient of such a convolution with respect to its input took more than half of the time of
+    scoring pixels.
     """
     for module in network.modules():
         if isinstance(module, nn.Conv3d) and module.padding == (0, 0, 0) and module.groups == 1:

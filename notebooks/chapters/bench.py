@@ -336,7 +336,7 @@ ROWS: dict[str, Callable[[Size, int], list[Row]]] = {  # by the name to ask for 
     "gpu": gpu,
     "chapters": chapters,
 }
-ASKED_FOR = ("chapters",)  # only by name: they take three quarters of an hour
+ASKED_FOR = ("chapters",)  # only by name: each is run twice, in full
 
 
 def bench(only: Sequence[str] = (), rounds: int = 5, size: Size | None = None) -> list[Row]:

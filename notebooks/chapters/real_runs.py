@@ -19,7 +19,7 @@ from fichapters.schedule import NEEDED, run_chapters, say, side_by_side
 from fihelpers.jobs.preflight import SCORE, source_of, tokenizer_of
 from fihelpers.tasks import load_task
 
-COPIES = 15  # of a model's weights in float32, that a chapter holds at most: two sets of scores, experts
+COPIES = 15  # of a model's weights in float32, that a chapter was seen to hold at most
 FEWEST = 20  # questions of a subject, below which a model's tokenizer leaves too few
 
 
