@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fihelpers.evaluate.questions import Evaluator, answer_all
+    from fihelpers.jobs.in_turn import score_in_turn
     from fihelpers.models.language import open_model
     from fihelpers.models.linear import linear_names
     from fihelpers.perturb.sparsify import changed, select, zeroed
@@ -31,6 +32,7 @@ __all__ = [
     "load_task",
     "open_model",
     "score_embeddings",
+    "score_in_turn",
     "score_pixels",
     "score_weights",
     "select",
@@ -48,6 +50,7 @@ _HOMES = {
     "load_task": "tasks",
     "open_model": "models.language",
     "score_embeddings": "scores.inputs",
+    "score_in_turn": "jobs.in_turn",
     "score_pixels": "scores.pixels",
     "score_weights": "scores.weights",
     "select": "perturb.sparsify",

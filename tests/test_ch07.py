@@ -7,11 +7,15 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
+import torch
 from tiny import tiny_model
 
-from fichapters.ch07 import draw, lab
+from fichapters.ch07 import draw, foresee, lab
 from fichapters.ch07.judges import ApiJudge, LikelihoodJudge, length_controlled_win_rates
+from fichapters.parameters import declared
+from fihelpers.evaluate.questions import Evaluator
 from fihelpers.models.generate import Response
 from fihelpers.models.language import LanguageModel, open_model
 from fihelpers.perturb.sparsify import linear_names
@@ -19,6 +23,7 @@ from fihelpers.scores.weights import score_weights
 from fihelpers.tasks import Example
 from fihelpers.trials import Kept, Trials, collect
 
+ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = [Example(str(i), "s", f"w{i} w{i + 1}", (), None, f"w{i}") for i in range(4)]
 NO_JUDGE = {"judge_url": "", "judge_model": ""}
 
@@ -75,10 +80,52 @@ def test_what_is_lost_is_a_share_of_what_was_there() -> None:
 
 def test_the_highest_weights_hold_at_least_their_even_share() -> None:
     model = tiny_model("qwen2")
-    skew = lab.concentration(score_weights(model, EXAMPLES, ["SNIP"], only=linear_names(model.network)))
+    scores = score_weights(model, EXAMPLES, ["SNIP"], only=linear_names(model.network))
+    skew = lab.concentration(scores.items())
+    values = torch.cat([v.flatten() for v in scores["SNIP"].values.values()]).double()
+    highest = values.sort(descending=True).values[: round(0.01 * len(values))]
+    assert skew.total[skew.weights == 0.01].item() == pytest.approx(float(highest.sum() / values.sum()))
     assert skew.total.is_monotonic_increasing and skew.total.iloc[-1] == pytest.approx(1)
     assert (skew.total >= skew.weights - 1 / skew.n.iloc[0]).all()
     assert (skew.weights == 0.01).any()
+
+
+def test_what_is_foreseen_counts_what_the_loops_do() -> None:
+    p = SimpleNamespace(**declared(ROOT / "notebooks" / "07_sparsification.ipynb"))
+    kept = ROOT / "data" / "results"
+    tables = {"zeroing": "curves", "pruning": "pruning", "text": "text"}
+    rows = {name: len(pd.read_csv(kept / f"07_sparsification.{t}.csv")) for name, t in tables.items()}
+    assert foresee.perturbed(p) == {**rows, "text": rows["text"] // len(lab.SCORES)}
+
+
+def test_only_of_a_large_model_is_anything_foreseen(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    p = SimpleNamespace(**declared(ROOT / "notebooks" / "07_sparsification.ipynb"))
+    few = {"N_CALIBRATION": 2, "N_TEST": 1, "SUBJECTS": ["law"]}
+    vars(p).update(few, TEXT={**p.TEXT, "n_calibration": 2, "n_test": 1})
+    model = open_model()
+    linear = linear_names(model.network)
+    asks = {"law": Evaluator(model, lab.questions(p, "test", 1, 0, model)["law"])}
+    foresee.announce(p, model, linear, asks)
+    assert not capsys.readouterr().out
+    monkeypatch.setattr(foresee, "LARGE", 0)
+    foresee.announce(p, model, linear, asks)
+    told = capsys.readouterr().out
+    assert "time: about" in told and "scores, and choosing by them" in told
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10**6))
+    with pytest.raises(
+        MemoryError, match=r"the chapter, beside the open model, needs .* more than the 1.0 MB"
+    ):
+        foresee.announce(p, model, linear, asks)
+
+
+def test_a_model_that_leaves_no_room_is_refused_before_it_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    p = SimpleNamespace(**declared(ROOT / "notebooks" / "07_sparsification.ipynb"))
+    lab.check(p, ["FI exact"])
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10**6))
+    with pytest.raises(MemoryError, match="scoring the weights of mini-lm in float32 needs"):
+        lab.check(p, ["FI exact"])
 
 
 def _texts(*lines: str) -> list[Response]:

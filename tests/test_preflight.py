@@ -91,10 +91,6 @@ def test_some_layers_and_several_sets_are_counted() -> None:
     network = open_model().network
     weights = sum(network.get_parameter(n).numel() for n in linear_names(network) if "o_proj" in n)
     assert some.disk_bytes == 3 * 4 * weights
-    in_groups = estimate_scores("mini-lm", at_a_time=10**6)
-    assert _part(in_groups, "scores at work") == 10**6
-    linear = sum(network.get_parameter(n).numel() for n in linear_names(network))
-    assert _part(in_groups, "one measure of all weights") == 4 * linear
     with pytest.raises(ValueError, match=r"no linear layers \['v'\]; known: q_proj, k_proj"):
         estimate_scores("mini-lm", layers=["v"])
 

@@ -14,7 +14,6 @@ import errno
 import logging
 import os
 import shutil
-import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -33,11 +32,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from fihelpers.answers import usual_answers
 from fihelpers.jobs.speed import matrices_of, measure_rate, passed_through, shapes_of
 from fihelpers.measures import MEASURES, Measure, find_measure
 from fihelpers.models.gguf import SUFFIX
 from fihelpers.models.language import (
     HUB_FILES,
+    LanguageModel,
     brief,
     find_device,
     find_dtype,
@@ -48,7 +49,8 @@ from fihelpers.models.language import (
     weight_files,
 )
 from fihelpers.models.linear import linear_names
-from fihelpers.scores.hooks import BLOCK, CHECKED, transformer_blocks
+from fihelpers.scores.hooks import BLOCK, CHECKED, named_parameters, transformer_blocks
+from fihelpers.tasks import Example
 
 log = logging.getLogger(__name__)
 
@@ -194,8 +196,7 @@ class Scoring:
     names: of the parameters that are scored. dtype: of the weights in memory; scores are float32 at least.
     tokens: of the longest prompt, where there are no lengths. lengths: of all prompts, in tokens. classes: K.
     device_map: "auto" spreads the model over all GPUs. processes: that share the prompts and, on a CPU, its
-    memory. at_a_time: bytes of scores to which groups of tensors are limited that are scored one after the
-    other; each measure is then put together in the machine's memory.
+    memory.
     """
 
     source: Source
@@ -210,7 +211,6 @@ class Scoring:
     device: str = "cpu"
     device_map: str | None = None
     processes: int = 1
-    at_a_time: int | None = None
 
     @property
     def network(self) -> PreTrainedModel:
@@ -249,7 +249,6 @@ class Scoring:
             self.device,
             out,
             self.alternatives(),
-            {} if self.at_a_time is None else {"one measure of all weights": whole},
             self.device_map,
         )
         seconds = self.seconds() if self.lengths else None
@@ -262,7 +261,7 @@ class Scoring:
         # what the measures make of a block of gradients comes to some four times the block.
         parts = {
             "weights": self.source.parameters * find_dtype(self.dtype).itemsize,
-            "scores at work": min(len(self.chosen) * self.weights * itemsize, self.at_a_time or sys.maxsize),
+            "scores at work": len(self.chosen) * self.weights * itemsize,
             "gradients of a batch": self._activations() + 2 * max(self.sizes) * itemsize,
             "block of gradients at work": 5 * BLOCK * SCORE,
         }
@@ -338,6 +337,27 @@ class Source:
     @property
     def parameters(self) -> int:
         return sum(p.numel() for p in self.network.parameters())
+
+
+def scoring_of(
+    model: LanguageModel,
+    examples: Sequence[Example],
+    measures: Sequence[str | Measure],
+    only: Collection[str] | None = None,
+    batch_size: int = 16,
+) -> Scoring:
+    """What `score_weights` runs with these arguments. Raises ValueError for an unknown name."""
+    network = model.network
+    return Scoring(
+        Source(model.name, network, network.dtype.itemsize, 0),
+        tuple(named_parameters(network, only)),
+        str(network.dtype).removeprefix("torch."),
+        measures,
+        min(batch_size, len(examples)),
+        lengths=[len(ids) for ids in tokenize(model.tokenizer, [e.prompt for e in examples])],
+        classes=usual_answers(model.tokenizer, examples).size,
+        device=str(model.device),
+    )
 
 
 def source_of(name: str | PathLike[str], revision: str | None) -> Source:
@@ -443,21 +463,17 @@ def estimate_of(
     device: str,
     out: str | PathLike[str] | None,
     alternatives: Mapping[str, int],
-    host: Mapping[str, int] | None = None,
     device_map: str | None = None,
 ) -> Estimate:
-    """Bytes by part against what is free: memory of the device, disk below `out`, memory of the `host`.
+    """Bytes by part against what is free: memory of the device, disk below `out`.
 
     What is to be downloaded is added, and stands on the disk of the hub's cache.
     """
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    place, free = _memory_free(device, device_map)
+    place, free = _place_and_free(device, device_map)
     frees = {place: free}
     parts = {place: dict(memory)}
-    if host:
-        frees.setdefault("memory", psutil.virtual_memory().available)
-        parts.setdefault("memory", {}).update(host)
     downloads = {f"download of {source.label}": source.download for source in sources if source.download}
     for sizes, folder in ((downloads, HF_HUB_CACHE), (disk, out)):
         if sizes and folder is not None:
@@ -467,14 +483,21 @@ def estimate_of(
     return Estimate(what, sum(s.parameters for s in sources), parts, frees, alternatives)
 
 
-def _memory_free(device: str, device_map: str | None = None) -> tuple[str, int]:
+def memory_free(device: str) -> int:
+    """Bytes that are free on a device, with those that torch holds there and does not use."""
     place = find_device(device)
+    if place.type != "cuda":
+        return int(psutil.virtual_memory().available)
+    unused = torch.cuda.memory_reserved(place) - torch.cuda.memory_allocated(place)
+    return int(torch.cuda.mem_get_info(place)[0] + unused)
+
+
+def _place_and_free(device: str, device_map: str | None = None) -> tuple[str, int]:
     gpus = torch.cuda.device_count() if device_map else 0
     if gpus:
-        return f"memory of {gpus} GPUs", sum(torch.cuda.mem_get_info(i)[0] for i in range(gpus))
-    if place.type == "cuda":
-        return f"memory of {device}", torch.cuda.mem_get_info(place)[0]
-    return "memory", psutil.virtual_memory().available
+        return f"memory of {gpus} GPUs", sum(memory_free(f"cuda:{i}") for i in range(gpus))
+    name = "memory" if find_device(device).type != "cuda" else f"memory of {device}"
+    return name, memory_free(device)
 
 
 def _mount(folder: Path) -> Path:

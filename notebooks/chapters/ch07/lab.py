@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +20,7 @@ from fichapters.ch07.judges import (
 from fichapters.results import Chapter
 from fihelpers.data import data_folder
 from fihelpers.evaluate.stats import crossed_difference
+from fihelpers.jobs.preflight import estimate_scores, prompt_lengths
 from fihelpers.models.generate import Response, greedy
 from fihelpers.models.language import LanguageModel, in_chat
 from fihelpers.scores.store import Scores
@@ -71,18 +72,35 @@ def chance(tested: Mapping[str, Sequence[Example]]) -> float | None:
     return 1 / len(options) if options else None
 
 
-def check(p: SimpleNamespace) -> None:
+def check(p: SimpleNamespace, measures: Sequence[str]) -> None:
     """Draw once whatever the chapter will draw, so that a bad parameter is refused before long work.
 
-    Raises what `load_task` raises, and ValueError for a judge that cannot be asked.
+    measures: held together. Raises what `load_task` raises, ValueError for a judge that cannot be asked,
+    and MemoryError for a model that is too large.
     """
-    questions(p, "val", p.N_CALIBRATION, p.SEED)
+    drawn = questions(p, "val", p.N_CALIBRATION, p.SEED)
+    check_room(p, [example for examples in drawn.values() for example in examples], measures)
     questions(p, "test", p.N_TEST, p.SEED)
     questions(p, "test", p.PRUNING["test"], p.SEED)
     for split, n in (("val", "n_calibration"), ("test", "n_test")):
         draw_of(p.TEXT["task"], None, split, p.TEXT[n], p.SEED)
     if p.TEXT["judge_url"]:
         ApiJudge(p.TEXT["judge_url"], p.TEXT["judge_model"])
+
+
+def check_room(
+    p: SimpleNamespace,
+    examples: Sequence[Example],
+    measures: Sequence[str],
+    layers: Collection[str] | None = None,
+) -> None:
+    """Raise MemoryError where a model that is not open yet cannot be scored by these measures at once.
+
+    layers: names of the linear layers, such as "o_proj"; all by default.
+    """
+    tokens = max(prompt_lengths(p.MODEL, [example.prompt for example in examples], p.REVISION))
+    settings = {"revision": p.REVISION, "dtype": p.DTYPE, "device": p.DEVICE}
+    estimate_scores(p.MODEL, measures=measures, layers=layers, tokens=tokens, **settings).check()
 
 
 # --- what is left of an accuracy
@@ -126,15 +144,18 @@ def _one_letter(trials: Trials) -> np.ndarray:
 # --- what a score is made of
 
 
-def concentration(scores: Mapping[str, Scores], points: int = 200) -> pd.DataFrame:
+def concentration(scored: Iterable[tuple[str, Scores]], points: int = 200) -> pd.DataFrame:
     """Share of the total score that the top share of the weights holds: measure, weights, total, n."""
     lines = []
-    for name, s in scores.items():
-        flat = torch.cat([v.flatten() for v in s.values.values()]).double().sort(descending=True).values
-        total = flat.cumsum(0) / flat.sum()
-        shares = np.union1d(np.geomspace(1 / len(flat), 1, points), [0.01])
-        index = np.clip((shares * len(flat)).round().astype(int) - 1, 0, len(flat) - 1)
-        lines += [(name, w, float(total[i]), len(flat)) for w, i in zip(shares, index, strict=True)]
+    for name, scores in scored:
+        flat = torch.cat([v.flatten() for v in scores.values.values()]).cpu().numpy()
+        flat.sort()  # in place: of a large model they are many gigabytes
+        n = len(flat)
+        shares = np.union1d(np.geomspace(1 / n, 1, points), [0.01])
+        first = n - np.clip((shares * n).round().astype(int), 1, n)  # where each share's part begins
+        starts, place = np.unique(first, return_inverse=True)
+        held = np.add.reduceat(flat, starts, dtype=np.float64)[::-1].cumsum()[::-1]
+        lines += [(name, *line, n) for line in zip(shares, held[place] / held[0], strict=True)]
     return pd.DataFrame(lines, columns=["measure", "weights", "total", "n"])
 
 

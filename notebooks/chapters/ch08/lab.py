@@ -17,12 +17,11 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from fichapters.ch07.lab import draw_of
+from fichapters.ch07.lab import check_room, draw_of
 from fichapters.papers import published
 from fichapters.tables import RESAMPLES
 from fihelpers.answers import usual_answers
 from fihelpers.evaluate.stats import crossed_difference, resampled
-from fihelpers.jobs.preflight import estimate_scores, prompt_lengths
 from fihelpers.models.language import LanguageModel
 from fihelpers.models.linear import as_rows, from_rows, linear_names, turned_names
 from fihelpers.perturb.quantize import Packed, Scheme, code_bytes
@@ -65,11 +64,8 @@ def check(p: SimpleNamespace, measures: Sequence[str]) -> None:
             f"not {bad[0] if bad else 'nothing'}."
         )
     drawn(p, "test", p.N_TEST, p.SEED)
-    prompts = [example.prompt for example in drawn(p, "val", p.N_CALIBRATION, p.SEED)]
-    settings = {"revision": p.REVISION, "dtype": p.DTYPE, "device": p.DEVICE}
-    settings |= {"layers": None if ALL in p.MATRICES else p.MATRICES}
-    settings |= {"tokens": max(prompt_lengths(p.MODEL, prompts, p.REVISION))}
-    estimate_scores(p.MODEL, measures=measures, **settings).check()  # more than packed weights take
+    layers = None if ALL in p.MATRICES else p.MATRICES
+    check_room(p, drawn(p, "val", p.N_CALIBRATION, p.SEED), measures, layers)  # more than packed weights take
 
 
 def _check_bits(bits: Mapping[str, Sequence[int]]) -> None:
