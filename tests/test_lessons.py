@@ -25,11 +25,11 @@ CHANGES = {  # what of the lessons' source a reader may write otherwise
                   "scores = score_weights(model, calibration[:1], measures, only=linear)\n    for"),
     },
     "07_sparsification": {
-        "perturb": ("            with zeroed(model, chosen):",
-                    "            from fihelpers.perturb.sparsify import changed\n"
-                    "            with changed(model, chosen, lambda weights: -weights):"),
-        "choose": ("select(scores[measure], rate, which, seed=seed)",
-                   'select(scores[measure], rate, "bottom")'),
+        "perturb": ("                with zeroed(model, chosen):\n                    yield labels",
+                    "                from fihelpers.perturb.sparsify import changed\n"
+                    "                with changed(model, chosen, lambda weights: -weights):\n"
+                    "                    yield labels"),
+        "choose": ("select(scores, rate, which, seed=seed)", 'select(scores, rate, "bottom")'),
     },
 }  # fmt: skip
 FIGURES = {  # and what of it makes a figure only
