@@ -114,9 +114,7 @@ def test_only_of_a_large_model_is_anything_foreseen(
     told = capsys.readouterr().out
     assert "time: about" in told and "scores, and choosing by them" in told
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10**6))
-    with pytest.raises(
-        MemoryError, match=r"the chapter, beside the open model, needs .* more than the 1.0 MB"
-    ):
+    with pytest.raises(MemoryError, match=r"the rest of the chapter needs .* more than the 1.0 MB"):
         foresee.announce(p, model, linear, asks)
 
 

@@ -41,7 +41,7 @@ def foreseen(p: SimpleNamespace, model: LanguageModel, linear: Sequence[str], as
     seconds = _scoring(p, model, linear, together) + _perturbing(p, model, linear, asks) + _writing(p, model)
     parts = {"memory": {"scores, and choosing by them": working}}
     free = {"memory": int(psutil.virtual_memory().available)}
-    what, size = "the chapter, beside the open model,", model.network.num_parameters()
+    what, size = "the rest of the chapter", model.network.num_parameters()
     return Estimate(what, size, parts, free, seconds=seconds)
 
 
