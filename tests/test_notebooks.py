@@ -30,7 +30,7 @@ SHOWN = {  # what scores, chooses and perturbs in a lesson's functions, where no
     "08_quantization": ("score_weights(", "select(", "with quantized("),
     "09_merging": ("scores_of(", "merge(", "with experts.holding("),
     "11_relatives": ("score_weights(", "with zeroed(", "select("),
-    "13_a_real_model": ("score_weights(", "select(", "with zeroed(", "with lab.holding("),
+    "13_a_real_model": ("score_in_turn(", "select(", "with zeroed(", "with lab.holding("),
 }
 
 each_chapter = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -108,7 +108,7 @@ def test_a_lesson_shows_its_loop(name: str) -> None:
         called = ast.unparse(loop)
         assert "with zeroed(" in called or "with changed(" in called, called
         assert "select(" in called, called
-    assert "score_weights(" in source
+    assert "score_weights(" in source or "score_in_turn(" in source
 
 
 @pytest.mark.alone
