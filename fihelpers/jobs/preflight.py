@@ -471,7 +471,7 @@ def estimate_of(
     """
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    place, free = _place_and_free(device, device_map)
+    place, free = place_and_free(device, device_map)
     frees = {place: free}
     parts = {place: dict(memory)}
     downloads = {f"download of {source.label}": source.download for source in sources if source.download}
@@ -492,7 +492,8 @@ def memory_free(device: str) -> int:
     return int(torch.cuda.mem_get_info(place)[0] + unused)
 
 
-def _place_and_free(device: str, device_map: str | None = None) -> tuple[str, int]:
+def place_and_free(device: str, device_map: str | None = None) -> tuple[str, int]:
+    """What a device's memory is called in an `Estimate`, and the bytes that are free there."""
     gpus = torch.cuda.device_count() if device_map else 0
     if gpus:
         return f"memory of {gpus} GPUs", sum(memory_free(f"cuda:{i}") for i in range(gpus))

@@ -7,13 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 
-import psutil
 from torch import Tensor
 
 from fichapters.ch07 import lab
 from fihelpers.evaluate.questions import Evaluator
 from fihelpers.jobs.in_turn import fitting
-from fihelpers.jobs.preflight import Estimate, scoring_of
+from fihelpers.jobs.preflight import Estimate, place_and_free, scoring_of
 from fihelpers.measures import MEASURES, find_measure
 from fihelpers.models.generate import greedy
 from fihelpers.models.language import LanguageModel
@@ -39,10 +38,10 @@ def foreseen(p: SimpleNamespace, model: LanguageModel, linear: Sequence[str], as
     drawn = next(iter(lab.questions(p, "val", p.N_CALIBRATION, p.SEED, model).values()))
     together, working = fitting(model, drawn, [*map(find_measure, MEASURES)], linear)
     seconds = _scoring(p, model, linear, together) + _perturbing(p, model, linear, asks) + _writing(p, model)
-    parts = {"memory": {"scores, and choosing by them": working}}
-    free = {"memory": int(psutil.virtual_memory().available)}
+    place, free = place_and_free(str(model.device))
+    parts = {place: {"scores, and choosing by them": working}}
     what, size = "the rest of the chapter", model.network.num_parameters()
-    return Estimate(what, size, parts, free, seconds=seconds)
+    return Estimate(what, size, parts, {place: free}, seconds=seconds)
 
 
 def perturbed(p: SimpleNamespace) -> dict[str, int]:
