@@ -63,6 +63,8 @@ def test_scores_are_let_go_one_after_the_other() -> None:
     for _, scores in score_in_turn(model, EXAMPLES, NAMES[:4]):
         assert earlier is None or earlier() is None
         earlier = weakref.ref(scores)
+        # nor do they keep those of their pass
+        assert all(v.untyped_storage().nbytes() == v.nbytes for v in scores.values.values())
         del scores
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 
 from fihelpers.jobs.preflight import memory_free, scoring_of
 from fihelpers.measures import Measure, find_measure
@@ -35,7 +36,12 @@ def score_in_turn(
         some, left = left[:together], left[together:]
         scores = score_weights(model, examples, some, only=only, batch_size=batch_size)
         for measure in some:
-            yield measure.name, scores.pop(measure.name)
+            yield measure.name, _apart(scores.pop(measure.name))
+
+
+def _apart(scores: Scores) -> Scores:
+    """The scores in storage of their own: those of a pass share one, which each of them would keep."""
+    return replace(scores, values={name: value.clone() for name, value in scores.values.items()})
 
 
 def fitting(

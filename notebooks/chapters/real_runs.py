@@ -7,7 +7,8 @@ goes on where it stopped.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from fihelpers.tasks import load_task
 
 COPIES = 15  # of a model's weights in float32, that a chapter was seen to hold at most
 FEWEST = 20  # questions of a subject, below which a model's tokenizer leaves too few
+
+_Asked = tuple[str, str | None, str, str]  # model, revision, task, subject
 
 
 def run(
@@ -40,10 +43,12 @@ def run(
             raise ValueError(f"the profile {REAL} has no {path.stem}; it has {', '.join(minutes)}.")
     profile = read_profile(profiles, REAL)
     settings = {}
+    asked: dict[_Asked, None] = {}  # once, though many chapters ask the same
     for path in wanted:
         names = declared(path)
         settings[path] = _of_chapter(given, names, profile.get(path.stem, {}))
-        _enough_questions(settle(path.stem, names, profile, {"PROFILE": REAL, **settings[path]}))
+        asked |= dict.fromkeys(_asked(settle(path.stem, names, profile, {"PROFILE": REAL, **settings[path]})))
+    _enough_questions(asked)
     left = {path.stem: minutes[path.stem] for path in wanted}
     say(f"{sum(left.values())} minutes by the profile, on two quiet cores; the bars are in {out}/*.log")
 
@@ -66,16 +71,21 @@ def _of_chapter(given: Mapping[str, Any], names: Mapping[str, Any], own: Mapping
     return {**told, "BASE": given["MODEL"]} if "BASE" in names and "MODEL" in given else told
 
 
-def _enough_questions(p: Mapping[str, Any]) -> None:
-    """Raise ValueError where a model's tokenizer leaves fewer than `FEWEST` questions of a subject."""
+def _asked(p: Mapping[str, Any]) -> Iterator[_Asked]:
+    """The model, task and subjects that a chapter's questions are of, if it asks any."""
     if "TASK" not in p:
         return
-    model = p.get("MODEL", p.get("BASE"))
     subjects = [*p.get("SUBJECTS", []), p.get("SUBJECT"), *chain(*p.get("DOMAINS", {}).values())]
-    tokenizer = tokenizer_of(model, p.get("REVISION"))
-    for subject in dict.fromkeys(filter(None, subjects)):
+    for subject in filter(None, subjects):
+        yield p.get("MODEL", p.get("BASE")), p.get("REVISION"), p["TASK"], subject
+
+
+def _enough_questions(asked: Iterable[_Asked]) -> None:
+    """Raise ValueError where a model's tokenizer leaves fewer than `FEWEST` questions of a subject."""
+    opened = cache(tokenizer_of)
+    for model, revision, task, subject in asked:
         for split in ("val", "test"):
-            found = len(load_task(p["TASK"], subject, split, tokenizer=tokenizer).examples)
+            found = len(load_task(task, subject, split, tokenizer=opened(model, revision)).examples)
             if found < FEWEST:
                 raise ValueError(
                     f"the tokenizer of {model!r} leaves {found} {split} questions of {subject!r} whose "
