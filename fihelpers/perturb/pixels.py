@@ -82,9 +82,14 @@ def _largest(scores: Tensor, count: int | None, seed: int, things: str) -> Tenso
         )
     if flat.isnan().any():
         raise ValueError(f"the scores of the {things} hold NaN and have no order; score the image again.")
-    shuffled = torch.randperm(flat.shape[-1], generator=torch.Generator().manual_seed(seed)).to(flat.device)
-    order = flat[..., shuffled].argsort(dim=-1, descending=True, stable=True)[..., :count]
-    mask = torch.zeros_like(flat, dtype=torch.bool).scatter(-1, shuffled[order], True)
+    mask = torch.zeros_like(flat, dtype=torch.bool)
+    if count:
+        border = flat.kthvalue(flat.shape[-1] - count + 1, keepdim=True).values
+        drawing = torch.Generator().manual_seed(seed)
+        shuffled = torch.randperm(flat.shape[-1], generator=drawing).to(flat.device)
+        above, tied = flat > border, (flat == border)[..., shuffled]
+        drawn = tied & (tied.cumsum(-1) <= count - above.sum(-1, keepdim=True))
+        mask[..., shuffled] = above[..., shuffled] | drawn
     return mask.unflatten(-1, scores.shape[-2:])
 
 

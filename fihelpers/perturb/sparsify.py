@@ -186,7 +186,7 @@ def _largest(pieces: Sequence[Tensor], count: int, generator: torch.Generator) -
     Most values lie below a border that a sample shows; only the others are gathered.
     """
     step = max(1, sum(map(len, pieces)) // SAMPLED)
-    sample = torch.cat([piece[::step] for piece in pieces]).sort(descending=True).values
+    sample = _descending(torch.cat([piece[::step] for piece in pieces]))
     low, _ = _around(sample, count, sum(map(len, pieces)))
     near = [_where(piece >= low) for piece in pieces]
     if sum(map(len, near)) < count:
@@ -214,7 +214,7 @@ def _border(flat: Tensor, count: int) -> Tensor:
 
     To compare all with two of a sample is a pass each; a selection among all moves them about in memory.
     """
-    sample = flat[:: max(1, len(flat) // SAMPLED)].sort(descending=True).values
+    sample = _descending(flat[:: max(1, len(flat) // SAMPLED)])
     low, high = _around(sample, count, len(flat))
     between = flat[(flat >= low) & (flat <= high)]
     left = count - int((flat > high).count_nonzero())
@@ -223,7 +223,7 @@ def _border(flat: Tensor, count: int) -> Tensor:
     return between.kthvalue(len(between) - left + 1).values
 
 
-def _around(sample: Tensor, count: int, total: int) -> tuple[float, float]:
+def _around(sample: np.ndarray, count: int, total: int) -> tuple[float, float]:
     """Two values of a sorted sample between which the `count`-th largest of all lies, almost surely."""
     expected = count * len(sample) / max(1, total)
     wide = 5 * expected**0.5 + 10
@@ -232,6 +232,11 @@ def _around(sample: Tensor, count: int, total: int) -> tuple[float, float]:
         float(sample[low]) if low < len(sample) else -torch.inf,
         float(sample[high]) if high > 0 else torch.inf,
     )
+
+
+def _descending(values: Tensor) -> np.ndarray:
+    """Sorted, the largest first; numpy does it in a tenth of torch's time or less."""
+    return np.sort(values.detach().cpu().double().numpy())[::-1]
 
 
 def _where(mask: Tensor) -> Tensor:
