@@ -252,6 +252,8 @@ class _Choice(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self.last = scores = checked_logits(scores, self.index, self.name)
+        if not any(self.noise):
+            return scores
         drawn = [
             np.zeros(scores.shape[1]) if g is None else g.gumbel(size=scores.shape[1]) for g in self.noise
         ]
