@@ -19,6 +19,7 @@ __all__ = ["linear_names", "select", "zeroed"]
 Which = Literal["top", "bottom", "random", "low half"]
 Scope = Literal["global", "layer", "row"]
 SAMPLED = 2**15  # values of which quantiles are taken, before those of all are
+FEW = 1 / 16  # of all values, of which the others are not looked at twice
 MANY = 2**24  # places of which not all are listed, or put in a random order, to draw a few
 
 
@@ -137,7 +138,7 @@ def _of_lowest(flat: Tensor, half: int, count: int, generator: torch.Generator) 
     flat = flat.neg_()
     if not half:
         return torch.zeros(0, dtype=torch.long, device=flat.device)
-    border = _border(flat, half)
+    border = _border([flat], half)
     low, tied = flat > border, _where(flat == border)
     below = int(low.count_nonzero())
     tied = tied[torch.randperm(len(tied), generator=generator)[: half - below].to(tied.device)]
@@ -181,46 +182,53 @@ def _by_row(weights: Tensor, turned: bool, share: float, which: Which, generator
 
 
 def _largest(pieces: Sequence[Tensor], count: int, generator: torch.Generator) -> list[Tensor]:
-    """Positions in each piece of the `count` largest of all values, as of `_top`, in ascending order.
+    """Positions in each piece of the `count` largest of all values, as of `_top`.
 
-    Most values lie below a border that a sample shows; only the others are gathered.
+    Of few most values lie below a border that a sample shows, and only the others are looked at again.
     """
-    step = max(1, sum(map(len, pieces)) // SAMPLED)
-    sample = _descending(torch.cat([piece[::step] for piece in pieces]))
-    low, _ = _around(sample, count, sum(map(len, pieces)))
-    near = [_where(piece >= low) for piece in pieces]
-    if sum(map(len, near)) < count:
-        near = [torch.arange(len(piece), device=piece.device) for piece in pieces]
-    values = torch.cat([piece[places] for piece, places in zip(pieces, near, strict=True)])
-    chosen = torch.zeros(len(values), dtype=torch.bool, device=values.device)
-    for places in _top(values, count, generator):
-        chosen[places] = True
-    parts = chosen.split([len(places) for places in near])
-    return [places[part] for places, part in zip(near, parts, strict=True)]
+    total = sum(map(len, pieces))
+    if count < total * FEW:
+        sample = _descending(torch.cat([piece[:: max(1, total // SAMPLED)] for piece in pieces]))
+        low, _ = _around(sample, count, total)
+        near = [_where(piece >= low) for piece in pieces]
+        if sum(map(len, near)) >= count:
+            values = [piece[places] for piece, places in zip(pieces, near, strict=True)]
+            found = _top(values, count, generator)
+            return [places[at] for places, at in zip(near, found, strict=True)]
+    return _top(pieces, count, generator)
 
 
-def _top(flat: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Positions of the `count` largest values: those above the border, and a random draw of those at it."""
+def _top(pieces: Sequence[Tensor], count: int, generator: torch.Generator) -> list[Tensor]:
+    """Positions in each piece of the values above the border, and of a random draw of those at it, ascending.
+
+    The border is the `count`-th largest of all values.
+    """
     if count == 0:
-        return (torch.zeros(0, dtype=torch.long, device=flat.device),) * 2
-    border = _border(flat, count)
-    above, tied = _where(flat > border), _where(flat == border)
-    order = torch.randperm(len(tied), generator=generator).to(tied.device)
-    return above, tied[order[: count - len(above)]]
+        return [torch.zeros(0, dtype=torch.long, device=piece.device) for piece in pieces]
+    border = _border(pieces, count)
+    tied = [_where(piece == border) for piece in pieces]
+    chosen = [piece > border for piece in pieces]
+    left = count - sum(int(mask.count_nonzero()) for mask in chosen)
+    drawn = torch.zeros(sum(map(len, tied)), dtype=torch.bool)
+    drawn[torch.randperm(len(drawn), generator=generator)[:left]] = True
+    for mask, places, some in zip(chosen, tied, drawn.split([*map(len, tied)]), strict=True):
+        mask[places[some.to(places.device)]] = True
+    return [_where(mask) for mask in chosen]
 
 
-def _border(flat: Tensor, count: int) -> Tensor:
+def _border(pieces: Sequence[Tensor], count: int) -> float:
     """The `count`-th largest of many values.
 
     To compare all with two of a sample is a pass each; a selection among all moves them about in memory.
     """
-    sample = _descending(flat[:: max(1, len(flat) // SAMPLED)])
-    low, high = _around(sample, count, len(flat))
-    between = flat[(flat >= low) & (flat <= high)]
-    left = count - int((flat > high).count_nonzero())
+    total = sum(map(len, pieces))
+    sample = _descending(torch.cat([piece[:: max(1, total // SAMPLED)] for piece in pieces]))
+    low, high = _around(sample, count, total)
+    between = torch.cat([piece[(piece >= low) & (piece <= high)] for piece in pieces])
+    left = count - sum(int((piece > high).count_nonzero()) for piece in pieces)
     if not 0 < left <= len(between):
-        between, left = flat, count
-    return between.kthvalue(len(between) - left + 1).values
+        between, left = torch.cat([*pieces]), count
+    return float(between.kthvalue(len(between) - left + 1).values)
 
 
 def _around(sample: np.ndarray, count: int, total: int) -> tuple[float, float]:
