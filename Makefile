@@ -20,7 +20,7 @@ test: $(INSTALLED) $(ORACLES)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not alone' -n 3 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not alone' -n 2 --dist worksteal
 	$(BIN)/python -m pytest -m alone
 	$(BIN)/python -m fihelpers build --profile smoke --check
 
