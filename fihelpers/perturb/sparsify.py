@@ -186,10 +186,8 @@ def _largest(pieces: Sequence[Tensor], count: int, generator: torch.Generator) -
 
     Of few most values lie below a border that a sample shows, and only the others are looked at again.
     """
-    total = sum(map(len, pieces))
-    if count < total * FEW:
-        sample = _descending(torch.cat([piece[:: max(1, total // SAMPLED)] for piece in pieces]))
-        low, _ = _around(sample, count, total)
+    if count < FEW * sum(map(len, pieces)):
+        low, _ = _around(pieces, count)
         near = [_where(piece >= low) for piece in pieces]
         if sum(map(len, near)) >= count:
             values = [piece[places] for piece, places in zip(pieces, near, strict=True)]
@@ -221,9 +219,7 @@ def _border(pieces: Sequence[Tensor], count: int) -> float:
 
     To compare all with two of a sample is a pass each; a selection among all moves them about in memory.
     """
-    total = sum(map(len, pieces))
-    sample = _descending(torch.cat([piece[:: max(1, total // SAMPLED)] for piece in pieces]))
-    low, high = _around(sample, count, total)
+    low, high = _around(pieces, count)
     between = torch.cat([piece[(piece >= low) & (piece <= high)] for piece in pieces])
     left = count - sum(int((piece > high).count_nonzero()) for piece in pieces)
     if not 0 < left <= len(between):
@@ -231,20 +227,21 @@ def _border(pieces: Sequence[Tensor], count: int) -> float:
     return float(between.kthvalue(len(between) - left + 1).values)
 
 
-def _around(sample: np.ndarray, count: int, total: int) -> tuple[float, float]:
-    """Two values of a sorted sample between which the `count`-th largest of all lies, almost surely."""
+def _around(pieces: Sequence[Tensor], count: int) -> tuple[float, float]:
+    """Two values between which the `count`-th largest of all lies, almost surely, from a sample of them.
+
+    numpy sorts it in a tenth of torch's time or less.
+    """
+    total = sum(map(len, pieces))
+    drawn = torch.cat([piece[:: max(1, total // SAMPLED)] for piece in pieces])
+    sample = np.sort(drawn.detach().cpu().double().numpy())[::-1]
     expected = count * len(sample) / max(1, total)
     wide = 5 * expected**0.5 + 10
     low, high = int(expected + wide), int(expected - wide)
     return (
-        float(sample[low]) if low < len(sample) else -torch.inf,
-        float(sample[high]) if high > 0 else torch.inf,
+        float(sample[low]) if low < len(sample) else -np.inf,
+        float(sample[high]) if high > 0 else np.inf,
     )
-
-
-def _descending(values: Tensor) -> np.ndarray:
-    """Sorted, the largest first; numpy does it in a tenth of torch's time or less."""
-    return np.sort(values.detach().cpu().double().numpy())[::-1]
 
 
 def _where(mask: Tensor) -> Tensor:
